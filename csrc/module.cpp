@@ -1,0 +1,59 @@
+// mfops._C: importing it loads the kernels that the other files register with torch, and
+// build_info() says what they were built with.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/version.h>
+
+#include <string>
+
+#ifdef MFOPS_WITH_CUDA
+#include "cuda/probe.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+std::string version(unsigned major, unsigned minor) {
+    return std::to_string(major) + "." + std::to_string(minor);
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["torch"] = TORCH_VERSION;
+    info["torch_stable_abi"] =
+        version((TORCH_TARGET_VERSION >> 56) & 0xff, (TORCH_TARGET_VERSION >> 48) & 0xff);
+#ifdef __clang__
+    info["compiler"] = __VERSION__;
+#else
+    info["compiler"] = "GCC " __VERSION__;
+#endif
+#ifdef MFOPS_WITH_CUDA
+    const unsigned toolkit = mfops::cuda_toolkit_version();
+    py::list archs;
+    for (const int arch : mfops::cuda_archs()) archs.append("sm_" + std::to_string(arch));
+    info["cuda"] = version(toolkit / 1000, toolkit % 1000 / 10);
+    info["cuda_archs"] = archs;
+    info["cuda_missing"] = py::none();
+#else
+    info["cuda"] = py::none();
+    info["cuda_archs"] = py::list();
+    info["cuda_missing"] = MFOPS_CUDA_MISSING;
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.def("build_info", &build_info,
+               "What this extension was built with: torch, torch_stable_abi (the oldest torch it "
+               "runs on), compiler, cuda (toolkit version or None), cuda_archs, cuda_missing (why "
+               "there are no CUDA kernels, or None).");
+#ifdef MFOPS_WITH_CUDA
+    module.def(
+        "cuda_probe", &mfops::cuda_probe, py::arg("device_index"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Runs a CUDA kernel of this build on the device; returns the architecture whose code "
+        "ran, e.g. 90. Raises RuntimeError with CUDA's message where that fails.");
+#endif
+}

@@ -1,0 +1,10 @@
+// Registers the kernels at the dispatcher's keys. The schemas are in mfops/ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/factorized.h"
+
+STABLE_TORCH_LIBRARY_IMPL(mfops, CPU, m) {
+    m.impl("reconstruct", TORCH_BOX(&mfops::cpu::reconstruct));
+    m.impl("mse", TORCH_BOX(&mfops::cpu::mse));
+    m.impl("reconstruct_backward", TORCH_BOX(&mfops::cpu::reconstruct_backward));
+}

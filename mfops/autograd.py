@@ -1,0 +1,116 @@
+"""Gradients: one autograd Function around the operators, one that injects a loss.
+
+The operators know nothing of autograd; these Functions call them forward and backward. A second
+derivative (`create_graph=True`) differentiates the reference's backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfops import reference
+from mfops.dispatch import BACKENDS
+
+
+def _backward(
+    ctx: Any, grad_x_hat: Tensor | None, grad_mse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y and z."""
+    x, y, z = ctx.saved_tensors
+    need_x, need_y, need_z = ctx.needs_input_grad[:3]
+    need_x = need_x and grad_mse is not None  # X' does not depend on X
+    if (grad_x_hat is None and grad_mse is None) or not (need_x or need_y or need_z):
+        return None, None, None
+    # Grad mode is on here only under create_graph=True.
+    twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    run = reference.reconstruct_backward if twice else ctx.backend.reconstruct_backward
+    grads = run(grad_x_hat, grad_mse, x, y, z, need_x, need_y, need_z)
+    needs = (need_x, need_y, need_z)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+# `forward` takes ctx itself: a separate `setup_context` costs 20 us a call in torch's binding of
+# default arguments, more than the rest of the call together.
+
+
+class Reconstruct(torch.autograd.Function):
+    """x (B, C, N), y, z, backend name -> X', mse.
+
+    Where both factors are shared X' is expanded to x's shape, in here, so that the gradients of
+    its images are added tile by tile in the backward kernel; with `expand` False it is (C, N).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, z: Tensor, backend: str, expand: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, y, z)
+        ctx.backend = BACKENDS[backend]
+        ctx.set_materialize_grads(False)
+        x_hat, mse = ctx.backend.reconstruct(x, y, z)
+        return x_hat.expand(x.shape) if expand else x_hat, mse
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_x_hat: Tensor | None, grad_mse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, grad_x_hat, grad_mse), None, None
+
+
+class ReconstructionError(torch.autograd.Function):
+    """x (B, C, N), y, z, backend name -> mse; X' is not written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, z: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(x, y, z)
+        ctx.backend = BACKENDS[backend]
+        ctx.set_materialize_grads(False)
+        return ctx.backend.mse(x, y, z)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, None, grad_mse), None
+
+
+_scale_loss: Callable[[Tensor], Tensor] | None = None
+
+
+def set_loss_scaling(scale: Callable[[Tensor], Tensor] | None) -> None:
+    """Tells injected losses what the training loop does to its own loss before `backward()`.
+
+    An injected loss does not pass through the loop's own loss, so a factor put there (by
+    `GradScaler.scale`, by a division for gradient accumulation) has to be told once:
+
+        scaler = torch.amp.GradScaler()
+        mfops.set_loss_scaling(lambda loss: scaler.scale(loss / accumulation_steps))
+
+    Args:
+        scale: a linear function of a scalar tensor. It is called in every backward pass, so it
+            follows a scale that changes from step to step. None: losses enter as they are.
+            The setting is process-wide.
+
+    Raises:
+        TypeError: `scale` is neither callable nor None.
+    """
+    global _scale_loss
+    if scale is not None and not callable(scale):
+        raise TypeError(f"scale: expected a callable or None, got {type(scale).__name__}")
+    _scale_loss = scale
+
+
+class InjectLoss(torch.autograd.Function):
+    """Passes `out` on; backward, `loss` gets the gradient it has as a term of the total loss."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+        (one,) = ctx.saved_tensors
+        return grad_out, one if _scale_loss is None else _scale_loss(one)

@@ -1,0 +1,51 @@
+"""Refuses bad input once, before dispatch: every message names the argument and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def check_features(x: Tensor) -> None:
+    """x: a floating tensor (B, C, N) or (B, C, H, W) with elements."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x: expected shape (B, C, N) or (B, C, H, W), got {_shape(x)}")
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"x: expected one of {names}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.numel() == 0:
+        raise ValueError(f"x: expected at least one element, got shape {_shape(x)}")
+
+
+def check_factors(x: Tensor, y: Tensor, z: Tensor) -> None:
+    """y (C, K) or (B, C, K) and z (K, N) or (B, K, N), of x's dtype and device."""
+    for name, factor, form in (("y", y, "(C, K) or (B, C, K)"), ("z", z, "(K, N) or (B, K, N)")):
+        if not isinstance(factor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(factor).__name__}")
+        if factor.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected shape {form}, got {_shape(factor)}")
+        if factor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {factor.dtype}")
+        if factor.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {factor.device}")
+        if factor.dim() == 3 and factor.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"{name}: expected the batch size of x, {x.shape[0]}, got {_shape(factor)}"
+            )
+    pixels = x.shape[2] if x.dim() == 3 else x.shape[2] * x.shape[3]
+    if y.shape[-1] == 0:
+        raise ValueError(f"y: expected at least one basis (K >= 1), got {_shape(y)}")
+    if y.shape[-2] != x.shape[1]:
+        raise ValueError(f"y: expected C = {x.shape[1]} rows as x has channels, got {_shape(y)}")
+    if z.shape[-2] != y.shape[-1]:
+        raise ValueError(f"z: expected K = {y.shape[-1]} rows as y has columns, got {_shape(z)}")
+    if z.shape[-1] != pixels:
+        raise ValueError(f"z: expected N = {pixels} columns as x has pixels, got {_shape(z)}")

@@ -1,0 +1,90 @@
+"""The public functions on tensors: X' = Y Z and its reconstruction error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfops import reference
+from mfops.autograd import Reconstruct, ReconstructionError
+from mfops.checks import check_factors, check_features
+from mfops.dispatch import select
+
+
+def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the op runs in the autocast dtype, float64 excepted, as matmul does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def _prepare(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_features(x)
+    if isinstance(y, Tensor) and isinstance(z, Tensor):
+        x, y, z = _cast_for_autocast(x, y, z)
+    check_factors(x, y, z)
+    # A view for contiguous and channels_last images alike.
+    return (x if x.dim() == 3 else x.flatten(2)), y, z
+
+
+def _as_features(x_hat: Tensor, x: Tensor) -> Tensor:
+    """X' with x's spatial dimensions; a batch of 1 where both factors are shared."""
+    if x_hat.dim() == 2:
+        x_hat = x_hat.unsqueeze(0)
+    return x_hat if x.dim() == 3 else x_hat.unflatten(2, x.shape[2:])
+
+
+def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """X' alone, laid out as x is, a batch of 1 where both factors are shared; x is not read."""
+    rows, y, z = _prepare(x, y, z)
+    return _as_features(reference.product(rows, y, z), x)
+
+
+def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """As `factorized_reconstruction`, but X' of shared factors comes with a batch of 1."""
+    rows, y, z = _prepare(x, y, z)
+    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows).name, False)
+    return _as_features(x_hat, x), mse
+
+
+def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Low-rank reconstruction X' = Y Z of features X and its mean squared error.
+
+        X'_b = Y_b Z_b,    mse = 1/(B C N) sum_bcn (X - X')^2_bcn
+
+    (Gurram, "Learning context with factorization techniques in semantic segmentation".)
+    X is read once forward and once backward; X - X' is computed anew backward, never stored.
+
+    Args:
+        x: features (B, C, N) or (B, C, H, W) with N = H W; float32, bfloat16, float16 or
+            float64; contiguous and channels_last both without copies.
+        y: bases (C, K), shared by the batch, or (B, C, K); x's dtype and device.
+        z: coefficients (K, N), shared by the batch, or (B, K, N); x's dtype and device.
+
+    Returns:
+        X', of x's shape, dtype and memory layout (where both factors are shared, an expanded
+        view of the one X' there is), and mse, a float32 scalar (float64 for float64 input) of
+        X' before it is rounded to x's dtype. Both differentiable in x, y and z, twice.
+        Under autocast all three are cast to the autocast dtype first.
+
+    Raises:
+        TypeError: not a tensor, a dtype not listed, or dtypes that differ.
+        ValueError: shapes or devices that do not fit, an empty x, K = 0.
+        RuntimeError: the backend of `use_backend` cannot run this call.
+    """
+    rows, y, z = _prepare(x, y, z)
+    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows).name, True)
+    return _as_features(x_hat, x), mse
+
+
+def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """The mse of `factorized_reconstruction` alone; X' is never written to memory.
+
+    Arguments and errors are those of `factorized_reconstruction`.
+    """
+    rows, y, z = _prepare(x, y, z)
+    return ReconstructionError.apply(rows, y, z, select(rows).name)

@@ -1,0 +1,93 @@
+"""The drop-in module: low-rank context added to a feature map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfops.autograd import InjectLoss
+from mfops.checks import check_features
+from mfops.factorizers import FACTORIZERS
+from mfops.functional import product, reconstruct
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return value
+
+
+class FactorizedContext(nn.Module):
+    """Adds low-rank context to features: out = X + relu(X'), X' = Y Z.
+
+    The reconstruction loss mse(X, X') pulls features and context together (Gurram, "Learning
+    context with factorization techniques in semantic segmentation": L = CE + 0.1 mse). It
+    reaches the optimizer in one of two ways:
+
+    - `out = ctx(x)`: in training mode `loss_weight * mse` is injected in the backward pass. The
+      gradients are those of `(loss + loss_weight * mse).backward()`, though `loss` itself does
+      not show it; nothing else changes in a training loop. The injected loss enters as often as
+      a backward pass runs, so accumulated micro-batches each add theirs. Where the loop scales
+      its loss before `backward()` (torch.amp.GradScaler, division by the number of accumulated
+      micro-batches), say so once with `mfops.set_loss_scaling`, and the injected loss follows.
+    - `out, mse = ctx(x, return_loss=True)`: the unweighted mse is returned, nothing is injected.
+
+    Args:
+        channels: C of the features.
+        rank: K, the number of bases.
+        size: the feature grid, (h, w) or one number for both, that learned coefficients belong
+            to; on another grid they are resampled bilinearly.
+        factorizer: "learned" (see `mfops.factorizers`).
+        loss_weight: the weight of the injected loss; may be changed at any time (0: none).
+
+    Shapes: x (B, C, H, W), or (B, C, N) with N = h w; out alike. mse: a float32 scalar.
+
+    Raises:
+        ValueError: an argument out of range; x of the wrong rank or number of channels.
+        TypeError: x is not a floating tensor, or not of the parameters' dtype outside autocast.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rank: int = 64,
+        size: int | tuple[int, int] = (33, 33),
+        factorizer: str = "learned",
+        loss_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.channels = _positive("channels", channels)
+        self.rank = _positive("rank", rank)
+        pair = (size, size) if isinstance(size, int) else tuple(size)
+        if len(pair) != 2:
+            raise ValueError(f"size: expected one integer or (h, w), got {size!r}")
+        self.size = (_positive("size", pair[0]), _positive("size", pair[1]))
+        if factorizer not in FACTORIZERS:
+            raise ValueError(
+                f"factorizer: expected one of {', '.join(FACTORIZERS)}, got {factorizer!r}"
+            )
+        if not loss_weight >= 0:
+            raise ValueError(f"loss_weight: expected a number >= 0, got {loss_weight!r}")
+        self.loss_weight = loss_weight
+        self.factorizer = FACTORIZERS[factorizer](self.channels, self.rank, self.size)
+
+    def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        check_features(x)
+        if x.shape[1] != self.channels:
+            raise ValueError(f"x: expected {self.channels} channels, got {tuple(x.shape)}")
+        y, z = self.factorizer(x)
+        inject = self.training and self.loss_weight > 0 and torch.is_grad_enabled()
+        if not (return_loss or inject):
+            # Without the loss X need not be read: the product is all there is to do.
+            return x + F.relu(product(x, y, z))
+        x_hat, mse = reconstruct(x, y, z)
+        out = x + F.relu(x_hat)
+        if return_loss:
+            return out, mse
+        return InjectLoss.apply(out, self.loss_weight * mse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, rank={self.rank}, size={self.size}, loss_weight={self.loss_weight}"
+        )

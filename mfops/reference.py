@@ -1,0 +1,84 @@
+"""X' = Y Z and its reconstruction error in plain PyTorch: the specification of every backend.
+
+    X'  = Y Z                                   (accumulated in float32, float64 for float64 input)
+    mse = mean over B, C, N of (X - X')^2       (X' not yet rounded to the input's dtype)
+
+and, for the gradients G' of X' and g of mse, with s = 2 g / (B C N),
+
+    dX = s (X - X'),   D = G' - s (X - X')  (summed over the batch where both factors are shared),
+    dY = D Z^T,        dZ = Y^T D           (each summed over the batch where that factor is shared)
+
+Shapes are those of `mfops.ops`. Works for any device and floating dtype, and is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def channels_innermost(x: Tensor) -> bool:
+    """Whether x (B, C, N) lies in memory as channels_last images do."""
+    return x.stride(-1) != 1 and x.stride(-2) == 1
+
+
+def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Y Z in y's dtype, laid out in memory as x is."""
+    if channels_innermost(x):
+        return (z.mT @ y.mT).mT
+    return y @ z
+
+
+def _factors(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x)
+    y, z = y.to(dtype), z.to(dtype)
+    x_hat = product(x, y, z)
+    return y, z, x_hat, x.to(dtype) - x_hat
+
+
+def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """X' in x's dtype and layout, (C, N) where both factors are shared; mse, a scalar."""
+    _, _, x_hat, error = _factors(x, y, z)
+    return x_hat.to(x.dtype), error.square().mean()
+
+
+def mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """The error alone."""
+    return _factors(x, y, z)[-1].square().mean()
+
+
+def reconstruct_backward(
+    grad_x_hat: Tensor | None,
+    grad_mse: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    need_x: bool,
+    need_y: bool,
+    need_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y, z in their dtypes; one that is not needed has no elements.
+
+    G' may come for every image, (B, C, N), or, where both factors are shared, summed, (C, N).
+    """
+    y_acc, z_acc, _, error = _factors(x, y, z)
+    shared = y.dim() == 2 and z.dim() == 2
+    grad_x = torch.zeros_like(error)
+    if grad_mse is not None:
+        grad_x = error * (grad_mse * (2.0 / x.numel()))
+    grad_product = -(grad_x.sum(0) if shared else grad_x)
+    if grad_x_hat is not None:
+        per_image = shared and grad_x_hat.dim() == 3
+        grad_product = grad_product + (grad_x_hat.sum(0) if per_image else grad_x_hat)
+    grad_y = grad_product @ z_acc.mT if need_y else x.new_empty(0)
+    grad_z = y_acc.mT @ grad_product if need_z else x.new_empty(0)
+    if need_y and grad_y.dim() > y.dim():
+        grad_y = grad_y.sum(0)
+    if need_z and grad_z.dim() > z.dim():
+        grad_z = grad_z.sum(0)
+    grad_x = grad_x.to(x.dtype) if need_x else x.new_empty(0)
+    return grad_x, grad_y.to(y.dtype), grad_z.to(z.dtype)

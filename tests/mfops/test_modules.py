@@ -1,0 +1,196 @@
+"""FactorizedContext: what it adds, how its loss reaches the optimizer, other grids, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mfops
+
+
+@pytest.fixture
+def context():
+    torch.manual_seed(0)
+    return mfops.FactorizedContext(6, rank=3, size=(4, 5), loss_weight=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _unscaled_losses():
+    yield
+    mfops.set_loss_scaling(None)
+
+
+def grads(module: nn.Module) -> list[torch.Tensor]:
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    return found
+
+
+def test_adds_the_rectified_product(context):
+    x = torch.randn(2, 6, 4, 5)
+    y, z = context.factorizer.y, context.factorizer.z
+    expected = x + F.relu(y @ z).unflatten(1, (4, 5))
+    out, mse = context(x, return_loss=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(mse, F.mse_loss(x.flatten(2), (y @ z).expand(2, -1, -1)))
+    torch.testing.assert_close(context(x), expected)
+    torch.testing.assert_close(context.eval()(x), expected)
+    torch.testing.assert_close(context(x.flatten(2)), expected.flatten(2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_keeps_memory_format(context, training):
+    x = torch.randn(2, 6, 4, 5).contiguous(memory_format=torch.channels_last)
+    out = context.train(training)(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_starts_standard_normal_with_the_papers_count():
+    context = mfops.FactorizedContext(2048)
+    y, z = context.factorizer.y, context.factorizer.z
+    assert y.shape == (2048, 64)
+    assert z.shape == (64, 1089)
+    for factor in (y, z):
+        assert abs(factor.mean()) < 0.02
+        assert abs(factor.std() - 1) < 0.02
+
+
+def test_injected_loss_has_the_gradients_of_the_sum(context):
+    x = torch.randn(2, 6, 4, 5, requires_grad=True)
+    context(x).square().sum().backward()
+    injected, injected_x = grads(context), x.grad.clone()
+    x.grad = None
+    out, mse = context(x, return_loss=True)
+    (out.square().sum() + 0.5 * mse).backward()
+    torch.testing.assert_close(injected, grads(context))
+    torch.testing.assert_close(injected_x, x.grad)
+
+
+def test_nothing_is_injected_beside_a_returned_loss_or_in_evaluation(context):
+    x = torch.randn(2, 6, 4, 5)
+    context.loss_weight = 0.0
+    context(x).sum().backward()
+    plain = grads(context)
+    context.loss_weight = 0.5
+    context(x, return_loss=True)[0].sum().backward()
+    torch.testing.assert_close(grads(context), plain)
+    context.eval()(x).sum().backward()
+    torch.testing.assert_close(grads(context), plain)
+    context.train()(x).sum().backward()
+    assert not torch.allclose(grads(context)[0], plain[0])
+
+
+def test_injected_loss_follows_grad_scaler_and_accumulation(context):
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    optimizer = torch.optim.SGD(context.parameters(), lr=0.1)
+    batches = torch.randn(4, 2, 6, 4, 5).unbind()
+
+    def loss_of(out):
+        return out.square().mean()
+
+    expected = sum(
+        loss_of(out) + 0.5 * mse for out, mse in (context(x, return_loss=True) for x in batches)
+    )
+    (expected / 4).backward()
+    wanted = grads(context)
+
+    mfops.set_loss_scaling(lambda loss: scaler.scale(loss / 4))
+    for x in batches:
+        scaler.scale(loss_of(context(x)) / 4).backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(grads(context), wanted)
+
+    # and follows a scale that changes
+    scaler.update(new_scale=8.0)
+    for x in batches:
+        scaler.scale(loss_of(context(x)) / 4).backward()
+    for grad, expected_grad in zip(grads(context), wanted, strict=True):
+        torch.testing.assert_close(grad, 8 * expected_grad)
+
+
+def test_accumulated_micro_batches_add_up(context):
+    batches = torch.randn(3, 2, 6, 4, 5).unbind()
+    for x in batches:
+        context(x).sum().backward()
+    accumulated = grads(context)
+    for x in batches:
+        out, mse = context(x, return_loss=True)
+        (out.sum() + 0.5 * mse).backward()
+    torch.testing.assert_close(accumulated, grads(context))
+
+
+def test_loss_scaling_must_be_callable():
+    with pytest.raises(TypeError, match="scale: expected a callable or None, got float"):
+        mfops.set_loss_scaling(2.0)
+
+
+def test_gradient_checkpointing_injects_once(context):
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.randn(2, 6, 4, 5, requires_grad=True)
+    context(x).sum().backward()
+    expected = grads(context)
+    checkpoint(context, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(grads(context), expected)
+
+
+def test_other_grids_resample_the_coefficients(context):
+    maps = context.factorizer.z.unflatten(1, (4, 5))[None]
+    for grid in [(8, 10), (3, 7), (1, 1)]:
+        z = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)[0].flatten(1)
+        x = torch.randn(2, 6, *grid)
+        expected = x + F.relu(context.factorizer.y @ z).unflatten(1, grid)
+        torch.testing.assert_close(context(x), expected)
+    context(x).sum().backward()
+    assert context.factorizer.z.grad is not None
+
+
+def test_in_sequential_under_compile():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), mfops.FactorizedContext(6, 3, 4), nn.Conv2d(6, 2, 1))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 4, 4)
+    net(x).square().sum().backward()
+    expected = grads(net)
+    compiled(x).square().sum().backward()
+    torch.testing.assert_close(grads(net), expected)
+
+
+def test_autocast_and_state_dict(context):
+    x = torch.randn(2, 6, 4, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        context(x).float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in context.parameters())
+    other = mfops.FactorizedContext(6, rank=3, size=(4, 5))
+    other.load_state_dict(context.state_dict(), strict=True)
+    torch.testing.assert_close(other(x), context(x))
+
+
+BAD_ARGUMENTS = {
+    "channels: expected a positive integer, got 0": {"channels": 0},
+    "rank: expected a positive integer, got 1.5": {"rank": 1.5},
+    "size: expected a positive integer, got 0": {"size": (3, 0)},
+    "size: expected one integer or (h, w), got (1, 2, 3)": {"size": (1, 2, 3)},
+    "factorizer: expected one of learned, got 'svd'": {"factorizer": "svd"},
+    "loss_weight: expected a number >= 0, got -1.0": {"loss_weight": -1.0},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
+        mfops.FactorizedContext(**{"channels": 6, **BAD_ARGUMENTS[message]})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bad_features_are_named(context, training):
+    context.train(training)
+    with pytest.raises(ValueError, match=r"x: expected 6 channels, got \(2, 5, 4, 5\)"):
+        context(torch.randn(2, 5, 4, 5))
+    with pytest.raises(ValueError, match="x: expected N = 20 pixels"):
+        context(torch.randn(2, 6, 21))
+    with pytest.raises(TypeError, match="y: expected the dtype of x"):
+        context(torch.randn(2, 6, 4, 5).double())
