@@ -14,7 +14,8 @@ from mfops.dispatch import select
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the op runs in the autocast dtype, float64 excepted, as matmul does."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # Devices without autocast, such as "meta", refuse the second question.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -155,6 +155,16 @@ def test_nvcc_that_cannot_compile_is_reported_in_its_own_words(bin_folder: Path)
     assert "error: unsupported GNU version" in reason
 
 
+@pytest.mark.parametrize("requirement", ["torch>=99.1", "no-such-package>=1"])
+def test_build_requirement_that_is_absent_or_too_old_is_named(requirement: str) -> None:
+    with pytest.raises(SystemExit, match=f"the build needs {requirement}, found .*pip install"):
+        setup.check_requirements(["torch>=2", requirement])
+
+
+def test_build_requirements_that_are_met_pass() -> None:
+    setup.check_requirements(["torch>=2", "torch>=2.11", "ninja", "no-such-package-of-any-version"])
+
+
 def source_tree(folder: Path) -> Path:
     """The build files and a package to install, with a csrc of the caller's own making."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

@@ -107,6 +107,14 @@ def test_autocast_leaves_float64_alone():
     assert x_hat.dtype == mse.dtype == torch.float64
 
 
+def test_meta_tensors_give_shapes():
+    tensors = [t.to("meta").requires_grad_() for t in factors()]
+    x_hat, mse = mfops.factorized_reconstruction(*tensors)
+    assert x_hat.shape == (2, 6, 20)
+    (x_hat.sum() + mse).backward()
+    assert tensors[1].grad.shape == (6, 3)
+
+
 def test_inputs_are_left_as_they_were():
     tensors = factors()
     before = copy.deepcopy(tensors)

@@ -1,0 +1,5 @@
+"""``python -m mfnet``: the command line."""
+
+from mfnet.cli import main
+
+main()

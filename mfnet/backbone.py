@@ -1,0 +1,135 @@
+"""Feature extractors: any timm backbone that can be dilated to output stride 16."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+LOW_STRIDE = 4
+HIGH_STRIDE = 16
+
+
+class Backbone(nn.Module):
+    """The low- and high-level features of a timm backbone at output stride 16.
+
+    ``forward`` takes images ``(B, 3, H, W)`` and returns ``(low, high)``: the last features at
+    stride 4, ``(B, low_channels, ~H/4, ~W/4)``, and those at stride 16,
+    ``(B, high_channels, ~H/16, ~W/16)``.
+
+    Args:
+        name: a timm model that supports ``output_stride``, for example ``"resnet50"``.
+        weights: ``None`` (random), ``"timm"`` (timm's pretrained weights, downloaded if they are
+            not in its cache: the only choice that touches the network) or the path of a
+            state-dict file (``.safetensors`` or anything ``torch.load(weights_only=True)`` reads)
+            with the keys of timm's model; those of torchvision's ResNets are the same. The
+            classifier in it is ignored.
+
+    Raises:
+        ValueError: unknown backbone, no output stride 16, no pretrained weights in timm, or a
+            file that does not fit the backbone.
+        FileNotFoundError: no file at ``weights``, or timm's weights are out of reach.
+    """
+
+    def __init__(self, name: str = "resnet50", weights: str | Path | None = None) -> None:
+        super().__init__()
+        if weights not in (None, "timm") and not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"backbone_weights: no file at '{weights}' (expected None, 'timm' or a file)"
+            )
+        self.features = _dilated_features(name, pretrained=weights == "timm")
+        info = self.features.feature_info
+        strides = info.reduction()
+        if LOW_STRIDE not in strides or strides[-1] != HIGH_STRIDE:
+            raise ValueError(
+                f"backbone '{name}' gives features at strides {list(strides)}; "
+                f"strides {LOW_STRIDE} and, last, {HIGH_STRIDE} are needed"
+            )
+        self._low = len(strides) - 1 - strides[::-1].index(LOW_STRIDE)
+        self.low_channels: int = info.channels()[self._low]
+        self.high_channels: int = info.channels()[-1]
+        if weights not in (None, "timm"):
+            _load_file(self.features, name, Path(weights))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(x)
+        return features[self._low], features[-1]
+
+
+def _dilated_features(name: str, pretrained: bool) -> Any:
+    if not timm.is_model(name):
+        close = get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
+        raise ValueError(f"unknown backbone '{name}': {hint}")
+    tag = name.partition(".")[2]
+    if (tag or pretrained) and not timm.models.is_model_pretrained(name):
+        raise ValueError(f"backbone '{name}': timm has no pretrained weights of that name")
+    try:
+        return timm.create_model(
+            name, pretrained=pretrained, features_only=True, output_stride=HIGH_STRIDE
+        )
+    # How timm's families say that they cannot be dilated: an unknown argument or an assertion.
+    except (AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"backbone '{name}' does not support output_stride={HIGH_STRIDE} in timm; "
+            "ResNets, RegNets, ConvNeXts, EfficientNets and MobileNets do"
+        ) from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"backbone_weights: timm's weights of '{name}' are neither in its cache nor could be "
+            f"downloaded ({type(error).__name__})"
+        ) from error
+
+
+def _load_file(features: nn.Module, name: str, path: Path) -> None:
+    try:
+        # Also unwraps {"state_dict": ...} and the "module." prefix of DataParallel.
+        given: dict[str, Any] = load_state_dict(str(path))
+        shapes = {key: tuple(value.shape) for key, value in given.items()}
+    except Exception as error:  # torch.load and safetensors fail in a dozen ways on a bad file
+        raise ValueError(f"backbone_weights: '{path}' is not a file of tensors by name") from error
+
+    own = features.state_dict()
+    in_file = {key: key if key in given else _unflattened(key) for key in own}
+    # Files written before 2018 (torchvision's ResNets among them) lack BatchNorm's step counter.
+    missing = [
+        source
+        for source in in_file.values()
+        if source not in given and not source.endswith("num_batches_tracked")
+    ]
+    # What the whole model has and the features do not is its classifier.
+    unexpected = set(given) - set(in_file.values())
+    if unexpected:
+        unexpected -= set(timm.create_model(name).state_dict())
+    wrong_shape = [
+        f"{source} {shapes[source]} instead of {tuple(own[key].shape)}"
+        for key, source in in_file.items()
+        if source in given and shapes[source] != tuple(own[key].shape)
+    ]
+    faults = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", sorted(unexpected)),
+            ("of another shape", wrong_shape),
+        )
+        if keys
+    ]
+    if faults:
+        raise ValueError(
+            f"backbone_weights: '{path}' does not fit backbone '{name}': {'; '.join(faults)}"
+        )
+    features.load_state_dict({key: given[src] for key, src in in_file.items() if src in given})
+
+
+def _unflattened(key: str) -> str:
+    """The whole model's name of a feature net's parameter.
+
+    timm's feature nets call ``stages.0.x`` ``stages_0.x`` or ``model.stages.0.x``.
+    """
+    return re.sub(r"^(\w+)_(\d+)\.", r"\1.\2.", key.removeprefix("model."))

@@ -1,0 +1,198 @@
+"""Lightning callbacks that leave files behind: a run's record, and overlays of predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfnet.data import denormalise
+from mfnet.files import written_whole
+from mfnet.visualize import overlay, save_image
+
+SUMMARY = "summary.json"
+SAMPLES = "samples.npz"
+
+
+def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
+    """FLOPs of one forward pass of one RGB image of ``size`` (H, W), 2 per multiply-add.
+
+    Convolutions and matrix products are counted (``torch.utils.flop_counter``). The network runs
+    in evaluation mode on stand-ins of its parameters and buffers on the meta device, so nothing
+    is computed, and no buffer and no random state changes.
+    """
+    stand_ins = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]
+    }
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as flops:
+            image = torch.empty(1, 3, *size, device="meta")
+            torch.func.functional_call(network, stand_ins, (image,))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return flops.get_total_flops()
+
+
+class RunRecord(Callback):
+    """Write ``summary.json`` and ``samples.npz`` into the run's folder (``trainer.log_dir``).
+
+    ``summary.json``: model, backbone, parameters, trainable_parameters, gflops (see
+    :func:`count_flops`, at the validation images' size; null where it cannot be counted),
+    input_size, class_names, palette; written at the first validation.
+    ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
+    a few validation images, always the same, and ``epoch``; refreshed at every validation.
+    Rank 0 alone writes, only while fitting, and not in the sanity check.
+
+    Args:
+        model: name of the model; default: the class name of the module's ``network``.
+        backbone: name of the backbone; default: empty.
+        samples: number of validation images.
+    """
+
+    def __init__(self, model: str = "", backbone: str = "", samples: int = 4) -> None:
+        self.model = model
+        self.backbone = backbone
+        self.samples = samples
+        self._chosen: list[tuple[Tensor, Tensor]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
+            return
+        log_dir = trainer.log_dir  # a broadcast: every rank has to ask
+        if log_dir is None or not trainer.is_global_zero:
+            return
+        folder = Path(log_dir)
+        if not self._chosen:
+            dataset = trainer.val_dataloaders.dataset
+            count = min(self.samples, len(dataset))
+            self._chosen = [dataset[index * len(dataset) // count] for index in range(count)]
+            self._write_summary(folder / SUMMARY, trainer, pl_module)
+        self._write_samples(folder / SAMPLES, trainer, pl_module)
+
+    def _write_summary(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network = pl_module.network
+        size = tuple(self._chosen[0][0].shape[-2:])
+        try:
+            gflops = count_flops(network, size) / 1e9
+        except (RuntimeError, NotImplementedError) as error:
+            # A foreign network may not run on the meta device; that must not end its training.
+            rank_zero_warn(f"the FLOPs of {type(network).__name__} cannot be counted: {error}")
+            gflops = None
+        parameters = list(network.parameters())
+        summary = {
+            "model": self.model or type(network).__name__,
+            "backbone": self.backbone,
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "gflops": gflops,
+            "input_size": size,
+            "class_names": list(trainer.datamodule.class_names),
+            "palette": [list(map(int, colour)) for colour in trainer.datamodule.palette],
+        }
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def _write_samples(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        arrays: dict[str, Any] = {"epoch": trainer.current_epoch}
+        for index, (image, mask) in enumerate(self._chosen):
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                images = trainer.precision_plugin.convert_input(image[None].to(pl_module.device))
+                logits = pl_module(images)
+            arrays[f"image_{index}"] = denormalise(image).permute(1, 2, 0).numpy()
+            arrays[f"truth_{index}"] = mask.numpy().astype(np.uint8)
+            arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
+        with written_whole(path) as partial:
+            np.savez_compressed(partial, **arrays)
+
+
+class OverlayWriter(BasePredictionWriter):
+    """Write each predicted image, at its own size, with its classes painted over it.
+
+    A prediction batch is ``(images, originals, paths)``: originals are uint8 RGB (3, H, W), and
+    the module's output holds logits (C, h, w) per image, resized bilinearly to (H, W), or class
+    indices (h, w), resized by the nearest neighbour. The overlay of ``<stem>.<any>`` is
+    ``<output>/<stem>.png``; images from several folders keep their place below the folder they
+    share. Colours are the data module's ``palette``.
+
+    Raises ``ValueError`` before anything is predicted when two images would share an overlay, or
+    an overlay would replace one of the images.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        super().__init__("batch")
+        self.output = Path(output)
+        self._targets: dict[Path, Path] = {}
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._targets = overlay_targets(trainer.predict_dataloaders.dataset.paths, self.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[int] | None,
+        batch: tuple[Tensor, Sequence[Tensor], Sequence[str]],
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        _, originals, paths = batch
+        for output, original, path in zip(prediction, originals, paths, strict=True):
+            mask = classes_at(output, original.shape[-2:])
+            picture = overlay(
+                original.permute(1, 2, 0).cpu().numpy(),
+                mask.cpu().numpy(),
+                trainer.datamodule.palette,
+            )
+            save_image(picture, self._targets[Path(path)])
+
+
+def overlay_targets(paths: Sequence[str | Path], output: Path) -> dict[Path, Path]:
+    """Where the overlay of each image goes; see :class:`OverlayWriter`.
+
+    Raises:
+        ValueError: two images would share an overlay, or an overlay would replace an image.
+    """
+    sources = [Path(path) for path in paths]
+    if not sources:
+        raise ValueError("predict: expected at least one image, got none")
+    absolute = {source: source.absolute() for source in sources}
+    root = Path(os.path.commonpath([path.parent for path in absolute.values()]))
+    taken: dict[Path, Path] = {}
+    for source, path in absolute.items():
+        target = output / path.relative_to(root).with_suffix(".png")
+        if target in taken:
+            raise ValueError(f"{source} and {taken[target]}: both overlays would be {target}")
+        taken[target] = source
+    images = {path.resolve() for path in sources}
+    for target, source in taken.items():
+        if target.resolve() in images:
+            raise ValueError(f"{target}: the overlay of {source} would replace an image")
+    return {source: target for target, source in taken.items()}
+
+
+def classes_at(output: Tensor, size: Sequence[int]) -> Tensor:
+    """Class indices (H, W) at ``size`` from logits (C, h, w) or class indices (h, w)."""
+    if output.ndim == 3:
+        logits = F.interpolate(output[None].float(), tuple(size), mode="bilinear")
+        return logits[0].argmax(0)
+    # Nearest-neighbour resizing knows no integers on every device.
+    resized = F.interpolate(output[None, None].float(), tuple(size), mode="nearest-exact")
+    return resized[0, 0].long()

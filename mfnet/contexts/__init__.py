@@ -1,0 +1,23 @@
+"""Context modules: ``(B, C_in, h, w)`` to ``(B, C_out, h, w)``, exchangeable in a network.
+
+To add one, write its file and name its class or function in ``CONTEXTS``: it is called as
+``CONTEXTS[name](in_channels, out_channels, **options)``, and its further parameters become
+keywords of :func:`mfnet.create_model`. One with an auxiliary loss derives from ``LossContext``.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from mfnet.contexts.aspp import aspp
+from mfnet.contexts.base import LossContext
+from mfnet.contexts.em import EMContext
+from mfnet.contexts.mf import MFContext
+
+CONTEXTS: dict[str, Callable[..., nn.Module]] = {
+    "mf": MFContext,
+    "em": EMContext,
+    "aspp": aspp,
+}
+
+__all__ = ["CONTEXTS", "EMContext", "LossContext", "MFContext", "aspp"]

@@ -1,0 +1,49 @@
+"""MFNet's context: features rebuilt from two learned factors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from mfnet.contexts.base import LossContext
+from mfops import FactorizedContext
+
+
+class MFContext(LossContext):
+    """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)`` through ``X' = Y Z``.
+
+    ``xin = conv1x1(x)``; ``relu(Y Z) + xin``; ``conv1x1``, BatchNorm, ReLU (Gurram, "Learning
+    context with factorization techniques in semantic segmentation"). Y and Z are parameters, so
+    X' is the same for every image. The loss is the mean squared error between ``xin`` and X'.
+
+    Args:
+        rank: number of bases K.
+        context_size: ``(h, w)`` of the grid Z belongs to; on another it is resampled bilinearly.
+        loss_weight: weight of the loss where it enters through the backward pass
+            (``return_loss=False``, in training).
+
+    Raises:
+        ValueError: a rank, size or weight out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        rank: int = 64,
+        context_size: tuple[int, int] = (33, 33),
+        loss_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.lower = nn.Conv2d(in_channels, in_channels, 1)
+        self.factorized = FactorizedContext(
+            in_channels, rank=rank, size=context_size, loss_weight=loss_weight
+        )
+        self.upper = Conv2dNormActivation(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.lower(x)
+        if return_loss:
+            x, loss = self.factorized(x, return_loss=True)
+            return self.upper(x), loss
+        return self.upper(self.factorized(x))

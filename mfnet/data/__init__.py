@@ -1,0 +1,15 @@
+"""Data sets in VOC layout, PASCAL VOC with SBD, generated images; transforms; data modules."""
+
+from mfnet.data.datamodule import PascalVOC, SegmentationDataModule, Synthetic, VOCFolder
+from mfnet.data.files import IGNORE_INDEX, DataError
+from mfnet.data.transforms import denormalise
+
+__all__ = [
+    "IGNORE_INDEX",
+    "DataError",
+    "PascalVOC",
+    "SegmentationDataModule",
+    "Synthetic",
+    "VOCFolder",
+    "denormalise",
+]

@@ -1,0 +1,262 @@
+"""The data sets as Lightning data modules; their arguments are the ``--data.*`` flags."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mfnet.data import synthetic, transforms, voc
+from mfnet.data.dataset import (
+    PredictionDataset,
+    SegmentationDataset,
+    ShardSampler,
+    TrainSampler,
+    collate,
+)
+from mfnet.data.files import find_images
+from mfnet.data.transforms import Recipe
+from mfnet.data.voc import Palette, Sample, Split
+
+
+class SegmentationDataModule(L.LightningDataModule):
+    """What all data sets share; a subclass says which classes and files there are.
+
+    Batches are ``(image, mask)``: normalised float32 (B, 3, H, W) and int64 (B, H, W) with 255
+    where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one image:
+    normalised float32 (1, 3, h, w) and uint8 (1, 3, H, W). ``test`` runs on the ``val`` split:
+    PASCAL keeps the masks of its test set to itself.
+
+    A class has ``class_names``, ``num_classes`` and ``palette`` (RGB) once it is constructed.
+    """
+
+    class_names: list[str]
+    palette: Palette
+    # Whether the images all have one size, so that they can be batched without padding.
+    uniform_size: bool = False
+
+    def __init__(
+        self,
+        recipe: Recipe = "modern",
+        crop_size: int | tuple[int, int] = 513,
+        resize: tuple[int, int] | None = None,
+        batch_size: int = 4,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        predict_images: str | None = None,
+    ) -> None:
+        """
+        Args:
+            recipe: ``paper`` (scaled and cropped, in validation too) or ``modern`` (random scale,
+                crop, flip, colour jitter; validation on whole images).
+            crop_size: side, or (height, width), of the training crop.
+            resize: (height, width) that every image and mask is resized to before all else. What
+                is measured is then measured at this size.
+            batch_size: images per process in a training step.
+            eval_batch_size: images per process in a validation step. By default batch_size where
+                all images come out at one size, else 1, so that no padding touches a result.
+            num_workers: processes that load images; by default up to 4, as processors allow.
+            predict_images: the images to predict: a file, a folder or a glob.
+        """
+        super().__init__()
+        if recipe not in ("paper", "modern"):
+            raise ValueError(f"recipe: expected 'paper' or 'modern', got {recipe!r}")
+        _check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        _check_at_least(0, num_workers=num_workers)
+        self.recipe = recipe
+        self.crop_size = _pair("crop_size", crop_size)
+        self.resize = None if resize is None else _pair("resize", resize)
+        self.batch_size = batch_size
+        one_size = recipe == "paper" or resize is not None or self.uniform_size
+        self.eval_batch_size = eval_batch_size or (batch_size if one_size else 1)
+        available = len(os.sched_getaffinity(0))
+        self.num_workers = min(4, available) if num_workers is None else num_workers
+        self.predict_images = predict_images
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def list_samples(self, split: Split) -> list[Sample]:
+        """The files of a split."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "predict":
+            return
+        size = (self.recipe, self.crop_size, self.resize)
+        self.val_set = SegmentationDataset(
+            self.list_samples("val"), self.num_classes, transforms.eval_transform(*size)
+        )
+        if stage in (None, "fit"):
+            self.train_set = SegmentationDataset(
+                self.list_samples("train"), self.num_classes, transforms.train_transform(*size)
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world_size = self._rank_and_world_size()
+        sampler = TrainSampler(self.train_set, world_size, rank, seed=_seed())
+        if self.trainer is not None:
+            # Lightning says so too, but with persistent workers only after the first has begun.
+            sampler.set_epoch(self.trainer.current_epoch)
+        return self._loader(self.train_set, sampler, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        sampler = ShardSampler(self.val_set, *reversed(self._rank_and_world_size()))
+        return self._loader(self.val_set, sampler, self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        if self.predict_images is None:
+            raise ValueError("predict_images: expected a file, a folder or a glob, got none")
+        paths = find_images(self.predict_images)
+        dataset = PredictionDataset(paths, transforms.predict_transform(self.resize))
+        sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
+        return self._loader(dataset, sampler, batch_size=1, collate_fn=None)
+
+    def _loader(
+        self, dataset: Dataset, sampler: Sampler, batch_size: int, collate_fn: Any = collate
+    ) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            # Its own: loading must not advance the random numbers that dropout draws from.
+            generator=torch.Generator().manual_seed(_seed()),
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+
+class VOCFolder(SegmentationDataModule):
+    """A folder in VOC layout: ``JPEGImages/*.jpg``, ``SegmentationClass/*.png``,
+    ``ImageSets/Segmentation/train.txt`` and ``val.txt``, and ``classes.txt`` with a class name per
+    line (without it, PASCAL's 21 classes if the masks carry PASCAL's palette)."""
+
+    def __init__(self, root: str, **kwargs: Any) -> None:
+        """
+        Args:
+            root: the folder.
+
+        Raises:
+            FileNotFoundError: the folder, a split file, an image, a mask or classes.txt is missing.
+            ValueError: an argument, split file or classes.txt is not as expected.
+        """
+        super().__init__(**kwargs)
+        folder = Path(root).expanduser()
+        self._samples = {
+            "train": voc.list_folder(folder, "train"),
+            "val": voc.list_folder(folder, "val"),
+        }
+        self.class_names, self.palette = voc.read_classes(folder, self._samples["train"][0])
+
+    def list_samples(self, split: Split) -> list[Sample]:
+        return self._samples[split]
+
+
+class PascalVOC(SegmentationDataModule):
+    """PASCAL VOC 2012, and SBD's images and masks beside it for the 10,582-image trainaug."""
+
+    def __init__(
+        self, root: str, sbd_root: str | None = None, download: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            root: the folder that holds, or shall hold, VOCdevkit/VOC2012.
+            sbd_root: the folder that holds, or shall hold, SBD (img, cls, train.txt, val.txt);
+                without it, training is on VOC's own 1,464 images.
+            download: fetch what is missing (2 GB for VOC, 1.4 GB for SBD).
+
+        Raises:
+            FileNotFoundError: download is off and a folder or file is missing.
+            ValueError: an argument is not as expected.
+        """
+        super().__init__(**kwargs)
+        self.root = Path(root).expanduser()
+        self.sbd_root = None if sbd_root is None else Path(sbd_root).expanduser()
+        self.download = download
+        self.class_names = list(voc.PASCAL_CLASSES)
+        self.palette = voc.pascal_palette(len(self.class_names))
+        if not download:
+            self._list_all()
+
+    def prepare_data(self) -> None:
+        if self.download:
+            self._list_all(download=True)
+
+    def list_samples(self, split: Split) -> list[Sample]:
+        return voc.list_pascal(self.root, split, self.sbd_root)
+
+    def _list_all(self, download: bool = False) -> None:
+        voc.list_pascal(self.root, "train", self.sbd_root, download)
+
+
+class Synthetic(SegmentationDataModule):
+    """Textured shapes on a cluttered background, generated on first use (a few seconds)."""
+
+    uniform_size = True
+
+    def __init__(
+        self,
+        cache_dir: str = "data",
+        train: int = 200,
+        val: int = 50,
+        size: int = 97,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            cache_dir: the folder to generate into; what is there already is used again.
+            train: number of training images.
+            val: number of validation images.
+            size: height and width of the images.
+            seed: another seed, other images.
+        """
+        super().__init__(**kwargs)
+        self.arguments = {"train": train, "val": val, "size": size, "seed": seed}
+        name = f"synthetic-{train}-{val}-{size}px-seed{seed}"
+        self.root = Path(cache_dir).expanduser() / name
+        self.class_names = list(synthetic.CLASSES)
+        self.palette = voc.pascal_palette(len(self.class_names))
+
+    def prepare_data(self) -> None:
+        if not self.root.exists():
+            # Processes on several machines may share the folder: the first to finish has it.
+            with contextlib.suppress(FileExistsError):
+                synthetic.generate(self.root, **self.arguments)
+
+    def list_samples(self, split: Split) -> list[Sample]:
+        return voc.list_folder(self.root, split)
+
+
+def _seed() -> int:
+    """The seed of ``lightning.seed_everything``, or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(f"{name}: expected a positive integer or (height, width), got {value!r}")
+    return pair
+
+
+def _check_at_least(minimum: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name}: expected at least {minimum}, got {value}")

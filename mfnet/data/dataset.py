@@ -1,0 +1,146 @@
+"""Data sets of files, the samplers that go through them, and the collation of their samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torchvision.transforms import v2
+
+from mfnet.data.files import IGNORE_INDEX, DataError, read_image, read_mask
+from mfnet.data.voc import Sample
+
+
+class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Pairs of a normalised float32 image (3, H, W) and an int64 mask (H, W).
+
+    An item is asked for by its index, or by ``(index, seed)``: then all that is random in the
+    transform follows from the seed, in whichever process the item is made.
+
+    Args:
+        samples: the files.
+        num_classes: labels are below this, or 255 (ignored).
+        transform: joint transform of (image, mask), both ``tv_tensors`` of dtype uint8.
+
+    Raises:
+        DataError: (by indexing) a file cannot be read, image and mask differ in size, or a label
+            is neither a class nor 255.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], num_classes: int, transform: v2.Transform
+    ) -> None:
+        self.samples = samples
+        self.num_classes = num_classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        if isinstance(key, int):
+            return self._load(key)
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._load(index)
+
+    def _load(self, index: int) -> tuple[Tensor, Tensor]:
+        sample = self.samples[index]
+        image, mask = read_image(sample.image), read_mask(sample.mask)
+        if image.shape[-2:] != mask.shape:
+            raise DataError(
+                f"{sample.mask}: expected the size of its image, {_size(image)}, got {_size(mask)}"
+            )
+        wrong = mask[(mask >= self.num_classes) & (mask != IGNORE_INDEX)]
+        if wrong.numel():
+            raise DataError(
+                f"{sample.mask}: expected labels 0 to {self.num_classes - 1} or {IGNORE_INDEX}, "
+                f"got {wrong.unique().tolist()}"
+            )
+        return self.transform(image, mask)
+
+
+class PredictionDataset(Dataset[tuple[Tensor, Tensor, str]]):
+    """Triples of a normalised float32 image (3, h, w), the original uint8 image (3, H, W), upright
+    as its EXIF orientation says, and its path.
+
+    Args:
+        paths: image files.
+        transform: of the image alone.
+
+    Raises:
+        DataError: (by indexing) the image cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: v2.Transform) -> None:
+        self.paths = paths
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+        original = read_image(self.paths[index], upright=True)
+        return self.transform(original), original.as_subclass(torch.Tensor), str(self.paths[index])
+
+
+class TrainSampler(DistributedSampler):
+    """Shuffles anew in every epoch and hands out ``(index, seed)``.
+
+    Order and seeds depend on ``seed``, the epoch and the index alone. So a resumed training sees
+    what an uninterrupted one would have seen, whatever the number of workers, and n processes with
+    batch b see, step by step, what one process with batch n*b sees.
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        seeds = torch.randint(2**62, (len(self.dataset),), generator=generator).tolist()
+        return ((index, seeds[index]) for index in super().__iter__())
+
+
+class ShardSampler(DistributedSampler):
+    """Every ``num_replicas``-th index from ``rank`` on, in order.
+
+    ``DistributedSampler`` repeats samples until all ranks have as many; here no sample is counted
+    twice, and the ranks' counts differ by up to one. (It is a subclass so that Lightning leaves it
+    in its place.)
+
+    Raises:
+        ValueError: there are fewer samples than replicas.
+    """
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+        if len(dataset) < num_replicas:
+            raise ValueError(
+                f"expected a sample for each process, got {len(dataset)} samples for "
+                f"{num_replicas} processes"
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
+def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Batch of images (B, 3, H, W) and masks (B, H, W), padded on the right and at the bottom to
+    the largest H and W: images with 0, the mean colour, masks with 255."""
+    height = max(image.shape[-2] for image, _ in samples)
+    width = max(image.shape[-1] for image, _ in samples)
+    padded = []
+    for image, mask in samples:
+        padding = (0, width - image.shape[-1], 0, height - image.shape[-2])
+        padded.append((F.pad(image, padding), F.pad(mask, padding, value=IGNORE_INDEX)))
+    images, masks = default_collate(padded)
+    return images, masks
+
+
+def _size(tensor: Tensor) -> str:
+    return "{} x {}".format(*tensor.shape[-2:])

@@ -1,0 +1,106 @@
+"""Joint transforms of image and mask, on torchvision's ``transforms.v2`` and ``tv_tensors``.
+
+Two recipes, both ending in a normalised float32 image (3, H, W) and an int64 mask (H, W):
+
+``paper``
+    MFNet was trained with the loaders of the DeepLab family around pytorch-deeplab-xception.
+    Training: horizontal flip; rescaling so that the shorter side is 0.5 to 2 times the crop; a
+    random crop, padded where the image is smaller. Evaluation: rescaling so that the shorter side
+    is the crop size, then the centre crop, so accuracy is measured on that crop and not on whole
+    images. Two differences from those loaders: they pad masks with class 0, here it is 255
+    (ignored); their random Gaussian blur, which the paper does not mention, is left out.
+``modern``
+    Training: rescaling by 0.5 to 2 times the image's own size, padding and random crop, horizontal
+    flip, colour jitter. Evaluation: the whole image at its own size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from mfnet.data.files import IGNORE_INDEX
+
+Recipe = Literal["paper", "modern"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The mean colour is 0 after normalisation.
+_FILL = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE_INDEX}
+
+
+class Rescale(v2.Transform):
+    """Resize with the aspect ratio kept, by a factor drawn uniformly from ``scale``.
+
+    The factor is relative to the image's own size, or to the smallest size that covers
+    ``cover`` (h, w). Images are interpolated bilinearly, masks by the nearest neighbour.
+    """
+
+    def __init__(
+        self, scale: tuple[float, float] = (1.0, 1.0), cover: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.cover = cover
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        factor = float(torch.empty(()).uniform_(*self.scale))
+        if self.cover is not None:
+            factor *= max(self.cover[0] / height, self.cover[1] / width)
+        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, params["size"], antialias=True)
+
+
+def train_transform(
+    recipe: Recipe, crop_size: tuple[int, int], resize: tuple[int, int] | None = None
+) -> v2.Transform:
+    """Augmentation of (image, mask) to ``crop_size`` (h, w); ``resize`` (h, w) comes first."""
+    crop = v2.RandomCrop(crop_size, pad_if_needed=True, fill=_FILL)
+    flip = v2.RandomHorizontalFlip()
+    if recipe == "paper":
+        steps = [flip, Rescale((0.5, 2.0), cover=crop_size), crop]
+    else:
+        jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05)
+        steps = [Rescale((0.5, 2.0)), crop, flip, jitter]
+    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors()])
+
+
+def eval_transform(
+    recipe: Recipe, crop_size: tuple[int, int], resize: tuple[int, int] | None = None
+) -> v2.Transform:
+    """Deterministic transform of (image, mask): centre crop (paper) or whole image (modern)."""
+    steps = [Rescale(cover=crop_size), v2.CenterCrop(crop_size)] if recipe == "paper" else []
+    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors()])
+
+
+def predict_transform(resize: tuple[int, int] | None = None) -> v2.Transform:
+    """Transform of a lone image: the whole of it, at its own size or at ``resize`` (h, w)."""
+    return v2.Compose([*_resize(resize), *_to_normalised_tensors()])
+
+
+def denormalise(image: Tensor) -> Tensor:
+    """Undo the normalisation: float (..., 3, H, W) -> uint8 of the same shape."""
+    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _resize(size: tuple[int, int] | None) -> list[v2.Transform]:
+    return [] if size is None else [v2.Resize(list(size), antialias=True)]
+
+
+def _to_normalised_tensors() -> list[v2.Transform]:
+    dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
+    return [
+        v2.ToDtype(dtypes, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.ToPureTensor(),
+    ]

@@ -1,0 +1,166 @@
+"""The layout of PASCAL VOC: which files belong to a split, class names and palettes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from torchvision.datasets import SBDataset, VOCSegmentation
+
+from mfnet.data.files import DataError, read_palette
+
+Split = Literal["train", "val"]
+Palette = list[tuple[int, int, int]]
+
+PASCAL_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
+
+
+class Sample(NamedTuple):
+    """The files of one image and its mask."""
+
+    image: Path
+    mask: Path
+
+
+def pascal_palette(num_classes: int) -> Palette:
+    """PASCAL's colours: the bits of the class index, dealt out to R, G, B from the top bit down."""
+
+    def channel(index: int, first: int) -> int:
+        return sum((index >> (first + 3 * bit) & 1) << (7 - bit) for bit in range(3))
+
+    return [(channel(i, 0), channel(i, 1), channel(i, 2)) for i in range(num_classes)]
+
+
+def list_folder(root: str | Path, split: Split) -> list[Sample]:
+    """Files of a split, in the order of ``ImageSets/Segmentation/<split>.txt``.
+
+    Raises:
+        FileNotFoundError: the folder, the split file, an image or a mask is missing.
+        ValueError: the split file names no image.
+    """
+    root = Path(root)
+    _require(root)
+    split_file = _require(root / "ImageSets" / "Segmentation" / f"{split}.txt")
+    names = _lines(split_file)
+    samples = [
+        Sample(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
+        for name in names
+    ]
+    return _checked(samples, split_file)
+
+
+def read_classes(root: str | Path, sample: Sample) -> tuple[list[str], Palette]:
+    """Class names and palette of a folder in VOC layout.
+
+    Names are the lines of ``classes.txt``. Without it, the classes are PASCAL's 21 if the mask of
+    ``sample`` carries PASCAL's palette. The palette is that mask's; colours it lacks (a grey mask
+    has none) are PASCAL's.
+
+    Raises:
+        FileNotFoundError: no ``classes.txt``, and the palette is not PASCAL's.
+        ValueError: ``classes.txt`` is empty, has a name twice, or more than 255 names.
+        DataError: the mask cannot be read.
+    """
+    file = Path(root) / "classes.txt"
+    colours = read_palette(sample.mask)
+    if file.is_file():
+        names = _lines(file)
+        if not 0 < len(names) <= 255 or len(set(names)) < len(names):
+            raise ValueError(f"{file}: expected 1 to 255 different names, one per line")
+    elif colours[: len(PASCAL_CLASSES)] == pascal_palette(len(PASCAL_CLASSES)):
+        names = list(PASCAL_CLASSES)
+    else:
+        raise FileNotFoundError(
+            f"{file}: missing, and the masks do not carry PASCAL's palette; "
+            "expected one class name per line, in the order of the class indices"
+        )
+    return names, colours[: len(names)] + pascal_palette(len(names))[len(colours) :]
+
+
+def list_pascal(
+    root: str | Path, split: Split, sbd_root: str | Path | None = None, download: bool = False
+) -> list[Sample]:
+    """Files of PASCAL VOC 2012, found through torchvision.
+
+    With ``sbd_root``, ``train`` is the usual *trainaug*: VOC's 1,464 training images with VOC's
+    masks, then those of SBD's 11,355 that are in neither VOC's ``train`` nor ``val`` (9,118), with
+    SBD's masks: 10,582.
+
+    Args:
+        root: the folder that holds, or shall hold, ``VOCdevkit/VOC2012``.
+        split: ``train`` or ``val``.
+        sbd_root: the folder that holds, or shall hold, SBD's ``img``, ``cls``, ``train.txt``,
+            ``val.txt``.
+        download: fetch what is missing with torchvision, which compares checksums.
+
+    Raises:
+        FileNotFoundError: a folder, split file, image or mask is missing.
+        DataError: SBD is asked for and scipy, which reads its masks, is not installed.
+    """
+    voc = {name: _list_voc2012(root, name, download) for name in ("train", "val")}
+    if split == "val" or sbd_root is None:
+        return voc[split]
+    known = {sample.image.stem for samples in voc.values() for sample in samples}
+    extra = [s for s in _list_sbd(sbd_root, download) if s.image.stem not in known]
+    return voc["train"] + extra
+
+
+def _list_voc2012(root: str | Path, split: str, download: bool) -> list[Sample]:
+    split_file = Path(root, "VOCdevkit", "VOC2012", "ImageSets", "Segmentation", f"{split}.txt")
+    fetch = download and not split_file.is_file()
+    if not fetch:
+        _require(split_file)
+    data = VOCSegmentation(root, year="2012", image_set=split, download=fetch)
+    return _checked(_pairs(data), split_file)
+
+
+def _list_sbd(root: str | Path, download: bool) -> list[Sample]:
+    try:
+        import scipy.io  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"{root}: reading SBD's .mat masks needs scipy: {error}") from error
+    root = Path(root)
+    samples = []
+    for split in ("train", "val"):
+        split_file = root / f"{split}.txt"
+        fetch = download and not split_file.is_file()
+        if not fetch:
+            _require(split_file)
+        data = SBDataset(root, image_set=split, mode="segmentation", download=fetch)
+        samples += _checked(_pairs(data), split_file)
+    return samples
+
+
+def _pairs(data: VOCSegmentation | SBDataset) -> Iterable[Sample]:
+    return (Sample(Path(i), Path(m)) for i, m in zip(data.images, data.masks, strict=True))
+
+
+def _lines(path: Path) -> list[str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+def _require(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return path
+
+
+def _checked(samples: Iterable[Sample], split_file: Path) -> list[Sample]:
+    """The samples, after making sure that all their files are there."""
+    samples = list(samples)
+    if not samples:
+        raise ValueError(f"{split_file}: names no image")
+    # One listing per folder instead of one question per file: quicker on network disks.
+    folders = {path.parent for sample in samples for path in sample}
+    present = {path for folder in folders for path in _require(folder).iterdir()}
+    for sample in samples:
+        for path in sample:
+            if path not in present:
+                raise FileNotFoundError(f"{path}: no such file, but {split_file} names it")
+    return samples

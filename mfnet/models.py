@@ -1,0 +1,143 @@
+"""Segmentation networks: a backbone, a context, a decoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mfnet.backbone import Backbone
+from mfnet.contexts import CONTEXTS, LossContext
+from mfnet.decoder import DeepLabDecoder, PointwiseDecoder, upsample
+
+MIN_SIZE = 33
+CONTEXT_CHANNELS = 256
+
+
+class SegmentationNetwork(nn.Module):
+    """Images ``(B, 3, H, W)`` to logits ``(B, num_classes, H, W)``, for any H, W >= 33.
+
+    Args:
+        backbone: images to ``(low, high)`` features.
+        context: high-level features to context features; see :mod:`mfnet.contexts`.
+        decoder: ``(context features, low features)`` to logits at any resolution.
+    """
+
+    def __init__(self, backbone: Backbone, context: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.context = context
+        self.decoder = decoder
+        for module in self._head().modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits in x's resolution or, with ``return_loss``, ``(logits, loss)``.
+
+        ``loss`` is the context's own, unweighted, as a float32 scalar: MFNet's reconstruction
+        error, and zero for networks without one. Without ``return_loss`` in training, MFNet's
+        enters through the backward pass, times its ``loss_weight``.
+
+        Raises:
+            TypeError: x is not of a floating-point type.
+            ValueError: x is not ``(B, 3, H, W)`` or is smaller than 33 x 33.
+        """
+        _check_images(x)
+        low, high = self.backbone(x)
+        if return_loss and isinstance(self.context, LossContext):
+            context, loss = self.context(high, return_loss=True)
+        else:
+            context, loss = self.context(high), x.new_zeros((), dtype=torch.float32)
+        logits = upsample(self.decoder(context, low), x.shape[-2:])
+        return (logits, loss) if return_loss else logits
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """The backbone's trainable parameters: the group with the lower learning rate."""
+        return [p for p in self.backbone.parameters() if p.requires_grad]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of context and decoder."""
+        return [p for p in self._head().parameters() if p.requires_grad]
+
+    def _head(self) -> nn.ModuleList:
+        return nn.ModuleList((self.context, self.decoder))
+
+
+class _Recipe(NamedTuple):
+    context: str
+    decoder: Callable[[int, int, int], nn.Module]
+
+
+_MODELS = {
+    "mfnet": _Recipe("mf", DeepLabDecoder),
+    "deeplabv3plus": _Recipe("aspp", DeepLabDecoder),
+    "emanet": _Recipe("em", PointwiseDecoder),
+}
+
+
+def list_models() -> list[str]:
+    """The names :func:`create_model` knows."""
+    return list(_MODELS)
+
+
+def create_model(
+    name: str,
+    num_classes: int = 21,
+    backbone: str = "resnet50",
+    backbone_weights: str | Path | None = None,
+    **kwargs: Any,
+) -> SegmentationNetwork:
+    """Build a segmentation network at output stride 16.
+
+    Args:
+        name: ``"mfnet"``, ``"deeplabv3plus"`` or ``"emanet"``.
+        num_classes: number of classes, and of the logits' channels.
+        backbone: a timm model that supports ``output_stride``, for example ``"resnet18"``.
+        backbone_weights: ``None`` (random), ``"timm"`` (pretrained, downloaded when not cached)
+            or the path of a torchvision or timm state-dict file; see
+            :class:`mfnet.backbone.Backbone`.
+        **kwargs: options of the network's context. mfnet: ``rank=64``,
+            ``context_size=(33, 33)`` (the stride-16 feature grid Z belongs to: 513 x 513 images
+            have 33 x 33) and ``loss_weight=0.1``. emanet: ``bases=64`` and ``steps=3``.
+
+    Raises:
+        ValueError: unknown model or backbone, a value out of range, weights that do not fit.
+        TypeError: a keyword that the network does not take.
+        FileNotFoundError: no file at ``backbone_weights``, or timm's cannot be downloaded.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model '{name}': choose from {', '.join(_MODELS)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    recipe = _MODELS[name]
+    build_context = CONTEXTS[recipe.context]
+    options = list(inspect.signature(build_context).parameters)[2:]  # after in_, out_channels
+    for keyword in kwargs:
+        if keyword not in options:
+            choices = ["num_classes", "backbone", "backbone_weights", *options]
+            raise TypeError(
+                f"unknown keyword '{keyword}' for model '{name}': choose from {', '.join(choices)}"
+            )
+    trunk = Backbone(backbone, backbone_weights)
+    context = build_context(trunk.high_channels, CONTEXT_CHANNELS, **kwargs)
+    decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
+    return SegmentationNetwork(trunk, context, decoder)
+
+
+def _check_images(x: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"x: expected images (B, 3, H, W), got shape {tuple(x.shape)}")
+    if min(x.shape[-2:]) < MIN_SIZE:
+        height, width = x.shape[-2:]
+        raise ValueError(
+            f"x: expected images of at least {MIN_SIZE} x {MIN_SIZE}, got {height} x {width}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")

@@ -1,0 +1,287 @@
+"""``mfnet report RUN...``: curves, predictions and the comparison table of finished runs.
+
+Everything is drawn from what the runs logged: ``metrics.csv``, ``summary.json``, ``samples.npz``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfnet.callbacks import SAMPLES, SUMMARY
+from mfnet.files import written_whole
+from mfnet.visualize import Array, draw_curves, draw_grid, save_figure
+
+METRICS = "metrics.csv"
+CURVES = {"mIoU": "val/mIoU", "fwIoU": "val/fwIoU"}
+SUMMARY_KEYS = {
+    "model": str,
+    "backbone": str,
+    "parameters": int,
+    "trainable_parameters": int,
+    "gflops": (int, float, type(None)),
+    "input_size": list,
+    "class_names": list,
+    "palette": list,
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The validation images a run was shown last: uint8 (H, W, 3) and masks (H, W), by image."""
+
+    images: list[Array]
+    truths: list[Array]
+    predictions: list[Array]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run left behind. ``epochs`` maps an epoch to what was logged in it."""
+
+    folder: Path
+    epochs: dict[int, dict[str, float]]
+    summary: dict[str, Any]
+    samples: Samples
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Epochs (counted from 1) in which ``metric`` was logged, and its values."""
+        found = [(epoch + 1, row[metric]) for epoch, row in self.epochs.items() if metric in row]
+        return [epoch for epoch, _ in found], [value for _, value in found]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of a ``metrics.csv``, without their empty cells.
+
+    Raises ``ValueError`` naming the file when it is empty, cut short or holds no numbers.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected CSV text, got binary data") from None
+    header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    if not rows:
+        raise ValueError(f"{path}: expected a header and rows of metrics, got an empty file")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path}: the last line is cut short")
+    if "epoch" not in header:
+        raise ValueError(f"{path}: expected a column named epoch, got {', '.join(header)}")
+    parsed = []
+    for line, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {line}: expected {len(header)} columns, got {len(row)}")
+        try:
+            cells = zip(header, row, strict=True)
+            parsed.append({name: float(cell) for name, cell in cells if cell})
+            if not parsed[-1].get("epoch", 0.0).is_integer():
+                raise ValueError(f"expected a whole epoch, got {parsed[-1]['epoch']}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from None
+    return parsed
+
+
+def merge_epochs(rows: Sequence[dict[str, float]]) -> dict[int, dict[str, float]]:
+    """Gather rows by epoch; where the log goes back to an earlier epoch, what follows it is void.
+
+    A run resumed from an older checkpoint logs the epochs after it once more: what counts is the
+    last pass over an epoch.
+    """
+    epochs: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if "epoch" not in row:  # the learning-rate monitor's rows carry a step only
+            continue
+        epoch = int(row["epoch"])
+        for later in [known for known in epochs if known > epoch]:
+            del epochs[later]
+        epochs.setdefault(epoch, {}).update(row)
+    return epochs
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run left in its folder.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` naming the folder or the file at fault.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such run folder")
+    path = folder / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: expected a run folder with {METRICS}, found none")
+    epochs = merge_epochs(read_metrics(path))
+    for metric in CURVES.values():
+        if not any(metric in row for row in epochs.values()):
+            raise ValueError(f"{path}: {metric} was never logged")
+    summary = _read_summary(folder / SUMMARY)
+    return Run(folder, epochs, summary, _read_samples(folder / SAMPLES))
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it is written at the first validation")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    for key, kind in SUMMARY_KEYS.items():
+        if not isinstance(summary, dict) or not isinstance(summary.get(key, ...), kind):
+            raise ValueError(f"{path}: the entry {key} is missing or of the wrong type")
+    return summary
+
+
+def _read_samples(path: Path) -> Samples:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it is written at every validation")
+    try:
+        with np.load(path) as archive:
+            count = sum(name.startswith("image_") for name in archive.files)
+            return Samples(
+                *(
+                    [archive[f"{kind}_{index}"] for index in range(count)]
+                    for kind in ("image", "truth", "prediction")
+                )
+            )
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole samples file: {error}") from None
+
+
+def label_runs(folders: Sequence[Path]) -> list[str]:
+    """Short names that tell the folders apart: their paths without the shared ends.
+
+    Raises ``ValueError`` for a folder given twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    for index, path in enumerate(parts):
+        if path in parts[:index]:
+            raise ValueError(f"{folders[index]}: the run is given twice")
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    start = _shared(parts)
+    end = _shared([path[start:][::-1] for path in parts])
+    return ["/".join(path[start : len(path) - end]) for path in parts]
+
+
+def _shared(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many leading parts all paths share, leaving at least one part to each."""
+    longest = min(map(len, paths)) - 1
+    levels = list(zip(*paths, strict=False))[:longest]
+    return sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _check_comparable(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        if run.summary["class_names"] != first.summary["class_names"]:
+            raise ValueError(f"{run.folder}: its classes differ from those of {first.folder}")
+        ours = [*run.samples.images, *run.samples.truths]
+        theirs = [*first.samples.images, *first.samples.truths]
+        if len(ours) != len(theirs) or not all(map(np.array_equal, ours, theirs)):
+            raise ValueError(f"{run.folder}: its sample images differ from those of {first.folder}")
+
+
+def comparison_table(runs: dict[str, Run]) -> str:
+    """The runs as a Markdown table: the last epoch's metrics, the best mIoU, the model's costs."""
+    header = (
+        "Run", "Model", "Backbone", "Epochs", "mIoU (%)", "fwIoU (%)", "Best mIoU (%)",
+        "Parameters (M)", "GFLOPs", "Input",
+    )  # fmt: skip
+    rows = []
+    for name, run in runs.items():
+        epochs, miou = run.series("val/mIoU")
+        _, fwiou = run.series("val/fwIoU")
+        best = max(range(len(miou)), key=lambda i: -math.inf if math.isnan(miou[i]) else miou[i])
+        gflops = run.summary["gflops"]
+        rows.append((
+            name,
+            run.summary["model"],
+            run.summary["backbone"],
+            str(epochs[-1]),
+            f"{100 * miou[-1]:.2f}",
+            f"{100 * fwiou[-1]:.2f}",
+            f"{100 * miou[best]:.2f} (epoch {epochs[best]})",
+            f"{run.summary['parameters'] / 1e6:.2f}",
+            "unknown" if gflops is None else f"{gflops:.1f}",
+            " x ".join(map(str, run.summary["input_size"])),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in (header, *rows)
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
+    """Write ``curves.png``, ``predictions.png`` and ``report.md`` into ``output``.
+
+    Everything is read and checked before the first file is written. Returns the comparison
+    table. Raises ``FileNotFoundError`` or ``ValueError`` naming the folder or file at fault.
+    """
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise ValueError("report: expected at least one run folder, got none")
+    labels = label_runs(paths)
+    runs = dict(zip(labels, map(read_run, paths), strict=True))
+    _check_comparable(list(runs.values()))
+
+    first = next(iter(runs.values()))
+    try:
+        grid = draw_grid(
+            first.samples.images,
+            first.samples.truths,
+            {
+                name if len(runs) > 1 else "prediction": run.samples.predictions
+                for name, run in runs.items()
+            },
+            first.summary["class_names"],
+            first.summary["palette"],
+        )
+    except ValueError as error:
+        raise ValueError(f"{first.folder / SAMPLES}: {error}") from None
+    curves = draw_curves(
+        {
+            title: {name: run.series(metric) for name, run in runs.items()}
+            for title, metric in CURVES.items()
+        }
+    )
+    table = comparison_table(runs)
+
+    output = Path(output)
+    save_figure(curves, output / "curves.png")
+    save_figure(grid, output / "predictions.png")
+    with written_whole(output / "report.md") as partial:
+        partial.write_text(
+            "# Comparison\n\n"
+            f"{table}\n"
+            "mIoU and fwIoU are those of the last epoch. GFLOPs: forward pass of one image, "
+            "2 per multiply-add.\n\n"
+            "![mIoU and fwIoU over epochs](curves.png)\n\n"
+            "![image, truth, predictions](predictions.png)\n",
+            encoding="utf-8",
+        )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``mfnet report``; user errors are raised, for the caller to print."""
+    parser = argparse.ArgumentParser(
+        prog="mfnet report",
+        description="Draw curves, predictions and the comparison table from what runs logged.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report"), metavar="DIR", help="default: %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    print(report(options.runs, options.output), end="")
+    print(f"written: {options.output}/curves.png, predictions.png, report.md")

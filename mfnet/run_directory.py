@@ -1,0 +1,111 @@
+"""What a training run keeps in its folder: checkpoints and logs that outlive interruptions.
+
+``<folder>/config.yaml``, ``metrics.csv``, TensorBoard's event files, ``checkpoints/best.ckpt``
+(by val/mIoU) and ``checkpoints/last.ckpt`` (after every epoch, and on SIGTERM).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from mfnet.files import written_whole
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+
+
+def checkpoint_callbacks(folder: Path) -> list[Callback]:
+    """Keep ``best.ckpt`` and ``last.ckpt`` in the run's folder."""
+    where: dict[str, Any] = {"dirpath": folder / CHECKPOINTS, "enable_version_counter": False}
+    best = ModelCheckpoint(filename="best", monitor="val/mIoU", mode="max", **where)
+    return [best, LastCheckpoint(filename="last", save_on_train_epoch_end=True, **where)]
+
+
+def loggers(folder: Path) -> list[Logger]:
+    """Log to ``metrics.csv`` and to TensorBoard in the run's folder."""
+    return [
+        ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=1),
+        TensorBoardLogger(folder, name="", version=""),
+    ]
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """A checkpoint after every epoch, and on SIGTERM.
+
+    Not on other errors: one rank's failure would wait for the others in vain.
+    """
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, SIGTERMException):
+            self.save_on_exception = True
+            super().on_exception(trainer, pl_module, exception)
+
+
+class WholeFileCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are either whole or not there, and load without running code.
+
+    Lightning writes to the system's temporary folder and moves the file; across file systems
+    that is a copy over the previous checkpoint, which a full disk destroys.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside ``path``, then rename. Raises ``OSError`` naming ``path``."""
+        buffer = io.BytesIO()  # torch.save into a full file raises a RuntimeError without a reason
+        torch.save(checkpoint, buffer)
+        try:
+            with written_whole(Path(path)) as partial, partial.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"checkpoint '{path}' could not be written: {error}") from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Raises ``FileNotFoundError``, or ``ValueError`` for what is not a checkpoint."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"checkpoint '{path}': no such file")
+        try:
+            checkpoint = torch.load(path, map_location, weights_only=weights_only is not False)
+        except Exception as error:  # a damaged file fails in a dozen ways
+            raise ValueError(f"checkpoint '{path}' is not a whole checkpoint file") from error
+        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+            raise ValueError(f"checkpoint '{path}' was not written by a training run")
+        return checkpoint
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """A CSV log that a resumed run goes on with; Lightning's deletes the rows that are there."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _AppendingWriter(self.log_dir)
+        return self._experiment
+
+
+class _AppendingWriter(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.metrics_keys = next(csv.reader(file), [])

@@ -1,0 +1,194 @@
+"""Builds mfops._C; all that is not a decision about compilers is in pyproject.toml.
+
+The C++ sources are always compiled, the CUDA sources where nvcc and a CUDA build of torch are
+there, whether or not a GPU is visible. Where a tool is missing the build goes on without it and
+says so in one line; an error in our own sources always fails it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = (2, 11)  # oldest torch whose stable ABI the extension needs
+CXX_STANDARD = "-std=c++20"  # what the headers of current torch need
+CUDA_ARCHS = "8.0;8.6;8.9;9.0+PTX"  # Ampere, Ada, Hopper; PTX for what comes after
+METADATA_COMMANDS = {"egg_info", "dist_info", "sdist"}  # commands that compile nothing
+
+
+def notice(message: str) -> None:
+    print(f"mfops: NOTICE: {message}", file=sys.stderr, flush=True)
+
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def check_requirements(requirements: list[str]) -> None:
+    """Ends the build where a `name>=version` is not met: pip checks only when it isolates."""
+    for requirement in requirements:
+        name, _, oldest = requirement.partition(">=")
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "none"
+        if release(found) < release(oldest):
+            sys.exit(
+                f"mfops: the build needs {requirement}, found {found}: run pip install"
+                f" '{requirement}' or drop --no-build-isolation"
+            )
+
+
+def compile_error(command: list[str], source: str, suffix: str) -> str | None:
+    """None where `command` compiles `source`, else the first line that says why not."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe").with_suffix(suffix)
+        path.write_text(source)
+        command = [*command, "-c", str(path), "-o", str(path.with_suffix(".o"))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        except OSError as error:
+            return str(error)
+    if done.returncode == 0:
+        return None
+    lines = (done.stderr + done.stdout).replace(str(path), path.name).splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no output")
+
+
+def find_cxx() -> tuple[str, None] | tuple[None, str]:
+    """The command of a working C++ compiler, or why there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    cxx = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+    if cxx is None:
+        return None, f"no C++ compiler ({' or '.join(names)}) on PATH"
+    include = sysconfig.get_paths()["include"]
+    command = [*shlex.split(cxx), CXX_STANDARD, f"-I{include}"]
+    error = compile_error(command, "#include <Python.h>\n#include <vector>\n", ".cpp")
+    if error:
+        return None, f"{cxx} can't compile a C++20 file that includes Python.h ({error})"
+    return cxx, None
+
+
+def find_nvcc() -> str | None:
+    """nvcc by the conventions of torch: $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_home_of(nvcc: str) -> Path:
+    """Root of nvcc's toolkit as nvcc itself tells it: nvcc on PATH may be a wrapper script."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
+    return Path(top.group(1) if top else Path(nvcc).parent.parent).resolve()
+
+
+def find_cuda(torch_cuda: str | None, cxx: str) -> tuple[Path, None] | tuple[None, str]:
+    """Root of a CUDA toolkit that fits torch, built for CUDA `torch_cuda`, or why there is none."""
+    if torch_cuda is None:
+        return None, "the torch it was built with has no CUDA support"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None, "no nvcc in $CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", version)
+    if release is None:
+        return None, f"{nvcc} --version names no release"
+    major = torch_cuda.split(".")[0]
+    if release.group(1).split(".")[0] != major:
+        return None, (
+            f"nvcc {release.group(1)} does not match torch's CUDA {torch_cuda}: install a CUDA"
+            f" {major} toolkit and point CUDA_HOME at it, or install a torch built for CUDA"
+            f" {release.group(1).split('.')[0]} and run pip install --no-build-isolation"
+        )
+    source = "#include <cuda_runtime.h>\n__global__ void probe() {}\n"
+    error = compile_error([nvcc, CXX_STANDARD, "-ccbin", shlex.split(cxx)[-1]], source, ".cu")
+    if error:
+        return None, f"{nvcc} can't compile an empty kernel ({error})"
+    return cuda_home_of(nvcc), None
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def extension(cxx: str, cuda_home: Path | None, cuda_missing: str | None) -> Extension:
+    import pybind11
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    major, minor = TORCH_TARGET
+    macros = [("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")]
+    files = sources("*.cpp") + sources("cpu/*.cpp")
+    flags = [CXX_STANDARD, "-O3", "-g0", "-fvisibility=hidden"]
+    # libtorch.so brings torch's CUDA half where there is one; --as-needed would drop it.
+    link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    library_dirs = library_paths()
+    nvcc_flags: list[str] = []
+    if cuda_home:
+        files += sources("cuda/*.cu")
+        macros.append(("MFOPS_WITH_CUDA", "1"))
+        nvcc_flags = [CXX_STANDARD, "-O3", "-Xcompiler=-fvisibility=hidden"]
+        nvcc_flags += ["-ccbin", shlex.split(cxx)[-1]]
+        library_dirs += [str(path) for path in (cuda_home / "lib64", cuda_home / "lib")]
+        # A static, private CUDA runtime: the extension imports where there is no CUDA at all,
+        # and never mixes with the runtime that torch brings along.
+        link += ["-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,ALL"]
+    else:
+        macros.append(("MFOPS_CUDA_MISSING", json.dumps(cuda_missing)))
+    return Extension(
+        "mfops._C",
+        files,
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *include_paths()],
+        define_macros=macros,
+        library_dirs=library_dirs,
+        extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
+        extra_link_args=link,
+        language="c++",
+    )
+
+
+def build_arguments() -> dict:
+    """ext_modules and cmdclass for setup(): empty, after a notice, without a C++ compiler."""
+    cxx, problem = find_cxx()
+    if cxx is None:
+        notice(
+            f"{problem}: installing WITHOUT native kernels, as pure Python. Install g++ and"
+            " Python's development headers, then install again."
+        )
+        return {}
+    os.environ["CXX"] = cxx  # compile and link with the compiler that was tried
+    import torch
+
+    cuda_home, cuda_missing = find_cuda(torch.version.cuda, cxx)
+    if cuda_home is None:
+        notice(f"{cuda_missing}: building the C++ kernels only, no CUDA kernels.")
+    else:
+        os.environ["CUDA_HOME"] = str(cuda_home)  # read when torch.utils.cpp_extension is imported
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+    from torch.utils.cpp_extension import BuildExtension
+
+    return {
+        "ext_modules": [extension(cxx, cuda_home, cuda_missing)],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
+
+
+if __name__ == "__main__":
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    check_requirements(project["build-system"]["requires"])
+    setup(**({} if METADATA_COMMANDS & set(sys.argv) else build_arguments()))

@@ -1,0 +1,119 @@
+"""The two recipes: sizes, padding, alignment of image and mask, normalisation."""
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from mfnet.data import denormalise
+from mfnet.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Rescale,
+    eval_transform,
+    predict_transform,
+    train_transform,
+)
+
+
+def _pair(height, width, margin=12):
+    """A white rectangle of class 1 on black of class 0; the margin is wide for odd rescalings."""
+    mask = torch.zeros(height, width, dtype=torch.uint8)
+    mask[margin:-margin, margin:-margin] = 1
+    image = (mask * 255).expand(3, -1, -1).contiguous()
+    return tv_tensors.Image(image), tv_tensors.Mask(mask)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "modern"])
+@pytest.mark.parametrize("size", [(61, 83), (90, 47)])
+@pytest.mark.parametrize("crop", [(65, 65), (33, 49), (127, 129)])
+@pytest.mark.parametrize("resize", [None, (71, 57)])
+def test_train_sizes_and_types(recipe, size, crop, resize):
+    transform = train_transform(recipe, crop, resize)
+    for _ in range(5):
+        image, mask = transform(*_pair(*size))
+        assert image.shape == (3, *crop)
+        assert mask.shape == crop
+        assert (image.dtype, mask.dtype) == (torch.float32, torch.int64)
+        assert type(image) is type(mask) is torch.Tensor
+        assert set(mask.unique().tolist()) <= {0, 1, 255}
+
+
+@pytest.mark.parametrize("size", [(61, 83), (90, 47), (65, 65), (500, 375)])
+@pytest.mark.parametrize("crop", [(65, 65), (33, 49), (513, 513)])
+def test_paper_evaluates_on_a_centre_crop_without_padding(size, crop):
+    image, mask = eval_transform("paper", crop)(*_pair(*size))
+    assert image.shape == (3, *crop)
+    assert mask.shape == crop
+    assert (mask != 255).all()
+    assert mask[crop[0] // 2, crop[1] // 2] == 1
+
+
+def test_modern_evaluates_on_the_whole_image():
+    image, mask = _pair(61, 83)
+    for resize, expected in ((None, (61, 83)), ((31, 42), (31, 42))):
+        out, labels = eval_transform("modern", (33, 33), resize)(image, mask)
+        assert out.shape == (3, *expected)
+        assert labels.shape == expected
+    assert torch.equal(eval_transform("modern", (33, 33))(image, mask)[1], mask.long())
+
+
+@pytest.mark.parametrize("recipe", ["paper", "modern"])
+def test_image_and_mask_stay_aligned(recipe):
+    transform = train_transform(recipe, (129, 129))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image, mask = transform(*_pair(161, 183, margin=40))
+        brightness = denormalise(image).float().mean(0)
+        white, black = brightness[mask == 1], brightness[mask == 0]
+        # Interpolation mixes the two within a pixel of their border.
+        assert white.median() > black.median() + 100
+        assert (white > 128).float().mean() > 0.95
+        assert (black < 128).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("recipe", ["paper", "modern"])
+def test_padding_is_ignored_and_of_the_mean_colour(recipe):
+    transform = train_transform(recipe, (97, 97))
+    padded = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image, mask = transform(*_pair(40, 40))
+        outside = mask == 255
+        padded += outside.any().item()
+        if recipe == "paper" and outside.any():
+            assert image[:, outside].abs().max() < 0.02
+    assert padded > 0
+
+
+def test_flip_happens_in_about_half_the_samples():
+    transform = train_transform("modern", (33, 33))
+    left = tv_tensors.Mask(torch.zeros(33, 33, dtype=torch.uint8))
+    left[:, :16] = 1
+    image = tv_tensors.Image(torch.zeros(3, 33, 33, dtype=torch.uint8))
+    torch.manual_seed(0)
+    flipped = 0
+    for _ in range(100):
+        _, mask = transform(image, left)
+        columns = torch.arange(33).expand(33, 33)
+        flipped += columns[mask == 1].float().mean() > columns[mask == 0].float().mean()
+    assert 30 < flipped < 70
+
+
+def test_scales_cover_the_range():
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.zeros(3, 100, 60, dtype=torch.uint8))
+    heights = [Rescale((0.5, 2.0))(image).shape[-2] for _ in range(200)]
+    assert 50 <= min(heights) < 60
+    assert 190 < max(heights) <= 200
+    covered = [Rescale((0.5, 2.0), cover=(30, 30))(image).shape[-1] for _ in range(200)]
+    assert 15 <= min(covered) < 18
+    assert 57 < max(covered) <= 60
+
+
+def test_normalisation_and_its_inverse():
+    image = tv_tensors.Image(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8))
+    out = predict_transform()(image)
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)
+    torch.testing.assert_close(out, (image / 255 - mean) / std[:, None, None])
+    assert torch.equal(denormalise(out), image.as_subclass(torch.Tensor))
+    assert torch.equal(denormalise(out[None])[0], denormalise(out))

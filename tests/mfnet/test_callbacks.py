@@ -1,0 +1,269 @@
+"""The run's record (summary.json, samples.npz) and the overlays of predictions."""
+
+import copy
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from mfnet import create_model
+from mfnet.callbacks import OverlayWriter, RunRecord, classes_at, count_flops, overlay_targets
+from mfnet.report import report
+
+PALETTE = [(0, 0, 0), (200, 10, 30), (0, 0, 250)]
+SIZE = (20, 28)
+
+
+class Scenes(Dataset):
+    """Six images whose left half is brighter: class 1 there, class 0 elsewhere."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        image = torch.full((3, *SIZE), 0.1 * index - 0.5)
+        image[..., : SIZE[1] // 2] += 1
+        return image, (image[0] > 0.5 + 0.1 * index - 0.5).long()
+
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 3, 1)
+        )
+
+    def forward(self, images):
+        return self.network(images)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log_dict({"val/mIoU": 0.5, "val/fwIoU": 0.75})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Data(L.LightningDataModule):
+    class_names = ("background", "disc", "square")
+    palette = PALETTE
+
+    def train_dataloader(self):
+        return DataLoader(Scenes(), batch_size=3)
+
+    def val_dataloader(self):
+        return DataLoader(Scenes(), batch_size=3)
+
+
+def trainer_with(record, folder, **options):
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=CSVLogger(folder, name="", version=0),
+        callbacks=[record],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **options,
+    )
+
+
+def read_samples(folder):
+    with np.load(folder / "version_0" / "samples.npz") as archive:
+        return dict(archive)
+
+
+def test_record_of_a_fit(tmp_path):
+    module = Module()
+    module.network[0].weight.requires_grad_(False)
+    trainer_with(RunRecord("tiny", "plain"), tmp_path, max_epochs=2).fit(module, datamodule=Data())
+    folder = tmp_path / "version_0"
+
+    convolutions = 2 * SIZE[0] * SIZE[1] * (3 * 4 * 9 + 4 * 3)
+    weights = 3 * 4 * 9 + 4 + 4 + 4 + 4 * 3 + 3
+    assert json.loads((folder / "summary.json").read_text()) == {
+        "model": "tiny",
+        "backbone": "plain",
+        "parameters": weights,
+        "trainable_parameters": weights - 3 * 4 * 9,
+        "gflops": pytest.approx(convolutions / 1e9),
+        "input_size": list(SIZE),
+        "class_names": ["background", "disc", "square"],
+        "palette": [list(colour) for colour in PALETTE],
+    }
+    samples = read_samples(tmp_path)
+    assert samples["epoch"] == 1
+    assert len(samples) == 1 + 3 * 4
+    module.eval()
+    for i, source in enumerate([0, 1, 3, 4]):
+        image, mask = Scenes()[source]
+        assert samples[f"image_{i}"].shape == (*SIZE, 3)
+        assert samples[f"image_{i}"].dtype == np.uint8
+        red = round(255 * (0.229 * float(image[0, 0, 0]) + 0.485))
+        assert samples[f"image_{i}"][0, 0, 0] == red
+        np.testing.assert_array_equal(samples[f"truth_{i}"], mask)
+        expected = module(image[None])[0].argmax(0)
+        np.testing.assert_array_equal(samples[f"prediction_{i}"], expected)
+    report([folder], tmp_path / "report")
+    assert (tmp_path / "report" / "predictions.png").is_file()
+
+
+def test_recording_changes_nothing_in_the_training(tmp_path):
+    states = []
+    for callbacks in ([RunRecord()], []):
+        L.seed_everything(3)
+        module = Module()
+        trainer = trainer_with(RunRecord(), tmp_path / str(len(callbacks)), max_epochs=2)
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RunRecord)]
+        trainer.callbacks += callbacks
+        trainer.fit(module, datamodule=Data())
+        states.append((module.state_dict(), torch.get_rng_state()))
+    (recorded, rng), (plain, plain_rng) = states
+    assert all(torch.equal(recorded[name], plain[name]) for name in plain)
+    assert torch.equal(rng, plain_rng)
+
+
+@pytest.mark.parametrize("how", ["sanity check", "validate", "fast_dev_run", "another rank"])
+def test_nothing_is_recorded_outside_a_fit(tmp_path, monkeypatch, how):
+    options = {"fast_dev_run": True} if how == "fast_dev_run" else {"max_epochs": 1}
+    if how == "sanity check":
+        options |= {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 2}
+    trainer = trainer_with(RunRecord(), tmp_path, **options)
+    if how == "another rank":
+        monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    if how == "validate":
+        trainer.validate(Module(), datamodule=Data(), verbose=False)
+    else:
+        trainer.fit(Module(), datamodule=Data())
+    assert not list(tmp_path.rglob("summary.json"))
+    assert not list(tmp_path.rglob("samples.npz"))
+
+
+def test_a_network_whose_flops_cannot_be_counted_still_trains(tmp_path):
+    class Foreign(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * x.mean().item()
+
+    module = Module()
+    module.network = Foreign(3, 3, 1)
+    with pytest.warns(UserWarning, match="FLOPs of Foreign cannot be counted"):
+        trainer_with(RunRecord(), tmp_path, max_epochs=1).fit(module, datamodule=Data())
+    summary = json.loads((tmp_path / "version_0" / "summary.json").read_text())
+    assert summary["gflops"] is None
+    assert summary["model"] == "Foreign"
+
+
+def test_flops_of_the_papers_networks():
+    """DESIGN: 122.3, 144.4 and 92.9 GFLOPs at 513 x 513."""
+    for name, expected in {"mfnet": 122.3, "deeplabv3plus": 144.4, "emanet": 92.9}.items():
+        with torch.device("meta"):
+            network = create_model(name, num_classes=21)
+        assert count_flops(network, (513, 513)) / 1e9 == pytest.approx(expected, abs=0.05)
+
+
+def test_counting_flops_disturbs_nothing():
+    network = create_model("emanet", num_classes=3, backbone="resnet18").train()
+    network.backbone.eval()
+    before = copy.deepcopy(network.state_dict())
+    modes = [module.training for module in network.modules()]
+    rng = torch.get_rng_state()
+    assert count_flops(network, (65, 97)) > 1e9
+    assert [module.training for module in network.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(not p.is_meta for p in network.parameters())
+
+
+def test_classes_from_logits_and_from_indices():
+    logits = torch.tensor([[[4.0, 0.0]], [[0.0, 2.0]]])
+    assert classes_at(logits, (1, 8))[0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    indices = torch.tensor([[0, 2]], dtype=torch.uint8)
+    assert classes_at(indices, (2, 4)).tolist() == [[0, 0, 2, 2]] * 2
+
+
+class Pictures(Dataset):
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        original = torch.from_numpy(np.array(Image.open(self.paths[index]))).permute(2, 0, 1)
+        return original[:, ::2, ::2].float() / 255, original, str(self.paths[index])
+
+
+class PredictData(L.LightningDataModule):
+    palette = PALETTE
+
+    def __init__(self, paths):
+        super().__init__()
+        self.paths = paths
+
+    def predict_dataloader(self):
+        return DataLoader(Pictures(self.paths))
+
+
+class Constant(L.LightningModule):
+    """Predicts class 1 in the left half of every image."""
+
+    def predict_step(self, batch, batch_idx):
+        indices = torch.zeros(len(batch[0]), *batch[0].shape[-2:], dtype=torch.uint8)
+        indices[..., : indices.shape[-1] // 2] = 1
+        return indices
+
+
+def predict(paths, output):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        callbacks=[OverlayWriter(output)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.predict(Constant(), datamodule=PredictData(paths), return_predictions=False)
+
+
+def test_overlays_at_the_images_own_size(tmp_path):
+    paths = [tmp_path / "in" / name for name in ("a.png", "deep/b.png", "deep/a.bmp")]
+    for path, size in zip(paths, [(40, 20), (16, 30), (24, 24)], strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (100, 100, 100)).save(path)
+    output = tmp_path / "new" / "out"
+    predict(paths, output)
+    written = sorted(str(path.relative_to(output)) for path in output.rglob("*.*"))
+    assert written == ["a.png", "deep/a.png", "deep/b.png"]
+    picture = np.array(Image.open(output / "a.png"))
+    assert picture.shape == (20, 40, 3)
+    assert (picture[:, :20] == picture[0, 0]).all()
+    assert (picture[:, 20:] == picture[0, 39]).all()
+    assert picture[0, 0, 0] > picture[0, 39, 0]
+    assert Image.open(output / "deep" / "b.png").size == (16, 30)
+
+
+def test_overlays_that_would_collide_are_refused_before_predicting(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "a.bmp"]
+    for path in paths:
+        Image.new("RGB", (34, 34)).save(path)
+    with pytest.raises(ValueError, match=r"a\.bmp and .*a\.png: both overlays would be .*a\.png"):
+        predict(paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_overlay_never_replaces_an_image(tmp_path):
+    paths = [tmp_path / "a.png"]
+    with pytest.raises(ValueError, match=r"a\.png: the overlay of .* would replace an image"):
+        overlay_targets(paths, tmp_path)
+    assert overlay_targets(paths, tmp_path / "out") == {paths[0]: tmp_path / "out" / "a.png"}
+    with pytest.raises(ValueError, match="expected at least one image"):
+        overlay_targets([], tmp_path)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import mfnet
+from mfnet import SegmentationNetwork, create_model
+
+MODELS = mfnet.list_models()
+
+
+def small(name: str, **kwargs: object) -> SegmentationNetwork:
+    return create_model(name, num_classes=3, backbone="resnet18", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gflops"),
+    [
+        ("mfnet", 29_738_997, 122.26),
+        ("deeplabv3plus", 40_352_181, 144.39),
+        ("emanet", 34_657_621, 92.95),
+    ],
+)
+def test_the_papers_table(name: str, parameters: int, gflops: float) -> None:
+    with FakeTensorMode():
+        model = create_model(name).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            logits = model(torch.empty(1, 3, 513, 513))
+    assert logits.shape == (1, 21, 513, 513)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, abs=0.005)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_have_the_images_size(name: str, training: bool) -> None:
+    model = small(name).train(training)
+    with torch.no_grad():
+        for height, width in ((33, 33), (34, 71), (65, 48), (90, 37)):
+            assert model(torch.randn(2, 3, height, width)).shape == (2, 3, height, width)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_training_step_reaches_every_trainable_parameter(name: str, batch: int) -> None:
+    model = small(name).train()
+    logits = model(torch.randn(batch, 3, 65, 65))
+    logits.square().mean().backward()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_under_autocast(name: str) -> None:
+    model = small(name).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    (logits.float().square().mean() + loss).backward()
+    assert all(p.grad.isfinite().all() for p in model.head_parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_return_loss(name: str) -> None:
+    model = small(name).eval()
+    x = torch.randn(2, 3, 49, 65)
+    logits, loss = model(x, return_loss=True)
+    torch.testing.assert_close(logits, model(x))
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert (loss > 0) == (name == "mfnet")
+
+
+def test_returned_loss_is_the_injected_one() -> None:
+    x = torch.randn(2, 3, 33, 33)
+
+    def gradients(returned: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = small("mfnet", rank=4, context_size=(3, 3), loss_weight=0.4)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if returned:
+            logits, loss = model(x, return_loss=True)
+            (logits.square().mean() + 0.4 * loss).backward()
+        else:
+            model(x).square().mean().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for injected, added in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(injected, added, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_groups(name: str) -> None:
+    model = small(name)
+    backbone = {id(p) for p in model.backbone_parameters()}
+    head = {id(p) for p in model.head_parameters()}
+    assert backbone
+    assert head
+    assert not backbone & head
+    assert backbone | head == {id(p) for p in model.parameters() if p.requires_grad}
+    assert backbone == {id(p) for p in model.backbone.parameters()}
+
+
+def test_heads_start_kaiming_and_factors_standard_normal() -> None:
+    model = create_model("mfnet", backbone="resnet18")
+    weight = model.context.lower.weight
+    assert weight.std().item() == pytest.approx((2 / weight.shape[1]) ** 0.5, rel=0.02)
+    assert not model.context.lower.bias.any()
+    factors = model.context.factorized.factorizer
+    for factor in (factors.y, factors.z):
+        assert factor.std().item() == pytest.approx(1, abs=0.02)
+        assert factor.mean().item() == pytest.approx(0, abs=0.02)
+
+
+def test_mfnet_options() -> None:
+    model = small("mfnet", rank=5, context_size=(4, 6), loss_weight=0.2)
+    factorized = model.context.factorized
+    assert factorized.factorizer.y.shape == (512, 5)
+    assert factorized.factorizer.z.shape == (5, 24)
+    assert factorized.loss_weight == 0.2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles_without_graph_breaks(name: str) -> None:
+    model = small(name).train()
+    logits = torch.compile(model, fullgraph=True, backend="eager")(torch.randn(2, 3, 65, 65))
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exports_with_any_batch_and_size(name: str) -> None:
+    model = small(name).eval()
+    free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    program = torch.export.export(model, (torch.randn(2, 3, 97, 113),), dynamic_shapes={"x": free})
+    x = torch.randn(3, 3, 65, 50)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(3, 65, 65), ValueError, r"expected images \(B, 3, H, W\), got shape \(3, 65"),
+        (torch.zeros(1, 4, 65, 65), ValueError, r"\(B, 3, H, W\), got shape \(1, 4, 65, 65\)"),
+        (torch.zeros(1, 3, 65, 32), ValueError, "at least 33 x 33, got 65 x 32"),
+        (torch.zeros(1, 3, 65, 65, dtype=torch.uint8), TypeError, "floating-point.*uint8"),
+    ],
+)
+def test_bad_images(x: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small("mfnet")(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("unet", {}, ValueError, "unknown model 'unet': choose from mfnet, deeplabv3plus, emanet"),
+        ("mfnet", {"rnk": 3}, TypeError, "'rnk' for model 'mfnet': .*num_classes.* rank, context"),
+        ("deeplabv3plus", {"rank": 3}, TypeError, "backbone, backbone_weights$"),
+        ("emanet", {"rank": 3}, TypeError, "choose from .*, bases, steps$"),
+        ("emanet", {"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+        ("mfnet", {"backbone": "resnet19"}, ValueError, "unknown backbone 'resnet19'"),
+        ("mfnet", {"backbone": "resnet18", "rank": 0}, ValueError, "rank: .*got 0"),
+        ("mfnet", {"backbone_weights": "no.pth"}, FileNotFoundError, "no file at 'no.pth'"),
+    ],
+)
+def test_bad_arguments(
+    name: str, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        create_model(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_package_imports_without_lightning() -> None:
+    code = "import mfnet, sys; sys.exit(sum(m.startswith('lightning') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
