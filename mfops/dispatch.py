@@ -1,7 +1,7 @@
 """Which backend runs a call: one question per backend serves automatic and explicit choice.
 
 Automatic choice takes the first of native, triton and reference that can run the call and logs,
-once per reason, why an earlier one could not. An explicit choice (`use_backend`, MFOPS_BACKEND)
+once per reason, why an earlier one could not (a warning where the extension is missing). An explicit choice (`use_backend`, MFOPS_BACKEND)
 runs there or raises that reason; it never falls back.
 """
 
@@ -117,7 +117,8 @@ def select(x: Tensor) -> Backend:
 
 @functools.cache
 def _log_once(name: str, obstacle: str) -> None:
-    logger.info("backend %s passed over: %s", name, obstacle)
+    level = logging.WARNING if obstacle == EXTENSION_ERROR else logging.INFO
+    logger.log(level, "backend %s passed over: %s", name, obstacle)
 
 
 @contextlib.contextmanager

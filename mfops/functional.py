@@ -11,11 +11,16 @@ from mfops.checks import check_factors, check_features
 from mfops.dispatch import select
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+def _has_autocast(device: str) -> bool:
+    """False for devices such as "meta", which refuse to be asked whether autocast is on."""
+    return torch.amp.is_autocast_available(device)
+
+
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the op runs in the autocast dtype, float64 excepted, as matmul does."""
     device = tensors[0].device.type
-    # Devices without autocast, such as "meta", refuse the second question.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <utility>
@@ -27,7 +28,7 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(view_of(a)),
                                       torch::stable::detail::from(view_of(b)),
                                       torch::stable::detail::from(view_of(out))};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
 }

@@ -37,6 +37,16 @@ def test_automatic_choice_falls_back_and_says_why_once(caplog):
     assert "passed over" in reasons[0]
 
 
+def test_a_missing_extension_is_a_warning(caplog, monkeypatch):
+    dispatch._log_once.cache_clear()
+    monkeypatch.setattr(dispatch, "EXTENSION_ERROR", "not built")
+    mfops.factorized_mse(X, Y, Z)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    with mfops.use_backend("native"), pytest.raises(RuntimeError, match="not built"):
+        mfops.factorized_mse(X, Y, Z)
+    assert mfops.available_backends()["native"] == "not built"
+
+
 def test_explicit_choice_never_falls_back():
     with mfops.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run"):
         mfops.factorized_mse(X, Y, Z)
