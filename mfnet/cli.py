@@ -19,12 +19,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from tqdm import tqdm
 
 from mfnet import run_directory
-from mfnet.callbacks import RunRecord
+from mfnet.callbacks import OverlayWriter, RunRecord
 from mfnet.data import DataError, SegmentationDataModule
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
 
 SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
+
+# Lightning's own use of torch, and what is meant to be when a run is resumed.
+NOISE = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"Checkpoint directory .* exists and is not empty",
+)
 
 EPILOG = """\
 mfnet demo: train a small network on generated images and show what it learned.
@@ -114,6 +120,8 @@ class MFNetCLI(LightningCLI):
         parser.set_defaults(
             {"model.network": {"class_path": "mfnet.create_model", "init_args": {"name": "mfnet"}}}
         )
+        parser.add_lightning_class_args(OverlayWriter, "overlays")
+        parser.set_defaults({"overlays.output": "predictions"})
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.link_arguments(
             "data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate"
@@ -131,31 +139,33 @@ class MFNetCLI(LightningCLI):
         config = self.config[self.subcommand]
         folder = Path(config.trainer.default_root_dir)
         config.ckpt_path = _find_checkpoint(config.ckpt_path, folder, self.subcommand)
+        if self.subcommand == "predict":  # what the overlays show need not be kept in memory
+            config.return_predictions = bool(config.return_predictions)
         if self.subcommand != "fit":
             self.save_config_callback = None
-        elif config.ckpt_path is None and (folder / run_directory.CONFIG).exists():
-            if not config.trainer.fast_dev_run:
-                raise FileExistsError(
-                    f"'{folder}' holds a run already: continue it with --ckpt_path last, "
-                    "or choose another --trainer.default_root_dir"
-                )
+            return
+        old_run = config.ckpt_path is None and (folder / run_directory.CONFIG).exists()
+        if old_run and not config.trainer.fast_dev_run:
+            raise FileExistsError(
+                f"'{folder}' holds a run already: continue it with --ckpt_path last, "
+                "or choose another --trainer.default_root_dir"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         folder = Path(config.default_root_dir)
-        plugins = _as_list(config.plugins) + [run_directory.WholeFileCheckpointIO()]
-        callbacks = _as_list(config.callbacks)
-        logger = config.logger
+        plugins = [*_as_list(config.plugins), run_directory.WholeFileCheckpointIO()]
         if config.sync_batchnorm:
             plugins.append(SyncBatchNormPlugin())
+        names = _network_names(self._get(self.config, "model").network)
+        callbacks = [*_as_list(config.callbacks), RunRecord(*names)]
+        if config.enable_checkpointing is not False:
+            callbacks += run_directory.checkpoint_callbacks(folder)
+        logger = config.logger
         if self.subcommand not in (None, "fit"):
             logger = logger or False
-        else:
-            callbacks.append(RunRecord(*_network_names(self._get(self.config, "model").network)))
-            if config.enable_checkpointing is not False:
-                callbacks += run_directory.checkpoint_callbacks(folder)
-            if logger in (None, True):
-                logger = run_directory.loggers(folder)
+        elif logger in (None, True):
+            logger = run_directory.loggers(folder)
         return super().instantiate_trainer(
             plugins=plugins, callbacks=callbacks, logger=logger, **kwargs
         )
@@ -164,14 +174,16 @@ class MFNetCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point. User errors end in one line on stderr; MFNET_TRACEBACK=1 shows where from."""
     arguments = sys.argv[1:] if args is None else list(args)
-    # Lightning's own use of torch, on every batch loader.
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     try:
         _dispatch(arguments)
     except SIGTERMException:
         _say("stopped by SIGTERM; --ckpt_path last continues")
         sys.exit(SIGTERM_EXIT)
     except Exception as error:
+        if _origin(error) == "jsonargparse" and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # what a class said when jsonargparse constructed it
         if os.environ.get("MFNET_TRACEBACK") or not _is_user_error(error):
             raise
         _say(f"error: {' '.join(str(error).split())}")
@@ -233,8 +245,12 @@ def _is_user_error(error: Exception) -> bool:
     """
     if isinstance(error, (OSError, ArgumentError, MisconfigurationException, DataError)):
         return True
+    return isinstance(error, (ValueError, TypeError)) and _origin(error) in ("mfnet", "mfops")
+
+
+def _origin(error: Exception) -> str:
+    """The package that raised the error."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    origin = frame.tb_frame.f_globals["__name__"].partition(".")[0] if frame else ""
-    return isinstance(error, (ValueError, TypeError)) and origin in ("mfnet", "mfops")
+    return frame.tb_frame.f_globals["__name__"].partition(".")[0] if frame else ""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import os
+import signal
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -43,17 +46,36 @@ def loggers(folder: Path) -> list[Logger]:
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """A checkpoint after every epoch, and on SIGTERM.
+    """A checkpoint after every epoch and, on SIGTERM, after the batch at hand.
 
-    Not on other errors: one rank's failure would wait for the others in vain.
+    Whichever rank gets the signal, all of them stop after the same batch, with a
+    ``SIGTERMException``. Lightning's own handler communicates at whatever point it interrupts,
+    which can leave the ranks waiting for one another. On other errors nothing is saved: one
+    rank's failure would wait for the others in vain.
     """
+
+    _terminated = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_sigterm)  # Lightning puts the old one back
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
+            raise SIGTERMException
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, SIGTERMException):
-            self.save_on_exception = True
-            super().on_exception(trainer, pl_module, exception)
+        self.save_on_exception = isinstance(exception, SIGTERMException)
+        super().on_exception(trainer, pl_module, exception)
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = True
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -75,7 +97,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(f"checkpoint '{path}' could not be written: {error}") from error
+            raise OSError(f"checkpoint '{path}' could not be written: {error.strerror}") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None

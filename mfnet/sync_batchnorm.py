@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import TorchSyncBatchNorm
 from timm.layers import convert_sync_batchnorm
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SyncBatchNormPlugin(TorchSyncBatchNorm):
@@ -35,19 +36,22 @@ class SyncBatchNormPlugin(TorchSyncBatchNorm):
         return model
 
 
-class CPUSyncBatchNorm(nn.SyncBatchNorm):
+class CPUSyncBatchNorm(_BatchNorm):
     """``torch.nn.SyncBatchNorm`` for CPU tensors: ``(B, C, ...)`` to the same shape.
 
     In training, mean and variance are those of the batches of all ranks; the gradient flows
-    through them.
+    through them. (No subclass: ``DistributedDataParallel`` refuses those on CPUs.)
     """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank will do, as for ``SyncBatchNorm``."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         dims = [dim for dim in range(x.ndim) if dim != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        values = x.float()
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
         count = _AllReduceSum.apply(values.new_tensor(values.numel() / values.shape[1]))
         mean = _AllReduceSum.apply(values.sum(dims)) / count
         centred = values - mean.view(shape)
@@ -64,8 +68,11 @@ class CPUSyncBatchNorm(nn.SyncBatchNorm):
         return y.to(x.dtype)
 
 
-class _CPUSyncBatchNormAct(SyncBatchNormAct, CPUSyncBatchNorm):
-    """timm's BatchNorm with activation; its forward calls CPUSyncBatchNorm's."""
+class _CPUSyncBatchNormAct(CPUSyncBatchNorm):
+    """The same for timm's ``SyncBatchNormAct``, whose submodules it finds in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -113,7 +113,7 @@ class SegmentationTask(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         for group in self.optimizers().param_groups:
-            self.log(f"lr-{group['name']}", group["lr"])
+            self.log(f"lr-{group['name']}", group["lr"], sync_dist=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout draws from (seed, rank, epoch, batch) alone: a resumed run repeats exactly what
@@ -148,6 +148,12 @@ class SegmentationTask(L.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
 
+    def on_validation_epoch_start(self) -> None:
+        self._reset_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        self._reset_metrics()
+
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
 
@@ -155,8 +161,8 @@ class SegmentationTask(L.LightningModule):
         self._log_scores("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class indices, uint8 (B, H, W), of a batch whose first item are the images."""
-        return self(batch[0]).argmax(1).byte()
+        """Logits of a batch whose first item are the images."""
+        return self(batch[0])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         backbone, head = _parameter_groups(self.network)
@@ -186,6 +192,11 @@ class SegmentationTask(L.LightningModule):
         if fault:
             raise ValueError(f"checkpoint '{self.trainer.ckpt_path}' does not fit: {fault}")
 
+    @torch.inference_mode(False)  # else a later fit could not update what a validation created
+    def _reset_metrics(self) -> None:
+        self.confusion.reset()
+        self.pixel_loss.reset()
+
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, masks = batch
         logits = self(images)
@@ -202,14 +213,10 @@ class SegmentationTask(L.LightningModule):
             for name, iou in zip(self.class_names, scores["IoU"], strict=True)
         }
         self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=True)
-        self.confusion.reset()
-        self.pixel_loss.reset()
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over the pixels that count, and their number, both float32 scalars."""
-        total = F.cross_entropy(
-            logits.float(), masks, ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE_INDEX, reduction="sum")
         return total, (masks != IGNORE_INDEX).sum().float()
 
     def _checked(self, logits: Any, images: Tensor) -> Tensor:

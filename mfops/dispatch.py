@@ -1,8 +1,9 @@
 """Which backend runs a call: one question per backend serves automatic and explicit choice.
 
 Automatic choice takes the first of native, triton and reference that can run the call and logs,
-once per reason, why an earlier one could not (a warning where the extension is missing). An explicit choice (`use_backend`, MFOPS_BACKEND)
-runs there or raises that reason; it never falls back.
+once per reason, why an earlier one could not (a warning where the extension is missing). An
+explicit choice (`use_backend`, MFOPS_BACKEND) runs there or raises that reason; it never falls
+back.
 """
 
 from __future__ import annotations

@@ -90,9 +90,7 @@ def test_scores_leave_absent_classes_out() -> None:
 
 def test_validation_does_not_depend_on_the_batches() -> None:
     task = SegmentationTask(tiny_network(), CLASSES)
-    results = [
-        trainer().validate(task, batches(5, size), verbose=False)[0] for size in (1, 2, 5)
-    ]
+    results = [trainer().validate(task, batches(5, size), verbose=False)[0] for size in (1, 2, 5)]
     assert set(results[0]) == {
         "val/loss", "val/mIoU", "val/fwIoU", "val/accuracy",
         "val/IoU/sky", "val/IoU/road", "val/IoU/car",

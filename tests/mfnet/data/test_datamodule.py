@@ -169,7 +169,12 @@ def test_command_line_flags(folder):
     args = ["--data", "VOCFolder", f"--data.root={folder}", "--data.crop_size=[33, 45]"]
     args += ["--data.resize=[40, 51]", "--data.recipe=paper", "--data.num_workers=0"]
     cli = LightningCLI(
-        _Recorder, SegmentationDataModule, subclass_mode_data=True, run=False, args=args
+        _Recorder,
+        SegmentationDataModule,
+        subclass_mode_data=True,
+        seed_everything_default=False,
+        run=False,
+        args=args,
     )
     data = cli.datamodule
     assert isinstance(data, VOCFolder)

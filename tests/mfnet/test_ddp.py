@@ -1,0 +1,119 @@
+"""Two processes (gloo) train as one with the double batch, and count no image twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from mfnet.sync_batchnorm import SyncBatchNormPlugin
+
+# Dropout draws differ between ranks, as they should; here they would hide everything else.
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from mfnet.cli import MFNetCLI
+
+cli = MFNetCLI(sys.argv[1:], run=False)
+for module in cli.model.modules():
+    if isinstance(module, (nn.Dropout, nn.Dropout2d)):
+        module.p = 0.0
+cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+scores = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+if cli.trainer.is_global_zero:
+    Path(cli.trainer.default_root_dir, "scores.json").write_text(json.dumps(scores[0]))
+"""
+
+
+class OnCPU(nn.Module):
+    """As much of a LightningModule as the plugin asks for."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        device = SimpleNamespace(root_device=torch.device("cpu"))
+        self.trainer = SimpleNamespace(strategy=device)
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+def test_cpu_layer_is_batchnorm(kind: type[nn.BatchNorm2d], group_of_one: None) -> None:
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected, gradient = kind(3).double(), {}
+    converted = SyncBatchNormPlugin().apply(OnCPU(copy.deepcopy(expected))).norm
+    assert type(converted) is not kind
+    for norm in (expected, converted):
+        leaf = x.clone().requires_grad_()
+        norm(leaf).backward(grad)
+        gradient[norm] = leaf.grad
+    torch.testing.assert_close(gradient[converted], gradient[expected])
+    torch.testing.assert_close(converted.state_dict(), expected.state_dict())
+    torch.testing.assert_close(converted(x), expected(x))
+    torch.testing.assert_close(converted.eval()(x), expected.eval()(x))
+
+
+def train(folder: Path, name: str, processes: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """Two steps of two images per process; returns the weights and the validation scores."""
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    run = folder / f"{name}-{processes}"
+    flags = {
+        "seed_everything": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": processes,
+        "trainer.strategy": "ddp" if processes > 1 else "auto",
+        "trainer.max_steps": 2,
+        "trainer.enable_progress_bar": "false",
+        "trainer.default_root_dir": run,
+        "model.network.name": name,
+        "model.network.backbone": "resnet18",
+        "model.reconstruction_warmup": 0,
+        "data": "mfnet.data.Synthetic",
+        "data.cache_dir": folder / "data",
+        "data.train": 8,
+        "data.val": 3,
+        "data.size": 65,
+        "data.crop_size": 65,
+        "data.batch_size": 4 // processes,
+        "data.num_workers": 0,
+    }
+    command = [sys.executable, str(script), *(f"--{key}={value}" for key, value in flags.items())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    return checkpoint["state_dict"], json.loads((run / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["mfnet", "emanet"])
+def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path, name: str) -> None:
+    one, scores_of_one = train(tmp_path, name, 1)
+    two, scores_of_two = train(tmp_path, name, 2)
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5, msg=key)
+    # 3 validation images on 2 ranks: one counted twice would show in every score.
+    assert scores_of_two == pytest.approx(scores_of_one, abs=1e-4)

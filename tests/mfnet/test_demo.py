@@ -1,0 +1,44 @@
+"""``mfnet demo`` from end to end, in miniature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfnet.cli import main
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "demo"
+    flags = [
+        f"--trainer.default_root_dir={folder}",
+        f"--data.cache_dir={tmp_path}",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=2",
+        "--trainer.enable_progress_bar=false",
+        "--data.train=4",
+        "--data.val=2",
+        "--data.size=33",
+        "--data.crop_size=33",
+        "--data.batch_size=2",
+    ]
+    for _ in range(2):  # the second replaces the first
+        main(["demo", *flags])
+        for name in ("predictions.png", "curves.png", "metrics.csv"):
+            assert (folder / name).is_file()
+        best = folder / "checkpoints" / "best.ckpt"
+        assert "state_dict" in torch.load(best, weights_only=True)
+        rows = (folder / "metrics.csv").read_text().splitlines()
+        assert len(rows) == 1 + 2 * 2  # a header; validation and training per epoch
+
+        table = dict(
+            (line.split()[0], [float(word) for word in line.split()[1:]])
+            for line in capsys.readouterr().out.splitlines()
+            if len(line.split()) == 3 and line.split()[0] in ("mIoU", "fwIoU", "accuracy")
+        )
+        assert set(table) == {"mIoU", "fwIoU", "accuracy"}
+        for before, after in table.values():
+            assert 0 <= before <= 1
+            assert 0 <= after <= 1
