@@ -93,15 +93,15 @@ assert ops.LIBRARY is not None  # the operators are defined before they are look
 _explicit: str | None = os.environ.get("MFOPS_BACKEND") or None
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, source: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def select(x: Tensor) -> Backend:
     """The backend for a call on x. Raises RuntimeError where an explicit choice cannot run."""
     if _explicit is not None:
-        _check_name(_explicit)
+        _check_name(_explicit, "MFOPS_BACKEND")  # use_backend has checked its own
         backend = BACKENDS[_explicit]
         obstacle = backend.obstacle(x)
         if obstacle is not None:
@@ -135,7 +135,7 @@ def use_backend(name: str) -> Iterator[None]:
             variable MFOPS_BACKEND behaves alike, and gives way to this one.
     """
     global _explicit
-    _check_name(name)
+    _check_name(name, "backend")
     previous, _explicit = _explicit, name
     try:
         yield

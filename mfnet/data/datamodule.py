@@ -20,6 +20,7 @@ from mfnet.data.dataset import (
     collate,
 )
 from mfnet.data.files import find_images
+from mfnet.data.loader import ResumableLoader
 from mfnet.data.transforms import Recipe
 from mfnet.data.voc import Palette, Sample, Split
 
@@ -104,7 +105,7 @@ class SegmentationDataModule(L.LightningDataModule):
         if self.trainer is not None:
             # Lightning says so too, but with persistent workers only after the first has begun.
             sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(self.train_set, sampler, self.batch_size)
+        return self._loader(self.train_set, sampler, self.batch_size, kind=ResumableLoader)
 
     def val_dataloader(self) -> DataLoader:
         sampler = ShardSampler(self.val_set, *reversed(self._rank_and_world_size()))
@@ -122,9 +123,14 @@ class SegmentationDataModule(L.LightningDataModule):
         return self._loader(dataset, sampler, batch_size=1, collate_fn=None)
 
     def _loader(
-        self, dataset: Dataset, sampler: Sampler, batch_size: int, collate_fn: Any = collate
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        batch_size: int,
+        collate_fn: Any = collate,
+        kind: type[DataLoader] = DataLoader,
     ) -> DataLoader:
-        return DataLoader(
+        return kind(
             dataset,
             batch_size=batch_size,
             sampler=sampler,

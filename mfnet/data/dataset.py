@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -97,10 +98,13 @@ class TrainSampler(DistributedSampler):
     batch b see, step by step, what one process with batch n*b sees.
     """
 
+    skip = 0  # indices that the next pass leaves out
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         seeds = torch.randint(2**62, (len(self.dataset),), generator=generator).tolist()
-        return ((index, seeds[index]) for index in super().__iter__())
+        skip, self.skip = self.skip, 0
+        return ((index, seeds[index]) for index in islice(super().__iter__(), skip, None))
 
 
 class ShardSampler(DistributedSampler):

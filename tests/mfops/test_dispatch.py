@@ -79,7 +79,8 @@ def test_backward_runs_where_forward_ran():
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [("foo", "ValueError: backend"), ("triton", "RuntimeError: backend")]
+    ("name", "error"),
+    [("foo", "ValueError: MFOPS_BACKEND: expected one of"), ("triton", "RuntimeError: backend")],
 )
 def test_environment_variable(name, error):
     code = (
