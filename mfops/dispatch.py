@@ -74,20 +74,11 @@ def _backend(name: str, obstacle: Callable[[Tensor], str | None], source: object
     return Backend(name, obstacle, *(getattr(source, function) for function in names))
 
 
-class _Operators:
-    """The registered operators, whose kernels the dispatcher finds by device."""
-
-    reconstruct = torch.ops.mfops.reconstruct.default
-    mse = torch.ops.mfops.mse.default
-    reconstruct_backward = torch.ops.mfops.reconstruct_backward.default
-
-
 BACKENDS = {
-    "native": _backend("native", _native_obstacle, _Operators),
-    "triton": _backend("triton", _triton_obstacle, _Operators),
+    "native": _backend("native", _native_obstacle, ops),
+    "triton": _backend("triton", _triton_obstacle, ops),
     "reference": _backend("reference", _no_obstacle, reference),
 }
-assert ops.LIBRARY is not None  # the operators are defined before they are looked up
 
 # Process-wide on purpose: autograd runs backward passes in threads of its own.
 _explicit: str | None = os.environ.get("MFOPS_BACKEND") or None
