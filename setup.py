@@ -140,7 +140,7 @@ def extension(cxx: str, cuda_home: Path | None, cuda_missing: str | None) -> Ext
     library_dirs = library_paths()
     nvcc_flags: list[str] = []
     if cuda_home:
-        files += sources("cuda/*.cu")
+        files += sources("cuda/*.cpp") + sources("cuda/*.cu")
         macros.append(("MFOPS_WITH_CUDA", "1"))
         nvcc_flags = [CXX_STANDARD, "-O3", "-Xcompiler=-fvisibility=hidden"]
         nvcc_flags += ["-ccbin", shlex.split(cxx)[-1]]

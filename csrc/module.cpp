@@ -50,6 +50,8 @@ PYBIND11_MODULE(_C, module) {
                "runs on), compiler, cuda (toolkit version or None), cuda_archs, cuda_missing (why "
                "there are no CUDA kernels, or None).");
 #ifdef MFOPS_WITH_CUDA
+    module.def("cuda_obstacle", &mfops::cuda_obstacle, py::arg("device_index"),
+               "Why this build has no code for the device, in CUDA's words; empty where it has.");
     module.def(
         "cuda_probe", &mfops::cuda_probe, py::arg("device_index"),
         py::call_guard<py::gil_scoped_release>(),

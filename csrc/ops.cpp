@@ -2,9 +2,20 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/factorized.h"
+#ifdef MFOPS_WITH_CUDA
+#include "cuda/factorized.h"
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(mfops, CPU, m) {
     m.impl("reconstruct", TORCH_BOX(&mfops::cpu::reconstruct));
     m.impl("mse", TORCH_BOX(&mfops::cpu::mse));
     m.impl("reconstruct_backward", TORCH_BOX(&mfops::cpu::reconstruct_backward));
 }
+
+#ifdef MFOPS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(mfops, CUDA, m) {
+    m.impl("reconstruct", TORCH_BOX(&mfops::cuda::reconstruct));
+    m.impl("mse", TORCH_BOX(&mfops::cuda::mse));
+    m.impl("reconstruct_backward", TORCH_BOX(&mfops::cuda::reconstruct_backward));
+}
+#endif

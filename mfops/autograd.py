@@ -28,7 +28,7 @@ def _backward(
     # Grad mode is on here only under create_graph=True.
     twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     run = reference.reconstruct_backward if twice else ctx.backend.reconstruct_backward
-    grads = run(grad_x_hat, grad_mse, x, y, z, need_x, need_y, need_z)
+    grads = run(grad_x_hat, grad_mse, x, y, z, need_x, need_y, need_z, ctx.tf32)
     needs = (need_x, need_y, need_z)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
@@ -38,7 +38,7 @@ def _backward(
 
 
 class Reconstruct(torch.autograd.Function):
-    """x (B, C, N), y, z, backend name -> X', mse.
+    """x (B, C, N), y, z, backend name, tf32 -> X', mse.
 
     Where both factors are shared X' is expanded to x's shape, in here, so that the gradients of
     its images are added tile by tile in the backward kernel; with `expand` False it is (C, N).
@@ -46,34 +46,36 @@ class Reconstruct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, z: Tensor, backend: str, expand: bool
+        ctx: Any, x: Tensor, y: Tensor, z: Tensor, backend: str, tf32: bool, expand: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, y, z)
         ctx.backend = BACKENDS[backend]
+        ctx.tf32 = tf32
         ctx.set_materialize_grads(False)
-        x_hat, mse = ctx.backend.reconstruct(x, y, z)
+        x_hat, mse = ctx.backend.reconstruct(x, y, z, tf32)
         return x_hat.expand(x.shape) if expand else x_hat, mse
 
     @staticmethod
     def backward(
         ctx: Any, grad_x_hat: Tensor | None, grad_mse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, grad_x_hat, grad_mse), None, None
+        return *_backward(ctx, grad_x_hat, grad_mse), None, None, None
 
 
 class ReconstructionError(torch.autograd.Function):
-    """x (B, C, N), y, z, backend name -> mse; X' is not written."""
+    """x (B, C, N), y, z, backend name, tf32 -> mse; X' is not written."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, z: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, z: Tensor, backend: str, tf32: bool) -> Tensor:
         ctx.save_for_backward(x, y, z)
         ctx.backend = BACKENDS[backend]
+        ctx.tf32 = tf32
         ctx.set_materialize_grads(False)
-        return ctx.backend.mse(x, y, z)
+        return ctx.backend.mse(x, y, z, tf32)
 
     @staticmethod
     def backward(ctx: Any, grad_mse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, None, grad_mse), None
+        return *_backward(ctx, None, grad_mse), None, None
 
 
 _scale_loss: Callable[[Tensor], Tensor] | None = None

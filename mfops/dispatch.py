@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -37,47 +38,125 @@ def extension_error() -> str | None:
 
 
 EXTENSION_ERROR = extension_error()
-NO_TRITON = "this version has no Triton kernels"
+# The native CUDA kernels need tensor cores with bfloat16, Triton supports nothing older.
+MIN_CAPABILITY = (8, 0)
+MAX_NATIVE_CUDA_RANK = 256
 
 
-def _native_obstacle(x: Tensor) -> str | None:
+def _cuda_error() -> str | None:
+    """None, or why there are no native kernels for CUDA."""
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
-    if x.device.type != "cpu":
-        return f"the native kernels of this version run on the CPU, x is on {x.device.type}"
+    missing = importlib.import_module("mfops._C").build_info()["cuda_missing"]
+    return None if missing is None else f"the extension was built without CUDA kernels: {missing}"
+
+
+CUDA_ERROR = _cuda_error()
+TRITON_ERROR = None if importlib.util.find_spec("triton") else "triton is not installed"
+if CUDA_ERROR is not None and TRITON_ERROR is None and ops.TRITON_DEVICE == "CUDA":
+    ops.use_triton_for_cuda()
+
+
+@functools.cache
+def _ask_gpu(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= MIN_CAPABILITY:
+        return None
+    needed, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
+    name = torch.cuda.get_device_name(index)
+    return f"needs compute capability {needed} or later, {name} (cuda:{index}) has {found}"
+
+
+@torch.compiler.assume_constant_result  # which cannot trace it, cached or not
+def _gpu_obstacle(index: int) -> str | None:
+    """None, or why Triton's kernels do not run on this GPU."""
+    return _ask_gpu(index)
+
+
+@functools.cache
+def _ask_build(index: int) -> str | None:
+    obstacle = _ask_gpu(index)
+    if obstacle is not None:
+        return obstacle
+    words = importlib.import_module("mfops._C").cuda_obstacle(index)
+    name = torch.cuda.get_device_name(index)
+    return f"the extension has no code for {name} (cuda:{index}): {words}" if words else None
+
+
+@torch.compiler.assume_constant_result
+def _native_gpu_obstacle(index: int) -> str | None:
+    """None, or why the native CUDA kernels do not run on this GPU."""
+    return _ask_build(index)
+
+
+def _dtype_obstacle(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
-        return "the native kernels take float32, bfloat16 and float16, x is float64"
+        return "takes float32, bfloat16 and float16, x is float64"
     return None
 
 
-def _triton_obstacle(x: Tensor) -> str | None:
-    return NO_TRITON
+def _native_obstacle(x: Tensor, rank: int) -> str | None:
+    if EXTENSION_ERROR is not None:
+        return EXTENSION_ERROR
+    if x.is_cuda:
+        if CUDA_ERROR is not None:
+            return CUDA_ERROR
+        obstacle = _native_gpu_obstacle(x.device.index)
+        if obstacle is not None:
+            return obstacle
+        if rank > MAX_NATIVE_CUDA_RANK:
+            return f"on CUDA it takes K <= {MAX_NATIVE_CUDA_RANK}, K is {rank}"
+    elif not x.is_cpu:
+        return f"runs on cpu and cuda, x is on {x.device.type}"
+    return _dtype_obstacle(x)
 
 
-def _no_obstacle(x: Tensor) -> str | None:
+def _triton_obstacle(x: Tensor, rank: int) -> str | None:
+    if TRITON_ERROR is not None:
+        return TRITON_ERROR
+    device = ops.TRITON_DEVICE.lower()
+    if x.device.type != device:
+        return f"runs on {device}, x is on {x.device.type}"
+    if device == "cuda":
+        obstacle = _gpu_obstacle(x.device.index)
+        if obstacle is not None:
+            return obstacle
+    return _dtype_obstacle(x)
+
+
+def _no_obstacle(x: Tensor, rank: int) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A name, the reason it cannot run on x (or None), and the three operators."""
+    """A name, the reason it cannot run on x with K bases (or None), and the three operators."""
 
     name: str
-    obstacle: Callable[[Tensor], str | None]
+    obstacle: Callable[[Tensor, int], str | None]
     reconstruct: Callable[..., tuple[Tensor, Tensor]]
     mse: Callable[..., Tensor]
     reconstruct_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def _backend(name: str, obstacle: Callable[[Tensor], str | None], source: object) -> Backend:
-    names = ("reconstruct", "mse", "reconstruct_backward")
-    return Backend(name, obstacle, *(getattr(source, function) for function in names))
-
-
 BACKENDS = {
-    "native": _backend("native", _native_obstacle, ops),
-    "triton": _backend("triton", _triton_obstacle, ops),
-    "reference": _backend("reference", _no_obstacle, reference),
+    "native": Backend(
+        "native", _native_obstacle, ops.reconstruct, ops.mse, ops.reconstruct_backward
+    ),
+    "triton": Backend(
+        "triton",
+        _triton_obstacle,
+        ops.triton_reconstruct,
+        ops.triton_mse,
+        ops.triton_reconstruct_backward,
+    ),
+    "reference": Backend(
+        "reference",
+        _no_obstacle,
+        reference.reconstruct,
+        reference.mse,
+        reference.reconstruct_backward,
+    ),
 }
 
 # Process-wide on purpose: autograd runs backward passes in threads of its own.
@@ -89,17 +168,20 @@ def _check_name(name: str, source: str) -> None:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
 
 
-def select(x: Tensor) -> Backend:
-    """The backend for a call on x. Raises RuntimeError where an explicit choice cannot run."""
+def select(x: Tensor, rank: int) -> Backend:
+    """The backend for a call on x with K = rank bases.
+
+    Raises RuntimeError where an explicit choice cannot run.
+    """
     if _explicit is not None:
         _check_name(_explicit, "MFOPS_BACKEND")  # use_backend has checked its own
         backend = BACKENDS[_explicit]
-        obstacle = backend.obstacle(x)
+        obstacle = backend.obstacle(x, rank)
         if obstacle is not None:
             raise RuntimeError(f"backend {_explicit!r} cannot run this call: {obstacle}")
         return backend
     for backend in BACKENDS.values():
-        obstacle = backend.obstacle(x)
+        obstacle = backend.obstacle(x, rank)
         if obstacle is None:
             break
         if not torch.compiler.is_compiling():
@@ -136,4 +218,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def available_backends() -> dict[str, str | None]:
     """For each backend None, or the reason it cannot run on this machine at all."""
-    return {"native": EXTENSION_ERROR, "triton": NO_TRITON, "reference": None}
+    triton = TRITON_ERROR
+    if triton is None and ops.TRITON_DEVICE == "CUDA" and not torch.cuda.is_available():
+        triton = "no CUDA device"
+    return {"native": EXTENSION_ERROR, "triton": triton, "reference": None}

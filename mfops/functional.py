@@ -28,6 +28,16 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+@torch.compiler.assume_constant_result  # a graph is compiled anew when the setting changes
+def _matmul_in_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _tf32(x: Tensor) -> bool:
+    """Whether products of x's dtype and device may round to TF32: torch's setting for matmuls."""
+    return x.dtype == torch.float32 and x.is_cuda and _matmul_in_tf32()
+
+
 def _prepare(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_features(x)
     if isinstance(y, Tensor) and isinstance(z, Tensor):
@@ -53,7 +63,7 @@ def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """As `factorized_reconstruction`, but X' of shared factors comes with a batch of 1."""
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows).name, False)
+    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), False)
     return _as_features(x_hat, x), mse
 
 
@@ -83,7 +93,7 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
         RuntimeError: the backend of `use_backend` cannot run this call.
     """
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows).name, True)
+    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), True)
     return _as_features(x_hat, x), mse
 
 
@@ -93,4 +103,4 @@ def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     Arguments and errors are those of `factorized_reconstruction`.
     """
     rows, y, z = _prepare(x, y, z)
-    return ReconstructionError.apply(rows, y, z, select(rows).name)
+    return ReconstructionError.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows))

@@ -1,52 +1,95 @@
 """The operators: schemas, fakes and FLOP formulas. They exist with or without the extension.
 
 The extension registers its kernels straight at the dispatcher's device keys; where a device has
-none, the operators run the reference. Shapes: x (B, C, N); y (C, K) or (B, C, K); z (K, N) or
-(B, K, N). X' is (C, N) where both factors are shared, else (B, C, N). Nothing is checked here:
-`mfops.checks` does that once, before dispatch.
+none, the operators run the reference. Each has a twin, `triton_..`, that runs Triton's kernels.
+Shapes: x (B, C, N); y (C, K) or (B, C, K); z (K, N) or (B, K, N). X' is (C, N) where both factors
+are shared, else (B, C, N). `tf32` allows products of float32 operands on a GPU to round those to
+TF32. Nothing is checked here: `mfops.checks` does that once, before dispatch.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from mfops import reference
 
+# Triton's kernels run on the CPU, and only there, where Triton is told to interpret them.
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+TRITON_DEVICE = "CPU" if _INTERPRET else "CUDA"
+
+_SCHEMAS = {
+    "reconstruct": "(Tensor x, Tensor y, Tensor z, bool tf32=False) -> (Tensor x_hat, Tensor mse)",
+    "mse": "(Tensor x, Tensor y, Tensor z, bool tf32=False) -> Tensor",
+    # A gradient that is not needed comes back with no elements: operators cannot return None.
+    "reconstruct_backward": (
+        "(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, bool need_x, "
+        "bool need_y, bool need_z, bool tf32=False) "
+        "-> (Tensor grad_x, Tensor grad_y, Tensor grad_z)"
+    ),
+}
+
+
+def _on_triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from mfops import triton  # at the first call: it takes a while, and may not be there
+
+        return getattr(triton, name)(*args)
+
+    return run
+
+
 LIBRARY = torch.library.Library("mfops", "DEF")
-LIBRARY.define("reconstruct(Tensor x, Tensor y, Tensor z) -> (Tensor x_hat, Tensor mse)")
-LIBRARY.define("mse(Tensor x, Tensor y, Tensor z) -> Tensor")
-# A gradient that is not needed comes back with no elements: operators cannot return None.
-LIBRARY.define(
-    "reconstruct_backward(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, "
-    "bool need_x, bool need_y, bool need_z) -> (Tensor grad_x, Tensor grad_y, Tensor grad_z)"
-)
-for _name in ("reconstruct", "mse", "reconstruct_backward"):
+for _name, _schema in _SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
     LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    LIBRARY.define(f"triton_{_name}{_schema}")
+    LIBRARY.impl(f"triton_{_name}", _on_triton(_name), TRITON_DEVICE)
 
 
-def _empty_like_x(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
+def use_triton_for_cuda() -> None:
+    """Registers Triton's kernels for CUDA where the extension has registered none."""
+    for name in _SCHEMAS:
+        LIBRARY.impl(name, _on_triton(name), "CUDA")
+
+
+def empty_like_x(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
     """Memory laid out as x is: channels innermost where x has them so, else pixels."""
     if reference.channels_innermost(x):
         return x.new_empty([*shape[:-2], shape[-1], shape[-2]]).mT
     return x.new_empty(shape)
 
 
-@torch.library.register_fake("mfops::reconstruct", lib=LIBRARY)
+def _register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        for op in (name, f"triton_{name}"):
+            torch.library.register_fake(f"mfops::{op}", fake, lib=LIBRARY)
+        return fake
+
+    return register
+
+
+@_register_fake("reconstruct")
 def _reconstruct_fake(
-    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, tf32: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shared = y.dim() == 2 and z.dim() == 2
-    x_hat = _empty_like_x(x, list(x.shape[1:] if shared else x.shape))
+    x_hat = empty_like_x(x, list(x.shape[1:] if shared else x.shape))
     return x_hat, _mse_fake(x, y, z)
 
 
-@torch.library.register_fake("mfops::mse", lib=LIBRARY)
-def _mse_fake(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+@_register_fake("mse")
+def _mse_fake(
+    x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, tf32: bool = False
+) -> torch.Tensor:
     return x.new_empty((), dtype=reference.accumulation_dtype(x))
 
 
-@torch.library.register_fake("mfops::reconstruct_backward", lib=LIBRARY)
+@_register_fake("reconstruct_backward")
 def _reconstruct_backward_fake(
     grad_x_hat: torch.Tensor | None,
     grad_mse: torch.Tensor | None,
@@ -56,9 +99,10 @@ def _reconstruct_backward_fake(
     need_x: bool,
     need_y: bool,
     need_z: bool,
+    tf32: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
-        _empty_like_x(x, list(x.shape)) if need_x else x.new_empty(0),
+        empty_like_x(x, list(x.shape)) if need_x else x.new_empty(0),
         y.new_empty(y.shape) if need_y else x.new_empty(0),
         z.new_empty(z.shape) if need_z else x.new_empty(0),
     )
@@ -71,12 +115,17 @@ def _product_flops(x_shape: list[int], y_shape: list[int], z_shape: list[int]) -
     return 2 * products * channels * y_shape[-1] * pixels
 
 
-@register_flop_formula([torch.ops.mfops.reconstruct, torch.ops.mfops.mse])
-def _forward_flops(x_shape, y_shape, z_shape, *, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+_OPS = torch.ops.mfops
+
+
+@register_flop_formula([_OPS.reconstruct, _OPS.mse, _OPS.triton_reconstruct, _OPS.triton_mse])
+def _forward_flops(  # type: ignore[no-untyped-def]
+    x_shape, y_shape, z_shape, tf32=False, *, out_shape=None, **kwargs
+) -> int:
     return _product_flops(x_shape, y_shape, z_shape)
 
 
-@register_flop_formula(torch.ops.mfops.reconstruct_backward)
+@register_flop_formula([_OPS.reconstruct_backward, _OPS.triton_reconstruct_backward])
 def _backward_flops(  # type: ignore[no-untyped-def]
     grad_x_hat_shape,
     grad_mse_shape,
@@ -86,6 +135,7 @@ def _backward_flops(  # type: ignore[no-untyped-def]
     need_x,
     need_y,
     need_z,
+    tf32=False,
     *,
     out_shape=None,
     **kwargs,
@@ -96,6 +146,9 @@ def _backward_flops(  # type: ignore[no-untyped-def]
 
 
 # Overloads rather than packets: a call then need not look for the one that fits.
-reconstruct = torch.ops.mfops.reconstruct.default
-mse = torch.ops.mfops.mse.default
-reconstruct_backward = torch.ops.mfops.reconstruct_backward.default
+reconstruct = _OPS.reconstruct.default
+mse = _OPS.mse.default
+reconstruct_backward = _OPS.reconstruct_backward.default
+triton_reconstruct = _OPS.triton_reconstruct.default
+triton_mse = _OPS.triton_mse.default
+triton_reconstruct_backward = _OPS.triton_reconstruct_backward.default

@@ -9,6 +9,7 @@ and, for the gradients G' of X' and g of mse, with s = 2 g / (B C N),
     dY = D Z^T,        dZ = Y^T D           (each summed over the batch where that factor is shared)
 
 Shapes are those of `mfops.ops`. Works for any device and floating dtype, and is differentiable.
+`tf32` is ignored: float32 products follow torch's own setting.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ def _factors(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return y, z, x_hat, x.to(dtype) - x_hat
 
 
-def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(x: Tensor, y: Tensor, z: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
     """X' in x's dtype and layout, (C, N) where both factors are shared; mse, a scalar."""
     _, _, x_hat, error = _factors(x, y, z)
     return x_hat.to(x.dtype), error.square().mean()
 
 
-def mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+def mse(x: Tensor, y: Tensor, z: Tensor, tf32: bool = False) -> Tensor:
     """The error alone."""
     return _factors(x, y, z)[-1].square().mean()
 
@@ -60,6 +61,7 @@ def reconstruct_backward(
     need_x: bool,
     need_y: bool,
     need_z: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y, z in their dtypes; one that is not needed has no elements.
 

@@ -261,7 +261,8 @@ Matrix backward_tile(const Problem& problem, const Gradients& grad, int64_t prod
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z) {
+std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z,
+                                       bool /*tf32*/) {
     const Problem problem(x, y, z, kForwardTileCols);
     std::vector<int64_t> shape{x.size(1), x.size(2)};
     if (y.dim() == 3 || z.dim() == 3) shape.insert(shape.begin(), x.size(0));
@@ -270,7 +271,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const T
     return {x_hat, forward(problem, &out)};
 }
 
-Tensor mse(const Tensor& x, const Tensor& y, const Tensor& z) {
+Tensor mse(const Tensor& x, const Tensor& y, const Tensor& z, bool /*tf32*/) {
     return forward(Problem(x, y, z, kForwardTileCols), nullptr);
 }
 
@@ -278,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
                                                         const std::optional<Tensor>& grad_mse,
                                                         const Tensor& x, const Tensor& y,
                                                         const Tensor& z, bool need_x, bool need_y,
-                                                        bool need_z) {
+                                                        bool need_z, bool /*tf32*/) {
     const Problem problem(x, y, z, kBackwardTileCols);
     const bool need_a = problem.transpose ? need_z : need_y;
     const bool need_b = problem.transpose ? need_y : need_z;

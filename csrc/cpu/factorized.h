@@ -1,7 +1,7 @@
 // X' = Y Z and its reconstruction error on the CPU, one pass over X each way.
 //
 // The formulas are those of mfops/reference.py; shapes and the meaning of an empty gradient those
-// of mfops/ops.py. Arguments were checked in Python.
+// of mfops/ops.py. Arguments were checked in Python. TF32 is a GPU's affair: `tf32` is ignored.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,14 +13,15 @@ namespace mfops::cpu {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z);
+std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z,
+                                       bool tf32);
 
-Tensor mse(const Tensor& x, const Tensor& y, const Tensor& z);
+Tensor mse(const Tensor& x, const Tensor& y, const Tensor& z, bool tf32);
 
 std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tensor>& grad_x_hat,
                                                         const std::optional<Tensor>& grad_mse,
                                                         const Tensor& x, const Tensor& y,
                                                         const Tensor& z, bool need_x, bool need_y,
-                                                        bool need_z);
+                                                        bool need_z, bool tf32);
 
 }  // namespace mfops::cpu

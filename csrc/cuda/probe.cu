@@ -36,6 +36,15 @@ std::vector<int> cuda_archs() {
     return archs;
 }
 
+std::string cuda_obstacle(int device_index) {
+    const DeviceGuard guard(device_index);
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, write_arch);
+    if (status == cudaSuccess) return "";
+    cudaGetLastError();  // not left for the next caller to find
+    return cudaGetErrorString(status);
+}
+
 int cuda_probe(int device_index) {
     const DeviceGuard guard(device_index);
     int* raw = nullptr;

@@ -4,11 +4,17 @@ Tolerances are not fitted: they are the textbook bounds of floating-point sums a
 (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1: a sum of n products in any
 order is off by at most n u sum|a_i b_i| / (1 - n u)), carried through the formulas of
 mfops.reference, plus one rounding to the output's dtype.
+
+GPU backends round operands of products as tensor cores take them: D to the input's dtype before it
+is multiplied for the factors' gradients and, where TF32 is allowed, every operand to TF32. Rounding
+a and b, each with unit roundoff v, adds (2 v + v^2) |a||b| to a product's bound. Their float32 sums
+may be cut off instead of rounded, which doubles u.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,32 +51,38 @@ class Case:
         return Case(*(getattr(self, name).double() for name in self.__dataclass_fields__))
 
 
-def features(shape: tuple[int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
+def features(
+    shape: tuple[int, int, int], layout: str, dtype: torch.dtype, device: str = "cpu"
+) -> Tensor:
     batch, channels, pixels = shape
     if layout == "channels_last":
-        return torch.randn(batch, pixels, channels).to(dtype).mT
+        return torch.randn(batch, pixels, channels).to(device, dtype).mT
     if layout == "sliced rows":
-        return torch.randn(batch, channels, pixels + 5).to(dtype)[:, :, 3 : pixels + 3]
+        return torch.randn(batch, channels, pixels + 5).to(device, dtype)[:, :, 3 : pixels + 3]
     if layout == "every second pixel":
-        return torch.randn(batch, channels, 2 * pixels).to(dtype)[:, :, ::2]
-    return torch.randn(shape).to(dtype)
+        return torch.randn(batch, channels, 2 * pixels).to(device, dtype)[:, :, ::2]
+    return torch.randn(shape).to(device, dtype)
 
 
 def make(
-    shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, shared: tuple[bool, bool]
+    shape: tuple[int, int, int, int],
+    layout: str,
+    dtype: torch.dtype,
+    shared: tuple[bool, bool],
+    device: str = "cpu",
 ) -> Case:
     torch.manual_seed(0)
     batch, channels, rank, pixels = shape
-    y = torch.randn(*([] if shared[0] else [batch]), channels, rank).to(dtype)
-    z = torch.randn(*([] if shared[1] else [batch]), rank, pixels).to(dtype)
-    grad = features((batch, channels, pixels), layout, dtype)
+    y = torch.randn(*([] if shared[0] else [batch]), channels, rank).to(device, dtype)
+    z = torch.randn(*([] if shared[1] else [batch]), rank, pixels).to(device, dtype)
+    grad = features((batch, channels, pixels), layout, dtype, device)
     return Case(
-        x=features((batch, channels, pixels), layout, dtype),
+        x=features((batch, channels, pixels), layout, dtype, device),
         y=y,
         z=z,
         grad_x_hat=grad[0] if all(shared) else grad,
         # As large a share of the gradients as the other term's.
-        grad_mse=torch.tensor(float(batch * channels * pixels)),
+        grad_mse=torch.tensor(float(batch * channels * pixels), device=device),
     )
 
 
@@ -79,6 +91,9 @@ def _u(dtype: torch.dtype) -> float:
 
 
 U = _u(torch.float32)  # everything accumulates in float32
+U_TF32 = 2.0**-11  # ten bits after the point
+# How a backend rounds the operands of its products: "tf32", the dtype of the input, or not at all.
+Operands = torch.dtype | Literal["tf32"] | None
 
 
 @dataclass
@@ -96,8 +111,13 @@ def _to_factor(t: Tensor, factor: Tensor) -> Tensor:
     return t.sum(0) if t.dim() > factor.dim() else t
 
 
-def bounds(case: Case) -> Bounds:
+def bounds(case: Case, operands: Operands = None) -> Bounds:
     dtype = case.x.dtype
+    u = U if operands in (None, torch.float32) else 2 * U  # of the sums in products
+    factor_rounding = d_rounding = U_TF32 if operands == "tf32" else 0.0
+    d_floor = 0.0
+    if operands in (torch.bfloat16, torch.float16):
+        d_rounding, d_floor = _u(operands), torch.finfo(operands).tiny * _u(operands)
     c = case.double()
     batch, channels, pixels = c.x.shape
     rank = c.y.shape[-1]
@@ -105,7 +125,8 @@ def bounds(case: Case) -> Bounds:
     images = batch if shared else 1
 
     x_hat, mse = reference.reconstruct(c.x, c.y, c.z)
-    product_error = 2 * rank * U * (c.y.abs() @ c.z.abs())
+    pair = 2 * factor_rounding + factor_rounding**2
+    product_error = (2 * rank * u + pair) * (c.y.abs() @ c.z.abs())
     error = (c.x - x_hat).abs()
     error_error = product_error + U * error
     # Squares are added in lanes and then in double: at most a few thousand float additions.
@@ -116,9 +137,10 @@ def bounds(case: Case) -> Bounds:
     grad_x_error = scale * error_error + 2 * U * grad_x
     d = (grad_x.sum(0) if shared else grad_x) + c.grad_x_hat.abs()
     d_error = (grad_x_error.sum(0) if shared else grad_x_error) + (images + 1) * U * d
+    d_error = d_error + d_rounding * (d + d_error) + d_floor
 
     def factor_bound(a: Tensor, a_error: Tensor, n: int) -> Tensor:
-        return a_error + 2 * n * batch * U * a
+        return (1 + factor_rounding) * a_error + (2 * n * batch * u + factor_rounding) * a
 
     grad_y = _to_factor(d @ c.z.abs().mT, c.y)
     grad_z = _to_factor(c.y.abs().mT @ d, c.z)
@@ -135,6 +157,28 @@ def bounds(case: Case) -> Bounds:
         grad_z=factor_bound(grad_z, _to_factor(c.y.abs().mT @ d_error, c.z), channels)
         + out * exact[2].abs(),
     )
+
+
+def check(run: Any, case: Case, operands: Operands = None) -> None:
+    """Asserts that run.reconstruct, run.mse and run.reconstruct_backward are within `bounds`."""
+    c, limit, tf32 = case.double(), bounds(case, operands), operands == "tf32"
+    factors = case.x, case.y, case.z
+    x_hat, mse = run.reconstruct(*factors, tf32)
+    exact, exact_mse = reference.reconstruct(c.x, c.y, c.z)
+    assert x_hat.dtype == case.x.dtype
+    assert mse.dtype == torch.float32
+    assert_within(x_hat, exact, limit.x_hat, "X'")
+    assert_within(mse, exact_mse, limit.mse, "mse")
+    assert_within(run.mse(*factors, tf32), exact_mse, limit.mse, "mse alone")
+
+    upstream = case.grad_x_hat, case.grad_mse
+    grads = run.reconstruct_backward(*upstream, *factors, True, True, True, tf32)
+    exact_grads = reference.reconstruct_backward(
+        c.grad_x_hat, c.grad_mse, c.x, c.y, c.z, True, True, True
+    )
+    for name, grad, exact_grad in zip("xyz", grads, exact_grads, strict=True):
+        assert grad.dtype == case.x.dtype
+        assert_within(grad, exact_grad, getattr(limit, f"grad_{name}"), f"gradient of {name}")
 
 
 def assert_within(actual: Tensor, exact: Tensor, bound: Tensor, what: str) -> None:

@@ -1,6 +1,16 @@
-"""Every backend against the float64 reference."""
+"""Every backend against the float64 reference.
+
+On CUDA where there is a GPU. Under TRITON_INTERPRET=1, as test_triton.py runs this file, the CPU's
+part is Triton's kernels in its interpreter.
+"""
 
 from __future__ import annotations
+
+import importlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,8 +20,10 @@ from cases import (
     SHAPES,
     SHARING,
     Case,
+    Operands,
     assert_within,
     bounds,
+    check,
     features,
     make,
 )
@@ -19,51 +31,99 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfops import reference
-from mfops.dispatch import BACKENDS, NO_TRITON
+from mfops.dispatch import BACKENDS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
+CHOSEN = -1 if INTERPRETED else 0  # the largest tiles: the interpreter's time goes by their number
+# Units of several images, and more bases than the kernels for GPUs take at once.
+MORE_SHAPES = [(5, 9, 64, 100), (5, 100, 64, 9), (1, 40, 130, 70), (2, 20, 300, 40)]
 
 
-def backends() -> list:
-    x = torch.zeros(1, 1, 1)
-    marked = []
-    for name, backend in BACKENDS.items():
-        reason = backend.obstacle(x)
-        if reason == NO_TRITON:  # nothing to test or to skip yet
-            continue
-        skip = [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else []
-        marked.append(pytest.param(name, marks=skip))
-    return marked
+class Run:
+    """A backend on a device. Its operators are attributes."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        self.backend, self.device = backend, device
+
+    def __getattr__(self, operator: str) -> Callable[..., Any]:
+        return getattr(BACKENDS[self.backend], operator)
+
+    def __str__(self) -> str:
+        return f"{self.backend} on {self.device}"
+
+    def skip_unless_able(self, rank: int = 1) -> None:
+        """A skip names what is missing."""
+        reason = self.obstacle(torch.zeros(1, 1, 1, device=self.device), rank)
+        if reason is not None:
+            pytest.skip(f"{self}: {reason}")
+
+    def make(self, *arguments: Any) -> Case:
+        return make(*arguments, self.device)
+
+    def operands(self, kind: torch.dtype | Literal["tf32"]) -> Operands:
+        """Of products of this dtype, or of float32 rounded to TF32."""
+        return kind if self.device == "cuda" or self.backend == "triton" else None
+
+    def check(
+        self,
+        shape: tuple[int, int, int, int],
+        layout: str,
+        kind: torch.dtype | Literal["tf32"],
+        shared: tuple[bool, bool],
+    ) -> None:
+        self.skip_unless_able(shape[2])
+        dtype = torch.float32 if kind == "tf32" else kind
+        check(self, self.make(shape, layout, dtype, shared), self.operands(kind))
 
 
-def check(backend: str, case: Case) -> None:
-    run, c, limit = BACKENDS[backend], case.double(), bounds(case)
-    x_hat, mse = run.reconstruct(case.x, case.y, case.z)
-    exact, exact_mse = reference.reconstruct(c.x, c.y, c.z)
-    assert x_hat.dtype == case.x.dtype
-    assert mse.dtype == torch.float32
-    assert_within(x_hat, exact, limit.x_hat, "X'")
-    assert_within(mse, exact_mse, limit.mse, "mse")
-    assert_within(run.mse(case.x, case.y, case.z), exact_mse, limit.mse, "mse alone")
-
-    factors = case.x, case.y, case.z
-    grads = run.reconstruct_backward(case.grad_x_hat, case.grad_mse, *factors, True, True, True)
-    exact_grads = reference.reconstruct_backward(
-        c.grad_x_hat, c.grad_mse, c.x, c.y, c.z, True, True, True
-    )
-    for name, grad, exact_grad in zip("xyz", grads, exact_grads, strict=True):
-        assert grad.dtype == case.x.dtype
-        assert_within(grad, exact_grad, getattr(limit, f"grad_{name}"), f"gradient of {name}")
+def on_cuda(backend: str) -> Any:
+    return pytest.param(Run(backend, "cuda"), marks=pytest.mark.gpu, id=f"{backend} on cuda")
 
 
-@pytest.mark.parametrize("backend", backends())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_float64_reference(backend, shape, layout, dtype):
-    for shared in SHARING:
-        check(backend, make(shape, layout, dtype, shared))
+ON_CPU = [Run("triton", "cpu")] if INTERPRETED else [Run("native", "cpu"), Run("reference", "cpu")]
+# On a GPU Triton compiles its kernels anew for nearly every case, so it has fewer of them.
+fast_runs = pytest.mark.parametrize("run", [*ON_CPU, on_cuda("native")], ids=str)
+all_runs = pytest.mark.parametrize("run", [*ON_CPU, on_cuda("native"), on_cuda("triton")], ids=str)
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.fixture(autouse=True)
+def _able(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips a run that is not possible; spares Triton the trial of several tile shapes."""
+    run = request.getfixturevalue("run")
+    run.skip_unless_able()
+    if run.backend == "triton":
+        for kernel in ("forward", "backward"):
+            module = importlib.import_module(f"mfops.triton.{kernel}")
+            monkeypatch.setattr(module, "choose", lambda p, _, configs, __: configs(p)[CHOSEN])
+
+
+def table() -> Iterator[Any]:
+    """Parameters of the test below; a dtype may be "tf32": float32 with rounded operands."""
+    dtypes = [*DTYPES, "tf32"]
+    for param in all_runs.args[1]:
+        run = param if isinstance(param, Run) else param.values[0]
+        for i, shape in enumerate(SHAPES + MORE_SHAPES):
+            # Seconds each in the interpreter.
+            large = shape[0] * shape[1] * shape[3] > 2000 or shape[2] > 256
+            all_kinds = run.backend != "triton" or (INTERPRETED and not large)
+            for layout, dtype in itertools.product(LAYOUTS, dtypes):
+                if not all_kinds and (layout, dtype) != (LAYOUTS[i % 4], dtypes[(i + i // 4) % 4]):
+                    continue
+                if dtype == "tf32" and run.operands(dtype) is None:
+                    continue
+                sharing = SHARING if all_kinds else SHARING[::3]
+                name = f"{run}-{shape}-{layout}-{dtype}"
+                marks = getattr(param, "marks", ())
+                yield pytest.param(run, shape, layout, dtype, sharing, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("run", "shape", "layout", "dtype", "sharing"), list(table()))
+def test_agrees_with_float64_reference(run, shape, layout, dtype, sharing):
+    for shared in sharing:
+        run.check(shape, layout, dtype, shared)
+
+
+@fast_runs
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (4, 70, 20, 150))),
@@ -71,32 +131,33 @@ def test_agrees_with_float64_reference(backend, shape, layout, dtype):
     dtype=st.sampled_from(DTYPES),
     shared=st.sampled_from(SHARING),
 )
-def test_agrees_on_any_shape(backend, shape, layout, dtype, shared):
-    check(backend, make(shape, layout, dtype, shared))
+def test_agrees_on_any_shape(run, shape, layout, dtype, shared):
+    run.check(shape, layout, dtype, shared)
 
 
-@pytest.mark.parametrize("backend", backends())
+@fast_runs
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shared", SHARING)
-def test_gradients_only_when_asked_for(backend, layout, shared):
-    case = make((3, 17, 5, 33), layout, torch.float32, shared)
-    run, factors = BACKENDS[backend].reconstruct_backward, (case.x, case.y, case.z)
-    every = run(case.grad_x_hat, case.grad_mse, *factors, True, True, True)
-    for needs in [(True, False, False), (False, True, False), (False, False, True)]:
-        some = run(case.grad_x_hat, case.grad_mse, *factors, *needs)
-        for need, grad, full in zip(needs, some, every, strict=True):
+def test_gradients_only_when_asked_for(run, layout, shared):
+    case = run.make((3, 17, 5, 33), layout, torch.float32, shared)
+    limits = bounds(case, run.operands(torch.float32))
+    arguments = case.grad_x_hat, case.grad_mse, case.x, case.y, case.z
+    every = reference.reconstruct_backward(*(t.double() for t in arguments), True, True, True)
+    for needs in itertools.product([True, False], repeat=3):
+        some = run.reconstruct_backward(*arguments, *needs)
+        for name, need, grad, exact in zip("xyz", needs, some, every, strict=True):
             if need:
-                torch.testing.assert_close(grad, full, rtol=1e-6, atol=1e-6)
+                assert_within(grad, exact, getattr(limits, f"grad_{name}"), f"gradient of {name}")
             else:
                 assert grad.numel() == 0
 
 
-@pytest.mark.parametrize("backend", backends())
+@fast_runs
 @pytest.mark.parametrize("shared", SHARING)
-def test_missing_and_expanded_gradients(backend, shared):
-    case = make((3, 17, 5, 33), "contiguous", torch.float32, shared)
-    run, factors = BACKENDS[backend].reconstruct_backward, (case.x, case.y, case.z)
-    ones = torch.ones(()).expand_as(case.grad_x_hat)
+def test_missing_and_expanded_gradients(run, shared):
+    case = run.make((3, 17, 5, 33), "contiguous", torch.float32, shared)
+    backward, factors = run.reconstruct_backward, (case.x, case.y, case.z)
+    ones = torch.ones((), device=run.device).expand_as(case.grad_x_hat)
     for upstream, mse in [(None, case.grad_mse), (ones, None), (ones, case.grad_mse)]:
         needs = (mse is not None, True, True)
         exact = reference.reconstruct_backward(
@@ -105,30 +166,30 @@ def test_missing_and_expanded_gradients(backend, shared):
             *(t.double() for t in factors),
             *needs,
         )
-        for grad, expected in zip(run(upstream, mse, *factors, *needs), exact, strict=True):
+        for grad, expected in zip(backward(upstream, mse, *factors, *needs), exact, strict=True):
             torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", backends())
+@fast_runs
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_of_shared_factors_per_image_or_summed(backend, layout):
-    case = make((3, 17, 5, 33), layout, torch.float32, (True, True))
-    run, factors = BACKENDS[backend].reconstruct_backward, (case.x, case.y, case.z)
-    images = features((3, 17, 33), layout, torch.float32)
+def test_gradient_of_shared_factors_per_image_or_summed(run, layout):
+    case = run.make((3, 17, 5, 33), layout, torch.float32, (True, True))
+    backward, factors = run.reconstruct_backward, (case.x, case.y, case.z)
+    images = features((3, 17, 33), layout, torch.float32, run.device)
     for mse in (case.grad_mse, None):
         needs = (mse is not None, True, True)
-        summed = run(images.sum(0), mse, *factors, *needs)
-        for a, b in zip(run(images, mse, *factors, *needs), summed, strict=True):
+        summed = backward(images.sum(0), mse, *factors, *needs)
+        for a, b in zip(backward(images, mse, *factors, *needs), summed, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", backends())
-def test_expanded_factors_are_per_image(backend):
-    case = make((3, 17, 5, 33), "contiguous", torch.float32, (True, True))
+@all_runs
+def test_expanded_factors_are_per_image(run):
+    case = run.make((3, 17, 5, 33), "contiguous", torch.float32, (True, True))
     y, z = case.y.expand(3, -1, -1), case.z.expand(3, -1, -1)
-    x_hat, _ = BACKENDS[backend].reconstruct(case.x, y, z)
+    x_hat, _ = run.reconstruct(case.x, y, z)
     torch.testing.assert_close(x_hat, (case.y @ case.z).expand(3, -1, -1))
-    grads = BACKENDS[backend].reconstruct_backward(
+    grads = run.reconstruct_backward(
         case.grad_x_hat.expand(3, -1, -1), case.grad_mse, case.x, y, z, True, True, True
     )
     copies = BACKENDS["reference"].reconstruct_backward(
@@ -137,12 +198,13 @@ def test_expanded_factors_are_per_image(backend):
     torch.testing.assert_close(grads, copies, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", backends())
+@fast_runs
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shared", SHARING)
-def test_same_bits_every_run(backend, layout, shared):
-    case = make((4, 300, 16, 1089), layout, torch.float32, shared)
-    run, factors = BACKENDS[backend], (case.x, case.y, case.z)
+def test_same_bits_every_run(run, layout, shared):
+    shape = (4, 70, 16, 200) if INTERPRETED else (4, 300, 16, 1089)
+    case = run.make(shape, layout, torch.float32, shared)
+    factors = (case.x, case.y, case.z)
 
     def results():
         return *run.reconstruct(*factors), *run.reconstruct_backward(
@@ -150,37 +212,62 @@ def test_same_bits_every_run(backend, layout, shared):
         )
 
     first = results()
-    for _ in range(5):
+    for _ in range(1 if INTERPRETED else 5):
         assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
+@pytest.mark.parametrize("run", ON_CPU, ids=str)
 @pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("shared", SHARING)
-def test_any_number_of_threads(backend, threads, shared):
+def test_any_number_of_threads(run, threads, shared):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(backend, make((3, 300, 4, 700), "contiguous", torch.float32, shared))
+        run.check((3, 300, 4, 700), "contiguous", torch.float32, shared)
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", backends())
-def test_nan_and_inf_go_through(backend):
-    case = make((2, 9, 3, 40), "contiguous", torch.float32, (True, True))
+@all_runs
+def test_nan_and_inf_go_through(run):
+    case = run.make((2, 9, 3, 40), "contiguous", torch.float32, (True, True))
     case.x[1, 4, 7] = float("nan")
-    x_hat, mse = BACKENDS[backend].reconstruct(case.x, case.y, case.z)
+    x_hat, mse = run.reconstruct(case.x, case.y, case.z)
     assert mse.isnan()
     assert x_hat.isfinite().all()
     case.x[1, 4, 7] = float("inf")
-    assert BACKENDS[backend].mse(case.x, case.y, case.z) == float("inf")
-    grad_x, *_ = BACKENDS[backend].reconstruct_backward(
+    assert run.mse(case.x, case.y, case.z) == float("inf")
+    grad_x, *_ = run.reconstruct_backward(
         None, case.grad_mse, case.x, case.y, case.z, True, True, True
     )
     assert grad_x[1, 4, 7] == float("inf")
     assert grad_x[0].isfinite().all()
     case.y[2, 0] = float("nan")
-    x_hat, _ = BACKENDS[backend].reconstruct(case.x, case.y, case.z)
+    x_hat, _ = run.reconstruct(case.x, case.y, case.z)
     assert x_hat[2].isnan().all()
     assert x_hat[3].isfinite().all()
+
+
+@all_runs
+def test_infinite_bases_stay_in_their_channel(run):
+    case = run.make((2, 9, 1, 40), "contiguous", torch.float32, (True, True))
+    case.y[2], factors = float("inf"), (case.x, case.y, case.z.abs())
+    x_hat, mse = run.reconstruct(*factors)
+    assert mse == float("inf")
+    assert (x_hat == float("inf")).sum() == 40
+    grads = run.reconstruct_backward(None, case.grad_mse, *factors, True, True, True)
+    assert (grads[0] == -float("inf")).sum() == 2 * 40
+    assert grads[1][2] == float("inf")
+    assert all(grad.isfinite().sum() == grad.numel() * 8 / 9 for grad in grads[:2])
+
+
+@all_runs
+def test_small_gradients_survive_float16(run):
+    """Scaled by s, each difference X - X' would vanish in float16; their sum does not."""
+    pixels, s = 9000, 5e-9
+    x = torch.full((1, 1, pixels), 4.0, dtype=torch.float16, device=run.device)
+    y, z = torch.zeros_like(x[0, :, :1]), torch.ones_like(x[0])
+    grad_mse = torch.tensor(s * pixels / 2, device=run.device)
+    _, grad_y, _ = run.reconstruct_backward(None, grad_mse, x, y, z, False, True, False)
+    torch.testing.assert_close(grad_y.item(), -s * 4 * pixels, rtol=2e-3, atol=0)

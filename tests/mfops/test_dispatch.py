@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mfops
 from mfops import dispatch
@@ -21,10 +24,32 @@ def test_available_backends():
     found = mfops.available_backends()
     assert list(found) == ["native", "triton", "reference"]
     assert found["reference"] is None
-    assert found["triton"] == dispatch.NO_TRITON
+    expected = None if torch.cuda.is_available() else "no CUDA device"
+    assert found["triton"] == (dispatch.TRITON_ERROR or expected)
     if found["native"] is None:
         extension = importlib.import_module("mfops._C")
         assert extension.build_info()["torch_stable_abi"] == "2.11"
+
+
+def test_a_missing_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "TRITON_ERROR", "triton is not installed")
+    assert mfops.available_backends()["triton"] == "triton is not installed"
+    with mfops.use_backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
+        mfops.factorized_mse(X, Y, Z)
+
+
+@pytest.mark.skipif(dispatch.TRITON_ERROR is not None, reason=str(dispatch.TRITON_ERROR))
+def test_triton_takes_the_cuda_key_where_the_extension_has_no_kernels():
+    code = (
+        "import sys, torch; sys.modules['mfops._C'] = None; import mfops; "
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
+        "print(*(has('mfops::mse', key) for key in ('CUDA', 'CPU')))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_automatic_choice_falls_back_and_says_why_once(caplog):
@@ -52,6 +77,100 @@ def test_explicit_choice_never_falls_back():
         mfops.factorized_mse(X, Y, Z)
     with mfops.use_backend("native"), pytest.raises(RuntimeError, match="'native' cannot run"):
         mfops.factorized_mse(X.double(), Y.double(), Z.double())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of capability 9.0 that is not there, with native kernels for it; x, y, z on it."""
+    caches = dispatch._ask_gpu, dispatch._ask_build, dispatch._log_once
+    for cache in caches:
+        cache.cache_clear()
+    for error in ("EXTENSION_ERROR", "CUDA_ERROR", "TRITON_ERROR"):
+        monkeypatch.setattr(dispatch, error, None)
+    extension = SimpleNamespace(cuda_obstacle=lambda index: None)
+    monkeypatch.setitem(sys.modules, "mfops._C", extension)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU 3000")
+    with FakeTensorMode():
+        yield [torch.empty(t.shape, device="cuda") for t in (X, Y, Z)]
+    for cache in caches:
+        cache.cache_clear()
+
+
+def obstacles(x: torch.Tensor, rank: int = 3) -> dict[str, str | None]:
+    return {name: backend.obstacle(x, rank) for name, backend in dispatch.BACKENDS.items()}
+
+
+def test_a_gpu_runs_everything(gpu):
+    assert set(obstacles(gpu[0]).values()) == {None}
+    assert dispatch.select(gpu[0], 256).name == "native"
+
+
+def test_more_bases_than_the_native_kernels_take(gpu, caplog):
+    assert obstacles(gpu[0], 257)["native"] == "on CUDA it takes K <= 256, K is 257"
+    with caplog.at_level(logging.INFO, logger="mfops"):
+        assert dispatch.select(gpu[0], 257).name == "triton"
+    assert "backend native passed over: on CUDA it takes K <= 256" in caplog.text
+    assert dispatch.BACKENDS["native"].obstacle(X, 257) is None  # on the CPU
+
+
+def test_an_extension_without_cuda(gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_ERROR", "built without CUDA kernels: no nvcc")
+    assert dispatch.select(gpu[0], 3).name == "triton"
+    message = "backend 'native' cannot run this call: built without CUDA kernels: no nvcc"
+    with mfops.use_backend("native"), pytest.raises(RuntimeError, match=message):
+        mfops.factorized_mse(*gpu)
+
+
+def test_an_extension_built_for_other_gpus(gpu, monkeypatch):
+    extension = SimpleNamespace(cuda_obstacle=lambda index: "no kernel image")
+    monkeypatch.setitem(sys.modules, "mfops._C", extension)
+    assert obstacles(gpu[0]) == {
+        "native": "the extension has no code for GPU 3000 (cuda:0): no kernel image",
+        "triton": None,
+        "reference": None,
+    }
+
+
+def test_a_gpu_that_is_too_old(gpu, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    reason = "needs compute capability 8.0 or later, GPU 3000 (cuda:0) has 7.5"
+    assert obstacles(gpu[0]) == {"native": reason, "triton": reason, "reference": None}
+    with caplog.at_level(logging.INFO, logger="mfops"):
+        for _ in range(2):
+            mfops.factorized_mse(*gpu)  # on the reference
+    assert [m for m in caplog.messages if "native" in m] == [
+        f"backend native passed over: {reason}"
+    ]
+    for name in ("native", "triton"):
+        with mfops.use_backend(name), pytest.raises(RuntimeError, match=re.escape(reason)):
+            mfops.factorized_mse(*gpu)
+
+
+def test_float64_on_a_gpu(gpu):
+    found = obstacles(gpu[0].double())
+    assert (
+        found["native"] == found["triton"] == ("takes float32, bfloat16 and float16, x is float64")
+    )
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_compiles_for_a_gpu_with_its_precision(gpu, precision):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    torch.compiler.reset()
+    try:
+        torch.compile(mfops.factorized_reconstruction, fullgraph=True, backend=keep)(*gpu)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    (call,) = (n for n in graphs[0].graph.nodes if n.target == torch.ops.mfops.reconstruct.default)
+    assert call.args[3] == (precision == "high")
 
 
 def test_choices_nest_and_end_with_the_block():

@@ -1,0 +1,172 @@
+// The few instructions the kernels are made of, each behind one function, and the element types.
+// A mma.sync fragment is named as in the PTX manual: lane = 4 g + t, g in 0..7, t in 0..3.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/check.cuh"
+
+namespace mfops::cuda {
+
+// 16-bit floats as kernels see them: bits to move, numbers only after to_float.
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bf16 v) {
+    return __uint_as_float(static_cast<uint32_t>(v.bits) << 16);
+}
+__device__ __forceinline__ float to_float(f16 v) { return __half2float(__ushort_as_half(v.bits)); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+    return v;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float v) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+}
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float v) {
+    return {__half_as_ushort(__float2half_rn(v))};
+}
+
+// v rounded to TF32 (to nearest), as mma_tf32 takes it.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+    return bits;
+}
+
+// 4, 8 or 16 bytes at once; addresses are multiples of as many.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ void load_shared(uint32_t& bits, const void* from) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(shared_address(from)) : "memory");
+}
+__device__ __forceinline__ void load_shared(uint2& bits, const void* from) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(bits.x), "=r"(bits.y)
+                 : "r"(shared_address(from))
+                 : "memory");
+}
+__device__ __forceinline__ void load_shared(uint4& bits, const void* from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(shared_address(from))
+                 : "memory");
+}
+__device__ __forceinline__ void store_shared(void* to, uint32_t bits) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(bits) : "memory");
+}
+__device__ __forceinline__ void store_shared(void* to, uint2 bits) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared_address(to)), "r"(bits.x),
+                 "r"(bits.y)
+                 : "memory");
+}
+__device__ __forceinline__ void store_global(void* to, uint4 bits) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+}
+
+// Copies 16 bytes to shared memory without waiting: the first `bytes` from `global`, the rest zeros
+// (bytes = 0 reads nothing). Both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(bytes)
+                 : "memory");
+}
+// Closes a group of this thread's copies.
+__device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most the kPending groups closed last are still on their way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements. Lane l passes the address (a multiple of 16) of row l % 8
+// of matrix l / 8; r[i] is then the pair (row g, columns 2t and 2t + 1) of matrix i.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// The same with each matrix transposed: r[i] is the pair (rows 2t and 2t + 1, column g).
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// d (16 x 8) += a (16 x 16) b (16 x 8).
+//   d: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)
+//   a: pairs along the second index (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8)
+//   b: pairs along the first index (2t, g), (2t+8, g); the lower index in the lower half
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4],
+                                          const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma<f16>(float (&d)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d (16 x 8) += a (16 x 8) b (8 x 8) on TF32 operands.
+//   a: (g, t), (g+8, t), (g, t+4), (g+8, t+4);  b: (t, g), (t+4, g)
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The value of the lane `offset` further up in the warp.
+__device__ __forceinline__ double shuffle_down(double v, int offset) {
+    return __shfl_down_sync(0xffffffff, v, offset);
+}
+
+// The block's dynamic shared memory, 16-byte aligned.
+__device__ __forceinline__ char* shared_memory() {
+    extern __shared__ uint4 mfops_shared[];
+    return reinterpret_cast<char*>(mfops_shared);
+}
+
+// Launches Kernel(params) and checks the launch. `stream` is a cudaStream_t.
+template <auto Kernel, class Params>
+void launch(unsigned blocks, unsigned threads, size_t shared_bytes, void* stream,
+            const Params& params) {
+    if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking
+        MFOPS_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              static_cast<int>(shared_bytes)));
+    }
+    Kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    MFOPS_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace mfops::cuda

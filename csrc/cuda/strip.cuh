@@ -1,0 +1,169 @@
+// What the forward and the backward kernel share: the tables of tile shapes, where tiles lie in
+// shared memory, and how a block goes through its work.
+#pragma once
+
+#include "cuda/product.cuh"
+
+namespace mfops::cuda {
+
+inline constexpr int kWarps = 8, kThreads = 32 * kWarps;
+
+// A block owns `own` rows (or columns) and streams tiles of `stream` columns (or rows).
+struct TileShape {
+    int own, stream, max_rank;
+    int blocks;  // per multiprocessor: what its registers are cut for
+};
+
+// The first shape whose rank is large enough and that fits into shared memory in two stages is
+// taken, else the first that fits in one. Reasons: a streamed factor is read again by every strip,
+// rank / own of its elements for each of X's, so strips are as wide as registers and shared memory
+// allow; 64 16-bit or 32 float32 elements of a line are one whole 128-byte line of the L2.
+// Small strips last: GPUs of compute capability 8.6 and 8.9 have 99 KiB for a block, and rank 256
+// has to fit there too.
+template <size_t kElementBytes>
+struct Shapes;
+template <>
+struct Shapes<2> {
+    static constexpr TileShape kForward[] = {{128, 64, 256, 2}, {64, 64, 256, 2}};
+    static constexpr TileShape kBackward[] = {
+        {128, 64, 64, 1}, {128, 64, 128, 1}, {64, 64, 256, 1}};
+};
+template <>
+struct Shapes<4> {
+    static constexpr TileShape kForward[] = {{64, 64, 256, 2}, {32, 32, 256, 2}};
+    static constexpr TileShape kBackward[] = {{64, 32, 64, 2}, {64, 32, 128, 1}, {32, 32, 256, 1}};
+};
+
+__host__ __device__ constexpr int padded_rank(int rank) { return (rank + 15) / 16 * 16; }
+
+// A tile of X, or of what is as large. The padding takes a line's offset, and puts the lines that
+// a warp reads together into different banks.
+template <class T, int kRows, int kCols>
+struct FeatureTile {
+    static constexpr int kPitch = kCols + 16 / sizeof(T);
+    static constexpr int kElements = kRows * kPitch;
+};
+
+// A factor's part for kExtent rows (or columns), all bases. kByK: its lines run along the bases.
+template <class T, bool kByK, int kExtent, bool kAligned>
+struct FactorTile {
+    static constexpr int kPadding = kByK ? 16 / sizeof(T) : 8;
+
+    __host__ __device__ static constexpr int lines(int padded) { return kByK ? kExtent : padded; }
+    __host__ __device__ static constexpr int length(int padded) { return kByK ? padded : kExtent; }
+    __host__ __device__ static constexpr int elements(int padded) {
+        return lines(padded) * (length(padded) + kPadding);
+    }
+
+    __device__ __forceinline__ static const T* origin(const Lines& from, int64_t image,
+                                                      int64_t first) {
+        return origin_of<T>(from, image, kByK ? first : 0, kByK ? 0 : first);
+    }
+    __device__ __forceinline__ static Tile<T, kAligned> tile(int start, int padded,
+                                                             const Lines& from, int64_t image,
+                                                             int64_t first) {
+        return tile_of<kAligned>(start, length(padded) + kPadding, from,
+                                 origin(from, image, first));
+    }
+    // `valid` of the kExtent rows exist.
+    __device__ __forceinline__ static void load(int start, int rank, const Lines& from,
+                                                int64_t image, int64_t first, int64_t valid) {
+        const int padded = padded_rank(rank);
+        fill<kThreads>(tile(start, padded, from, image, first), from, origin(from, image, first),
+                       lines(padded), length(padded), kByK ? valid : rank, kByK ? rank : valid);
+    }
+};
+
+// The tiles of one step: kRows x kCols of X and the factors' parts for them.
+// kAligned: all lines start on 16 bytes.
+template <Type kType, bool kTransposed, bool kAligned, int kRows, int kCols>
+struct Tiles {
+    using T = Element<kType>;
+    using X = FeatureTile<T, kRows, kCols>;
+    using A = FactorTile<T, !kTransposed, kRows, kAligned>;
+    using B = FactorTile<T, kTransposed, kCols, kAligned>;
+};
+
+// A block's share of the work.
+struct Item {
+    int strip;
+    int first_tile, tiles;
+    int first_image, images;
+    int share;  // which of the sums that make up a strip's result
+
+    __device__ __forceinline__ int steps() const { return tiles * images; }
+};
+
+__device__ __forceinline__ Item item_of(const Work& work, int64_t batch, unsigned index) {
+    const int chunk = index % work.chunks;
+    index /= work.chunks;
+    const int range = index % work.ranges;
+    index /= work.ranges;
+    const int strip = index % work.interleave * work.strips_per_part + index / work.interleave;
+    const auto part = [](int64_t n, int i, int parts) { return static_cast<int>(n * i / parts); };
+    const int first_tile = part(work.tiles, range, work.ranges);
+    const int first_image = part(batch, chunk, work.chunks);
+    return {strip,
+            first_tile,
+            part(work.tiles, range + 1, work.ranges) - first_tile,
+            first_image,
+            part(batch, chunk + 1, work.chunks) - first_image,
+            chunk * work.ranges + range};
+}
+
+__device__ __forceinline__ bool one_product(const Problem& problem) {
+    return !problem.a_per_image && !problem.b_per_image;
+}
+
+// One step: a tile of one image. Of shared factors, all images of a tile come one after another,
+// so that its product is computed once.
+struct Step {
+    int tile, image;
+    bool first, last;  // of the images that share the tile's product
+    int slot;          // that holds the streamed factor's tile
+};
+
+__device__ __forceinline__ Step step_of(const Item& item, bool shared, int step, int stages) {
+    if (shared) {
+        const int tile = step / item.images, image = step % item.images;
+        return {item.first_tile + tile, item.first_image + image, image == 0,
+                image == item.images - 1, tile % stages};
+    }
+    return {item.first_tile + step % item.tiles, item.first_image + step / item.tiles, true, true,
+            step % stages};
+}
+
+__device__ __forceinline__ void wait_for_copies(int pending) {
+    switch (pending) {
+        case 0:
+            return cp_async_wait<0>();
+        case 1:
+            return cp_async_wait<1>();
+        default:
+            return cp_async_wait<2>();
+    }
+}
+
+// Runs load(step) for every step, `stages` - 1 steps ahead, and compute(step) on what has arrived.
+// A stage is filled again only after every thread has left the step that used it.
+template <class Load, class Compute>
+__device__ __forceinline__ void pipeline(int steps, int stages, Load load, Compute compute) {
+    const int ahead = stages - 1;
+#pragma unroll 1
+    for (int step = -ahead; step < steps; ++step) {
+        if (step >= 0) {
+            if (ahead > 0) wait_for_copies(ahead - 1);
+            __syncthreads();
+        }
+        if (step + ahead < steps) load(step + ahead);
+        cp_async_commit();
+        if (step < 0) continue;
+        if (ahead == 0) {
+            wait_for_copies(0);
+            __syncthreads();
+        }
+        compute(step);
+    }
+}
+
+}  // namespace mfops::cuda

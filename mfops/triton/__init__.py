@@ -1,0 +1,48 @@
+"""The operators on Triton, with the arguments and results of `mfops.ops`.
+
+Needs a GPU, or TRITON_INTERPRET=1 in the environment before triton is imported: the kernels then
+run, slowly, on the CPU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mfops import ops
+from mfops.triton.backward import launch_backward
+from mfops.triton.common import Problem
+from mfops.triton.forward import launch_forward
+
+
+def reconstruct(x: Tensor, y: Tensor, z: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
+    problem = Problem.of(x, y, z, tf32)
+    x_hat = ops.empty_like_x(x, list(x.shape[1:] if problem.one_product else x.shape))
+    return x_hat, launch_forward(problem, x_hat)
+
+
+def mse(x: Tensor, y: Tensor, z: Tensor, tf32: bool = False) -> Tensor:
+    return launch_forward(Problem.of(x, y, z, tf32), None)
+
+
+def reconstruct_backward(
+    grad_x_hat: Tensor | None,
+    grad_mse: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    need_x: bool,
+    need_y: bool,
+    need_z: bool,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem.of(x, y, z, tf32)
+    grad_x = ops.empty_like_x(x, list(x.shape)) if need_x else x.new_empty(0)
+    if need_x and grad_mse is None:  # X' does not depend on X
+        grad_x.zero_()
+        need_x = False
+    if not (need_x or need_y or need_z):
+        return grad_x, x.new_empty(0), x.new_empty(0)
+    grad_y, grad_z = launch_backward(
+        problem, grad_x_hat, grad_mse, grad_x if need_x else None, need_y, need_z
+    )
+    return grad_x, grad_y, grad_z

@@ -1,0 +1,98 @@
+"""Runs csrc/cuda's kernels without a GPU: compiles them against cuda/primitives.cuh of this folder.
+
+An entry point is an extern "C" function that returns `mfops::emulator::error_of(...)`. The
+environment's MFOPS_EMULATOR_ORDER ("ascending", "descending" or a number, the seed of a shuffle) is
+the order in which threads run where CUDA leaves it open: a result that depends on it shows a race.
+Between lanes of one warp only plain loads and stores race here: a collective (ldmatrix, mma,
+shuffle_down) sees whatever any lane did before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+
+
+@functools.cache
+def build_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="mfops-emulator-")
+
+
+@functools.cache
+def build(*sources: Path, flags: tuple[str, ...] = ()) -> str:
+    """The library made of these .cpp and .cu files, compiled once a session, all at a time; skips
+    the test where there is no C++ compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler ({compiler[0]})")
+    folder = tempfile.mkdtemp(dir=build_folder().name)
+    compiler += ["-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", f"-I{HERE}", f"-I{CSRC}"]
+    objects = [f"{folder}/{i}.o" for i in range(len(sources))]
+    commands = [
+        [*compiler, *flags, "-x", "c++", "-c", str(source), "-o", target]
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [process.communicate()[1] for process in running]
+    assert not any(process.returncode for process in running), "".join(errors)
+    # g++ makes statics of templates and inline functions unique in the process: with two libraries
+    # loaded, one would use the other's. So no C++ name is exported.
+    exports = Path(folder, "exports")
+    exports.write_text("{ local: _Z*; };")
+    library = f"{folder}/emulated.so"
+    link = [*compiler, "-shared", f"-Wl,--version-script={exports}", *objects, "-o", library]
+    done = subprocess.run([*link, *flags], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def load(*sources: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(build(*sources))
+
+
+def call(function: Any, *arguments: torch.Tensor | int) -> None:
+    """Calls an entry point, tensors as pointers and numbers as int; its error is a RuntimeError."""
+    function.restype = ctypes.c_char_p
+    error = function(
+        *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments)
+    )
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+def guarded(tensor: torch.Tensor, align: int = 1) -> torch.Tensor:
+    """A copy of `tensor`, strides included, that ends right before memory nobody may access.
+
+    With `align` its address is a multiple of that, and up to align - 1 bytes lie in between;
+    without, the address is a multiple of 16 where the size in bytes is. Around the elements, in
+    the gaps between their strides too, all bytes are 0xff: NaN.
+    """
+    page = mmap.PAGESIZE
+    spans = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((extent - 1) * stride for extent, stride in spans)
+    size = -(-elements * tensor.element_size() // align) * align
+    length = -(-size // page) * page
+    memory = mmap.mmap(-1, length + page)
+    memory.write(b"\xff" * length)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    no_access = 0
+    status = ctypes.CDLL(None).mprotect(
+        ctypes.c_void_p(start + length), ctypes.c_size_t(page), no_access
+    )
+    assert status == 0
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=elements, offset=length - size)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)

@@ -1,0 +1,166 @@
+"""What the compiler made of csrc/cuda in the build at hand: its machine code and resource report.
+
+These are checks of this build, not figures; they need neither a GPU nor a CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+TYPES = ["float32", "tf32", "bf16", "f16"]  # in the order of csrc/cuda/problem.h
+TENSOR_CORE = {
+    "tf32": "HMMA.1688.F32.TF32",
+    "bf16": "HMMA.16816.F32.BF16",
+    "f16": "HMMA.16816.F32",
+}
+REGISTERS = 64 * 1024  # of a multiprocessor
+THREADS = 256
+
+
+class Kernel(NamedTuple):
+    kind: str  # "forward" or "backward"
+    type: str
+    transposed: bool
+    aligned: bool
+    blocks: int  # on a multiprocessor
+
+    @classmethod
+    def of(cls, mangled: str) -> Kernel | None:
+        """The template arguments of a product kernel's mangled name; None for other kernels."""
+        match = re.search(
+            r"(forward|backward)_kernelILNS0_4TypeE(\d)ELb(\d)ELb(\d)E\w*?Li(\d)EEEv", mangled
+        )
+        if match is None:
+            return None
+        kind, type_, transposed, aligned, blocks = match.groups()
+        flags = transposed == "1", aligned == "1"
+        return cls(kind, TYPES[int(type_)], *flags, int(blocks))
+
+
+def cuobjdump() -> str:
+    """On PATH, or the one that triton carries."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = importlib.util.find_spec("triton")
+        if triton is not None and triton.origin is not None:
+            path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            found = str(path) if path.exists() else None
+    if found is None:
+        pytest.skip("no cuobjdump, neither on PATH nor in triton")
+    return found
+
+
+def dump(extension: ModuleType, *options: str) -> str:
+    command = [cuobjdump(), *options, str(extension.__file__)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def extension() -> ModuleType:
+    extension = pytest.importorskip("mfops._C", reason="the extension was not built")
+    if extension.build_info()["cuda"] is None:
+        pytest.skip(f"no CUDA in this build: {extension.build_info()['cuda_missing']}")
+    return extension
+
+
+@pytest.fixture(scope="module")
+def resources(extension) -> dict[tuple[str, str], dict[str, int]]:
+    """Registers, stack, and local memory by architecture and mangled name."""
+    found = {}
+    arch = ""
+    text = dump(extension, "--dump-resource-usage")
+    for match in re.finditer(r"arch = (sm_\d+)|Function (\S+):\n\s*(.*)", text):
+        if match.group(1):
+            arch = match.group(1)
+        else:
+            counts = re.findall(r"(REG|STACK|LOCAL):(\d+)", match.group(3))
+            found[arch, match.group(2)] = {name: int(value) for name, value in counts}
+    return found
+
+
+@pytest.fixture(scope="module")
+def instructions(extension) -> dict[str, Counter[str]]:
+    """By mangled name, how often every instruction occurs in the newest architecture's code."""
+    arch = extension.build_info()["cuda_archs"][-1]
+    found: dict[str, Counter[str]] = {}
+    name = ""
+    for line in dump(extension, "--dump-sass", "--gpu-architecture", arch).splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            name = match.group(1)
+            found[name] = Counter()
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+ +)?(\S+)", line):
+            found[name][match.group(1).rstrip(";")] += 1
+    return found
+
+
+def test_every_kernel_is_there_for_every_architecture(extension, resources):
+    names = {name for _, name in resources}
+    archs = {arch for arch, _ in resources}
+    assert archs == set(extension.build_info()["cuda_archs"])
+    assert set(resources) == {(arch, name) for arch in archs for name in names}
+    kernels = [kernel for name in names if (kernel := Kernel.of(name))]
+    variants = {(k.type, k.transposed, k.aligned) for k in kernels}
+    assert len(variants) == len(TYPES) * 4
+    for kind in ("forward", "backward"):
+        assert {(k.type, k.transposed, k.aligned) for k in kernels if k.kind == kind} == variants
+
+
+def test_no_kernel_spills_or_uses_local_memory(resources):
+    for key, used in resources.items():
+        assert used["STACK"] == used["LOCAL"] == 0, (key, used)
+
+
+def test_registers_leave_room_for_the_blocks_planned(resources):
+    for key, used in resources.items():
+        kernel = Kernel.of(key[1])
+        if kernel is not None:
+            assert used["REG"] * THREADS * kernel.blocks <= REGISTERS, (key, used)
+
+
+def test_products_run_on_tensor_cores_and_ieee_float32_does_not(instructions):
+    for name, counts in instructions.items():
+        kernel = Kernel.of(name)
+        if kernel is None:
+            continue
+        tensor = {instruction for instruction in counts if instruction.startswith("HMMA")}
+        if kernel.type == "float32":
+            assert not tensor, name
+            assert counts["FFMA"] >= 16, name  # 4 x 4 accumulators, if no more
+        else:
+            assert tensor == {TENSOR_CORE[kernel.type]}, name
+
+
+@pytest.mark.parametrize("transposed", [True, False], ids=["channels_last", "contiguous"])
+def test_aligned_features_move_128_bits_at_a_time(instructions, transposed):
+    checked = 0
+    for name, counts in instructions.items():
+        kernel = Kernel.of(name)
+        if kernel is None or not kernel.aligned or kernel.transposed != transposed:
+            continue
+        checked += 1
+        copies = {i for i in counts if i.startswith("LDGSTS")}
+        assert copies, name
+        assert all(".128" in i for i in copies), (name, copies)
+        # All else that is loaded is g, the gradient of the error.
+        loads = {i: n for i, n in counts.items() if re.match(r"LDG?\.", i)}
+        assert sum(loads.values()) <= (2 if kernel.kind == "backward" else 0), (name, loads)
+        assert any(i.startswith("STG") and ".128" in i for i in counts), name
+    assert checked
+
+
+def test_memory_is_never_addressed_generically(instructions):
+    for name, counts in instructions.items():
+        if Kernel.of(name):
+            generic = {i for i in counts if re.match(r"(LD|ST)(\.|$)", i)}
+            assert not generic, (name, generic)
