@@ -1,17 +1,19 @@
-# Every target first makes the virtual environment .venv and installs this tree into it (editable).
+# Every target but gpu first makes the virtual environment .venv and installs this tree into it
+# (editable).
 # PYTHON: the interpreters to try, in order; `make test PYTHON=/path/to/python3.12` names one.
 PYTHON ?= python3 python3.12 python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfops/emulator/*/*))
 
-.PHONY: help install demo test gpu lint format clean
+.PHONY: help install demo test lint format clean gpu gpu-build gpu-test gpu-bench gpu-sanitize
 
 help:
 	@echo "make demo    train MFNet on generated images, print its metrics, draw its predictions"
 	@echo "make test    the test suite"
-	@echo "make gpu     the tests that need a CUDA device"
+	@echo "make gpu     on a machine with an NVIDIA GPU: build for it, test, measure (docs/gpu.md)"
 	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
 	@echo "make install only the virtual environment, $(VENV)"
 	@echo "make clean   remove the environment and everything built"
@@ -24,19 +26,55 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu
+# What a GPU is needed for runs in the machine's own Python with its torch, and fetches nothing.
+GPU_PYTHON := $(firstword $(PYTHON))
+GPU_PARTS := gpu-build gpu-test gpu-bench gpu-sanitize
+
+# A part that fails does not keep the later ones from running.
+gpu:
+	@failed=; for part in $(GPU_PARTS); do \
+	    echo "=== make $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi; \
+	echo "make gpu: all parts passed"
+
+# --force: without it a changed header or architecture would not count as a change; what ninja has
+# compiled before it does not compile again.
+gpu-build:
+	archs=$${TORCH_CUDA_ARCH_LIST:-$$($(GPU_PYTHON) -c 'import torch; \
+	    gpus = range(torch.cuda.device_count()) or exit("no CUDA device"); \
+	    print(*sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in gpus}), sep=";")')} && \
+	TORCH_CUDA_ARCH_LIST="$$archs" $(GPU_PYTHON) setup.py build_ext --inplace --force
+	$(GPU_PYTHON) -m mfops
+
+gpu-test:
+	$(GPU_PYTHON) -m pytest -m gpu --continue-on-collection-errors
+
+gpu-bench:
+	$(GPU_PYTHON) -m benchmarks.gpu
+
+# Without torch's own allocator every tensor is an allocation that memcheck knows the end of.
+gpu-sanitize:
+	@if ! command -v compute-sanitizer > /dev/null; then \
+	    echo "compute-sanitizer is not installed: nothing done"; exit; fi; \
+	status=0; for tool in memcheck racecheck; do \
+	    echo "compute-sanitizer --tool $$tool"; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool $$tool \
+	        --kernel-name kns=mfops --report-api-errors no --error-exitcode 1 \
+	        $(GPU_PYTHON) -m pytest -q -m gpu tests/mfops/test_gpu.py -k sanitized \
+	        || status=1; \
+	done; exit $$status
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(EMULATOR)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(EMULATOR)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mfops/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

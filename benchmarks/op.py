@@ -2,46 +2,27 @@
 
     python -m benchmarks.op [--rounds 30] [--threads 2] [--output FILE]
 
-Rivals take turns, one call each per round, so that a machine that speeds up or slows down does so
-for all of them. Times are medians; the ratios are medians of the ratios within a round. Peak
-memory is the growth of the process's resident set over what it held before the call (inputs and
-upstream gradients are held before), read from Linux's own high-water mark, in a round of its own.
+Peak memory is the growth of the process's resident set over what it held before the call (inputs
+and upstream gradients are held before), read from Linux's own high-water mark, in a round of its
+own. `benchmarks.gpu` is the same question on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
-import platform
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import mfops
+from benchmarks.harness import Op, Turn, WallClock, careful, provenance, ratio, take_turns, textbook
 
 SHAPES = [(4, 2048, 64, 1089), (4, 512, 64, 4225)]
-WARM_UP = 3
-Op = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def textbook(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The lines of the published code."""
-    x_hat = (y @ z).repeat(x.shape[0], 1, 1)
-    return x_hat, F.mse_loss(x, x_hat)
-
-
-def expanded(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without the copies: what torch.compile is given."""
-    x_hat = (y @ z).expand(x.shape[0], -1, -1)
-    return x_hat, F.mse_loss(x, x_hat)
+OURS = "mfops (native)"
 
 
 def forward(op: Op, inputs: list[Tensor], upstream: list[Tensor]) -> object:
@@ -83,55 +64,44 @@ def measure(shape: tuple[int, int, int, int], run: Callable, rounds: int) -> lis
     upstream = [torch.randn(batch, channels, pixels), torch.ones(())]
     torch.compiler.reset()
     rivals: dict[str, Op] = {
-        "mfops (native)": mfops.factorized_reconstruction,
+        OURS: mfops.factorized_reconstruction,
         "textbook lines": textbook,
-        "torch.compile": torch.compile(expanded, mode="max-autotune-no-cudagraphs"),
+        "torch.compile": torch.compile(careful, mode="max-autotune-no-cudagraphs"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    memory = {}
 
-    def call(op: Op) -> object:
+    def clear_gradients(number: int = 0) -> None:
         for tensor in inputs:
             tensor.grad = None
-        return run(op, inputs, upstream)
 
+    def turn(op: Op) -> Turn:
+        return Turn(clear_gradients, lambda _: run(op, inputs, upstream))
+
+    memory = {}
     with mfops.use_backend("native"):
-        for i in range(WARM_UP + rounds):
-            for name, op in rivals.items():
-                start = time.perf_counter()
-                result = call(op)
-                elapsed = time.perf_counter() - start
-                del result
-                if i >= WARM_UP:
-                    seconds[name].append(elapsed)
+        seconds = take_turns({name: turn(op) for name, op in rivals.items()}, WallClock(), rounds)
         for name, op in rivals.items():
-            for tensor in inputs:
-                tensor.grad = None
-            memory[name] = peak_mib(lambda op=op: call(op))
-    ours = seconds["mfops (native)"]
+            clear_gradients()
+            memory[name] = peak_mib(lambda op=op: run(op, inputs, upstream))
     rows = []
     for name in rivals:
-        ratio = statistics.median(s / o for s, o in zip(seconds[name], ours, strict=True))
         rows.append(
             f"| {shape} | {run.__name__.replace('_', ' + ')} | {name} "
-            f"| {1e3 * statistics.median(seconds[name]):.1f} | {ratio:.2f} | {memory[name]:.0f} |"
+            f"| {1e3 * statistics.median(seconds[name]):.1f} "
+            f"| {ratio(seconds[name], seconds[OURS]):.2f} | {memory[name]:.0f} |"
         )
     return rows
 
 
 def table(rounds: int) -> str:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     processor = next(
         line.split(":")[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     )
+    of = provenance()
     lines = [
-        f"{processor}, {torch.get_num_threads()} threads; torch {torch.__version__}, mfops "
-        f"{mfops.__version__} ({commit or 'no commit'}), Python {platform.python_version()}; "
-        f"{datetime.date.today()}; `python -m benchmarks.op {' '.join(sys.argv[1:])}`".rstrip(),
+        f"{processor}, {torch.get_num_threads()} threads; torch {of['torch']}, mfops "
+        f"{of['mfops']} ({of['commit']}), Python {of['python']}; {of['date']}; `{of['command']}`",
         "",
         "| (B, C, K, N), float32, shared factors | pass | op | ms | time / mfops | peak MiB |",
         "|---|---|---|---:|---:|---:|",

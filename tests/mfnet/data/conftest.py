@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-from made_up import write_voc
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +14,7 @@ def camvid():
 
 @pytest.fixture
 def folder(tmp_path):
+    from made_up import write_voc  # needs PIL, which tests on a GPU do without
+
     splits = {"train": ["a", "b", "c", "d", "e"], "val": ["x", "y", "z"]}
     return write_voc(tmp_path / "set", splits, classes=["sky", "road", "car"])
