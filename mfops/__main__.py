@@ -8,7 +8,7 @@ import platform
 import torch
 
 import mfops
-from mfops.dispatch import EXTENSION_ERROR
+from mfops.dispatch import EXTENSION_ERROR, TRITON_ERROR
 
 
 def _gpu() -> str:
@@ -49,6 +49,7 @@ def report() -> str:
         ("mfops", mfops.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
+        ("triton", TRITON_ERROR or importlib.import_module("triton").__version__),
         ("GPU", _gpu()),
         ("CPU threads", str(torch.get_num_threads())),
         *_extension(),

@@ -67,7 +67,7 @@ def _ask_gpu(index: int) -> str | None:
     return f"needs compute capability {needed} or later, {name} (cuda:{index}) has {found}"
 
 
-@torch.compiler.assume_constant_result  # which cannot trace it, cached or not
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, cached or not
 def _gpu_obstacle(index: int) -> str | None:
     """None, or why Triton's kernels do not run on this GPU."""
     return _ask_gpu(index)

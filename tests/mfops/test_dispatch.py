@@ -219,6 +219,14 @@ def test_report_names_versions_and_backends():
     done = subprocess.run(
         [sys.executable, "-m", "mfops"], capture_output=True, text=True, check=True
     )
-    for word in ("mfops", "torch", "GPU", "extension", "backend native", "backend reference"):
+    for word in (
+        "mfops",
+        "torch",
+        "triton",
+        "GPU",
+        "extension",
+        "backend native",
+        "backend reference",
+    ):
         assert word in done.stdout
     assert torch.__version__ in done.stdout
