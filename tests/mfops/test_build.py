@@ -232,13 +232,12 @@ def test_extension_needs_no_cuda_library(extension: ModuleType) -> None:
     assert not [name for name in needed if "cuda" in name]
 
 
-def test_machine_code_for_every_architecture(cuda_extension: ModuleType) -> None:
-    triton = pytest.importorskip("triton", reason="no cuobjdump: triton, which has it, is missing")
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [str(cuobjdump), "--list-elf", cuda_extension.__file__]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    compiled = set(re.findall(r"\.(sm_\d+)[a-z]?\.cubin", output))
-    assert compiled == set(cuda_extension.build_info()["cuda_archs"])
+@pytest.mark.parametrize("name", ["reconstruct", "mse", "reconstruct_backward"])
+def test_operators_are_registered_for_cuda(cuda_extension: ModuleType, name: str) -> None:
+    """Native kernels straight at the dispatcher's key: a call has no Python on its way to them."""
+    table = torch._C._dispatch_dump(f"mfops::{name}")
+    (cuda,) = (line for line in table.splitlines() if line.startswith("CUDA: "))
+    assert "ops.cpp" in cuda
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
