@@ -228,8 +228,10 @@ def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | N
 def _network_names(network: Any) -> tuple[str, str]:
     """Model and backbone, to be shown in reports."""
     arguments = network.get("init_args", {})
-    name = network.class_path.rpartition(".")[2]
-    return arguments.get("name", name), arguments.get("backbone", "")
+    name = arguments.get("name", network.class_path.rpartition(".")[2])
+    if arguments.get("context"):
+        name = f"{name} ({arguments['context']})"
+    return name, arguments.get("backbone", "")
 
 
 def _as_list(value: Any) -> list[Any]:

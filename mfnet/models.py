@@ -92,6 +92,7 @@ def create_model(
     num_classes: int = 21,
     backbone: str = "resnet50",
     backbone_weights: str | Path | None = None,
+    context: str | None = None,
     **kwargs: Any,
 ) -> SegmentationNetwork:
     """Build a segmentation network at output stride 16.
@@ -103,12 +104,17 @@ def create_model(
         backbone_weights: ``None`` (random), ``"timm"`` (pretrained, downloaded when not cached)
             or the path of a torchvision or timm state-dict file; see
             :class:`mfnet.backbone.Backbone`.
-        **kwargs: options of the network's context. mfnet: ``rank=64``,
+        context: another context in place of the network's own, by its name in
+            :data:`mfnet.contexts.CONTEXTS`: ``"mf"`` (mfnet's), ``"em"`` (emanet's), ``"aspp"``
+            (deeplabv3plus's), ``"aspp_separable"``, ``"none"``. mfnet is thus deeplabv3plus with
+            ``context="mf"``.
+        **kwargs: options of the network's context. mf: ``rank=64``,
             ``context_size=(33, 33)`` (the stride-16 feature grid Z belongs to: 513 x 513 images
-            have 33 x 33) and ``loss_weight=0.1``. emanet: ``bases=64`` and ``steps=3``.
+            have 33 x 33) and ``loss_weight=0.1``. em: ``bases=64`` and ``steps=3``.
 
     Raises:
-        ValueError: unknown model or backbone, a value out of range, weights that do not fit.
+        ValueError: unknown model, backbone or context, a value out of range, weights that do not
+            fit.
         TypeError: a keyword that the network does not take.
         FileNotFoundError: no file at ``backbone_weights``, or timm's cannot be downloaded.
     """
@@ -117,18 +123,23 @@ def create_model(
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     recipe = _MODELS[name]
-    build_context = CONTEXTS[recipe.context]
+    context = recipe.context if context is None else context
+    if context not in CONTEXTS:
+        raise ValueError(f"unknown context '{context}': choose from {', '.join(CONTEXTS)}")
+    build_context = CONTEXTS[context]
     options = list(inspect.signature(build_context).parameters)[2:]  # after in_, out_channels
     for keyword in kwargs:
         if keyword not in options:
-            choices = ["num_classes", "backbone", "backbone_weights", *options]
+            choices = ["num_classes", "backbone", "backbone_weights", "context", *options]
             raise TypeError(
-                f"unknown keyword '{keyword}' for model '{name}': choose from {', '.join(choices)}"
+                f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
+                f"choose from {', '.join(choices)}"
             )
     trunk = Backbone(backbone, backbone_weights)
-    context = build_context(trunk.high_channels, CONTEXT_CHANNELS, **kwargs)
     decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
-    return SegmentationNetwork(trunk, context, decoder)
+    return SegmentationNetwork(
+        trunk, build_context(trunk.high_channels, CONTEXT_CHANNELS, **kwargs), decoder
+    )
 
 
 def _check_images(x: Tensor) -> None:

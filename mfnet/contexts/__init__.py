@@ -9,15 +9,18 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mfnet.contexts.aspp import aspp
+from mfnet.contexts.aspp import aspp, aspp_separable
 from mfnet.contexts.base import LossContext
 from mfnet.contexts.em import EMContext
 from mfnet.contexts.mf import MFContext
+from mfnet.contexts.none import none
 
 CONTEXTS: dict[str, Callable[..., nn.Module]] = {
     "mf": MFContext,
     "em": EMContext,
     "aspp": aspp,
+    "aspp_separable": aspp_separable,
+    "none": none,
 }
 
-__all__ = ["CONTEXTS", "EMContext", "LossContext", "MFContext", "aspp"]
+__all__ = ["CONTEXTS", "EMContext", "LossContext", "MFContext", "aspp", "aspp_separable", "none"]

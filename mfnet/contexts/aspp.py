@@ -1,4 +1,4 @@
-"""DeepLab's context: torchvision's atrous spatial pyramid pooling."""
+"""DeepLab's context, torchvision's atrous spatial pyramid pooling, and its separable form."""
 
 from __future__ import annotations
 
@@ -20,6 +20,39 @@ def aspp(in_channels: int, out_channels: int = 256) -> ASPP:
     module = ASPP(in_channels, list(RATES), out_channels)
     module.convs[-1] = ImagePooling(in_channels, out_channels)
     return module
+
+
+def aspp_separable(in_channels: int, out_channels: int = 256) -> nn.Sequential:
+    """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: the separable form of ASPP.
+
+    What ``segmentation_models_pytorch.DeepLabV3Plus`` has in this place, parameters and state dict
+    included: :func:`aspp` with its atrous 3x3 convolutions made separable, then a separable 3x3
+    convolution, BatchNorm, ReLU. The rates are DeepLab's at output stride 16.
+    """
+    pyramid = aspp(in_channels, out_channels)
+    for branch, rate in enumerate(RATES, start=1):
+        pyramid.convs[branch] = nn.Sequential(
+            _separable(in_channels, out_channels, rate), nn.BatchNorm2d(out_channels), nn.ReLU()
+        )
+    return nn.Sequential(
+        pyramid, _separable(out_channels, out_channels, 1), nn.BatchNorm2d(out_channels), nn.ReLU()
+    )
+
+
+def _separable(in_channels: int, out_channels: int, rate: int) -> nn.Sequential:
+    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across them."""
+    return nn.Sequential(
+        nn.Conv2d(
+            in_channels,
+            in_channels,
+            3,
+            padding=rate,
+            dilation=rate,
+            groups=in_channels,
+            bias=False,
+        ),
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+    )
 
 
 class ImagePooling(ASPPPooling):

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from PIL import Image
 
-from mfnet.cli import SIGTERM_EXIT, main, shipped_configs
+from mfnet.cli import SIGTERM_EXIT, _network_names, main, shipped_configs
 from mfnet.data import synthetic
 from mfnet.task import SegmentationTask
 
@@ -331,3 +332,11 @@ def test_sigterm_leaves_a_checkpoint_and_resumes(images: Path, tmp_path: Path) -
     assert step > 0
     main(["fit", *flags, "--ckpt_path=last", f"--trainer.max_steps={step + 1}"])
     assert torch.load(last, weights_only=True)["global_step"] == step + 1
+
+
+def test_reports_name_the_context_that_stands_in_a_network() -> None:
+    arguments = Namespace(name="deeplabv3plus", backbone="resnet18", context="none")
+    network = Namespace(class_path="mfnet.create_model", init_args=arguments)
+    assert _network_names(network) == ("deeplabv3plus (none)", "resnet18")
+    arguments.context = None
+    assert _network_names(network) == ("deeplabv3plus", "resnet18")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from mfnet.contexts import CONTEXTS, EMContext, LossContext, MFContext, aspp
+from mfnet.contexts import CONTEXTS, EMContext, LossContext, MFContext, aspp, aspp_separable, none
 from mfnet.contexts.em import EMAUnit
 
 
@@ -223,3 +223,37 @@ def test_aspp_trains_on_one_image(synchronised: bool) -> None:
 def test_only_contexts_with_a_loss_say_so() -> None:
     assert isinstance(MFContext(4, 4, rank=2), LossContext)
     assert not isinstance(aspp(4), LossContext)
+
+
+# aspp_separable
+
+
+def test_separable_aspp_is_that_of_segmentation_models_pytorch() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="smp is not installed")
+    decoder = smp.DeepLabV3Plus("resnet18", encoder_weights=None, decoder_atrous_rates=(6, 12, 18))
+    theirs = decoder.decoder.aspp.eval()
+    ours = aspp_separable(512, 256).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 512, 9, 11)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_separable_aspp_has_its_parameters() -> None:
+    pyramid = 2 * 2048 * 256 + 3 * (9 * 2048 + 2048 * 256) + 5 * 256 * 256 + 6 * 2 * 256
+    last = 9 * 256 + 256 * 256 + 2 * 256
+    assert sum(p.numel() for p in aspp_separable(2048).parameters()) == pyramid + last
+
+
+# none
+
+
+def test_no_context_looks_at_one_pixel_only() -> None:
+    torch.manual_seed(0)
+    module = none(8, 16).eval()
+    x = torch.randn(1, 8, 5, 5)
+    changed = x.clone()
+    changed[..., 2, 2] += 1
+    moved = (module(changed) - module(x)).abs().sum(1)[0]
+    assert moved[2, 2] > 0
+    moved[2, 2] = 0
+    assert not moved.any()

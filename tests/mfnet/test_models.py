@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mfnet
 from mfnet import SegmentationNetwork, create_model
+from mfnet.contexts import CONTEXTS
 
 MODELS = mfnet.list_models()
 
@@ -112,6 +113,23 @@ def test_parameter_groups(name: str) -> None:
     assert backbone == {id(p) for p in model.backbone.parameters()}
 
 
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_any_context_in_any_network(name: str, context: str) -> None:
+    model = small(name, context=context).train()
+    logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True)
+    (logits.square().mean() + loss).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_mfnet_is_deeplabv3plus_with_its_context() -> None:
+    mfnet_itself = small("mfnet", rank=4)
+    same = small("deeplabv3plus", context="mf", rank=4)
+    same.load_state_dict(mfnet_itself.state_dict())
+    x = torch.randn(1, 3, 65, 65)
+    torch.testing.assert_close(same.eval()(x), mfnet_itself.eval()(x))
+
+
 def test_heads_start_kaiming_and_factors_standard_normal() -> None:
     model = create_model("mfnet", backbone="resnet18")
     weight = model.context.lower.weight
@@ -166,8 +184,10 @@ def test_bad_images(x: torch.Tensor, error: type[Exception], message: str) -> No
     ("name", "options", "error", "message"),
     [
         ("unet", {}, ValueError, "unknown model 'unet': choose from mfnet, deeplabv3plus, emanet"),
-        ("mfnet", {"rnk": 3}, TypeError, "'rnk' for model 'mfnet': .*num_classes.* rank, context"),
-        ("deeplabv3plus", {"rank": 3}, TypeError, "backbone, backbone_weights$"),
+        ("mfnet", {"rnk": 3}, TypeError, "'rnk' for model 'mfnet' .*num_classes.* rank, context"),
+        ("deeplabv3plus", {"rank": 3}, TypeError, "context 'aspp': .*backbone_weights, context$"),
+        ("mfnet", {"context": "em", "rank": 3}, TypeError, "context 'em': .*, bases, steps$"),
+        ("mfnet", {"context": "pyramid"}, ValueError, "unknown context 'pyramid': .*mf, em, aspp"),
         ("emanet", {"rank": 3}, TypeError, "choose from .*, bases, steps$"),
         ("emanet", {"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
         ("mfnet", {"backbone": "resnet19"}, ValueError, "unknown backbone 'resnet19'"),
