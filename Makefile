@@ -8,11 +8,13 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfops/emulator/*/*))
 
-.PHONY: help install demo test lint format clean gpu gpu-build gpu-test gpu-bench gpu-sanitize
+.PHONY: help install demo test bench bench-check lint format clean gpu gpu-build gpu-test gpu-bench gpu-sanitize
 
 help:
 	@echo "make demo    train MFNet on generated images, print its metrics, draw its predictions"
 	@echo "make test    the test suite"
+	@echo "make bench   measure on this machine: rows for benchmarks/results (benchmarks/README.md)"
+	@echo "make bench-check  a short run: has the op become slower than its rivals?"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build for it, test, measure (docs/gpu.md)"
 	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
 	@echo "make install only the virtual environment, $(VENV)"
@@ -25,6 +27,14 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# BENCH: further options of the suite, for instance make bench BENCH='--data DIR'.
+BENCH ?=
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks $(BENCH)
+
+bench-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.check
 
 # What a GPU is needed for runs in the machine's own Python with its torch, and fetches nothing.
 GPU_PYTHON := $(firstword $(PYTHON))
@@ -50,8 +60,9 @@ gpu-build:
 gpu-test:
 	$(GPU_PYTHON) -m pytest -m gpu --continue-on-collection-errors
 
+# Figures that the seconds do not suffice for are left out, by name.
 gpu-bench:
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m pytest benchmarks --budget 240 $(BENCH)
 
 # Without torch's own allocator every tensor is an allocation that memcheck knows the end of.
 gpu-sanitize:

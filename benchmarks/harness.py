@@ -1,4 +1,4 @@
-"""What every measurement shares: the rivals' code, clocks, turns, ratios, where a figure is from.
+"""How a time is taken: clocks, turns, rounds, ratios. benchmarks/README.md says why.
 
 Rivals take turns, one call each per round, so that a machine that speeds up or slows down does so
 for all of them. Times are medians; ratios are medians of the ratios within a round.
@@ -6,53 +6,29 @@ for all of them. Times are medians; ratios are medians of the ratios within a ro
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
+import itertools
 import statistics
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-import mfops
-
-ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 3
-Op = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def textbook(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The lines of the published code: X' of shared factors is copied for every image."""
-    x_hat = y @ z
-    if x_hat.dim() < x.dim():
-        x_hat = x_hat.repeat(x.shape[0], 1, 1)
-    return x_hat, F.mse_loss(x, x_hat)
-
-
-def careful(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The same at its best, without the copies and with X' laid out as x is."""
-    channels_last = x.stride(-1) != 1 and x.stride(-2) == 1
-    x_hat = ((z.mT @ y.mT).mT if channels_last else y @ z).expand(x.shape)
-    return x_hat, F.mse_loss(x, x_hat)
 
 
 class WallClock:
     """Time from call to return."""
+
+    def __init__(self) -> None:
+        self.calls = self.late = 0
 
     def measure(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
         """What `call` returned, and a function that gives its seconds once `settle` has run."""
         start = time.perf_counter()
         result = call()
         elapsed = time.perf_counter() - start
+        self.calls += 1
         return result, lambda: elapsed
 
     def settle(self) -> None:
@@ -64,26 +40,37 @@ class EventClock:
 
     A kernel that only waits goes in front, so that the host has queued the whole call when the
     GPU comes to it: the host's own time is no part of the figure. `late` of `calls` were not
-    queued in time.
+    queued in time; each makes the wait of those that follow twice as long.
     """
 
-    WAIT = 2_000_000  # cycles of the GPU, about a millisecond
+    SHORTEST, LONGEST = 2_000_000, 400_000_000  # cycles of the GPU, about 1 and 200 milliseconds
 
     def __init__(self) -> None:
         self.calls = self.late = 0
+        self.wait = self.SHORTEST
 
     def measure(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self.WAIT)
+        torch.cuda._sleep(self.wait)
         start.record()
         result = call()
         end.record()
         self.calls += 1
-        self.late += start.query()
+        if start.query():
+            self.late += 1
+            self.wait = min(2 * self.wait, self.LONGEST)
         return result, lambda: start.elapsed_time(end) / 1e3
 
     def settle(self) -> None:
         torch.cuda.synchronize()
+
+
+Clock = WallClock | EventClock
+
+WARM_UP = 3  # rounds that do not count
+WARM_UP_SLOW = 2  # where a round takes longer than SLOW
+SLOW = 2.0  # seconds
+TRIALS = 3  # timed calls of a setting that is tried
 
 
 @dataclass(frozen=True)
@@ -94,29 +81,81 @@ class Turn:
     run: Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long a figure is measured: as many rounds as fit the seconds, within limits."""
+
+    seconds: float = 6
+    least: int = 5
+    least_slow: int = 3  # where a round takes longer than SLOW
+    most: int = 60
+
+    def rounds(self, round_seconds: float) -> int:
+        least = self.least_slow if round_seconds > SLOW else self.least
+        return min(self.most, max(least, round(self.seconds / round_seconds)))
+
+
 def take_turns(
-    turns: dict[str, Turn], clock: WallClock | EventClock, rounds: int, keep: int = 0
+    turns: dict[str, Turn], clock: Clock, effort: Effort, keep: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of every rival's call in every round, after WARM_UP rounds that do not count.
+    """Seconds of every rival's call in every round, after rounds that do not count.
 
     The last `keep` results stay alive, so that the next ones are written elsewhere in memory.
+    Warm-up calls are not among those that the clock has counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     kept: deque[Any] = deque(maxlen=keep)
-    number = 0
-    for i in range(WARM_UP + rounds):
+    numbers = itertools.count()
+
+    def one_round() -> tuple[dict[str, Callable[[], float]], float]:
+        start = time.perf_counter()
         readings = {}
         for name, turn in turns.items():
-            state = turn.prepare(number)
+            state = turn.prepare(next(numbers))
             result, readings[name] = clock.measure(lambda turn=turn, state=state: turn.run(state))
             kept.append(result)
             del state, result
-            number += 1
         clock.settle()
-        if i >= WARM_UP:
-            for name, read in readings.items():
-                seconds[name].append(read())
+        return readings, time.perf_counter() - start
+
+    one_round()  # takes longer than any later one
+    _, elapsed = one_round()
+    for _ in range((WARM_UP_SLOW if elapsed > SLOW else WARM_UP) - 2):
+        one_round()
+    clock.calls = clock.late = 0
+    for _ in range(effort.rounds(elapsed)):
+        readings, _ = one_round()
+        for name, read in readings.items():
+            seconds[name].append(read())
     return seconds
+
+
+def fastest(
+    candidates: dict[str, Callable[[], Callable[[], Any]]], clock: Clock
+) -> tuple[str, dict[str, str]]:
+    """The candidate whose quickest call is the shortest, and why others took no part.
+
+    A candidate is made ready, and called once before it counts: that is where it is compiled.
+    Raises what the last one raised where none of them runs.
+    """
+    best: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, make in candidates.items():
+        try:
+            call = make()
+            call()
+            clock.settle()
+            reads = [clock.measure(call)[1]]
+            clock.settle()
+            if reads[0]() < SLOW:
+                reads += [clock.measure(call)[1] for _ in range(TRIALS - 1)]
+                clock.settle()
+            best[name] = min(read() for read in reads)
+        except Exception as error:  # compilers fail in many ways; the others still run
+            failed[name] = first_line(error)
+            if len(failed) == len(candidates):
+                raise
+    return min(best, key=best.__getitem__), failed
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:
@@ -124,46 +163,19 @@ def ratio(seconds: list[float], base: list[float]) -> float:
     return statistics.median(s / b for s, b in zip(seconds, base, strict=True))
 
 
-def spread(seconds: list[float]) -> float:
-    """How far the middle half of the rounds lies apart, over the median: smaller is noise."""
-    ordered = sorted(seconds)
-    quarter = len(ordered) // 4
-    return (ordered[-1 - quarter] - ordered[quarter]) / statistics.median(ordered)
-
-
-def output(command: list[str]) -> str:
-    """What a command prints; nothing where it fails or is not installed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def commit() -> str:
-    """The commit measured; $COMMIT says it where the tree came without its repository."""
-
-    def git(*arguments: str) -> str:
-        return output(["git", "-C", str(ROOT), *arguments])
-
-    head = git("rev-parse", "--short", "HEAD")
-    if not head:
-        return os.environ.get("COMMIT") or "no commit"
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", "csrc", "mfops", "setup.py"
-    )
-    return f"{head} with changes" if changed else head
-
-
-def provenance() -> dict[str, str]:
-    """Where a figure is from, the machine apart."""
-    module = sys.modules["__main__"].__spec__
-    name = f"-m {module.name}" if module else sys.argv[0]
+def times(seconds: dict[str, list[float]], name: str, bases: tuple[str, ...]) -> dict[str, float]:
+    """What a row says of one rival's time: median, quartiles, and its time over the bases'."""
+    own = seconds[name]
+    low, _, high = statistics.quantiles(own, n=4, method="inclusive") if own[1:] else own * 3
+    over = {f"over_{base}": ratio(own, seconds[base]) for base in bases if base in seconds}
     return {
-        "command": " ".join(["python", name, *sys.argv[1:]]),
-        "date": str(datetime.date.today()),
-        "commit": commit(),
-        "mfops": mfops.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "rounds": len(own),
+        "median_s": statistics.median(own),
+        "q1_s": low,
+        "q3_s": high,
+        **over,
     }
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

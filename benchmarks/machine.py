@@ -1,30 +1,67 @@
-"""The GPU that a figure is from, or the CPU of a trial: its clock, its cache, its description."""
+"""The machine that a figure is from: its clock, its cache, its memory, its description."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
+import math
+import os
 import re
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import mfops
-from benchmarks.harness import EventClock, WallClock, output, provenance
+from benchmarks.harness import Clock, EventClock, WallClock
+
+CPU_CACHE = 32 * 2**20  # where Linux does not say
 
 
 class Machine:
-    """What differs between a GPU and a trial on the CPU."""
+    """What differs between a GPU and the CPU."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, threads: int) -> None:
         self.device = device
         self.cuda = device == "cuda"
-        self.clock = EventClock() if self.cuda else WallClock()
-        cache = torch.cuda.get_device_properties().L2_cache_size if self.cuda else 2**16
-        self.past_cache = 3 * cache
+        self.threads = threads
+        torch.set_num_threads(threads)
+        if self.cuda:
+            # What the rivals' users set: the fastest convolution is found at the first call.
+            torch.backends.cudnn.benchmark = True
+        self.past_cache = 3 * self._cache_bytes()
         self._reader = torch.zeros(self.past_cache // 4, device=device)
+
+    def clock(self) -> Clock:
+        """A new one for each figure: it counts that figure's calls."""
+        return EventClock() if self.cuda else WallClock()
+
+    def _cache_bytes(self) -> int:
+        if self.cuda:
+            return torch.cuda.get_device_properties().L2_cache_size
+        sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        kib = [int(path.read_text().strip().removesuffix("K")) for path in sizes]
+        return 1024 * max(kib) if kib else CPU_CACHE
+
+    @property
+    def dtype(self) -> str:
+        """The arithmetic that networks run in."""
+        return "bfloat16 autocast" if self.cuda else "float32"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cuda", torch.bfloat16) if self.cuda else contextlib.nullcontext()
 
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
+
+    def sets(self, set_bytes: int) -> int:
+        """How many sets of inputs to rotate, so that none is still in the cache at its turn."""
+        return max(2, math.ceil(self.past_cache / set_bytes))
 
     def empty_cache(self) -> None:
         """Reads more than the cache holds. Reads: what a write leaves there is written back later,
@@ -42,6 +79,73 @@ class Machine:
             return False
         return True
 
+    def peak_bytes(self, call: Callable[[], Any]) -> int:
+        """Bytes by which the memory in use grew at most during the call, its results included.
+
+        GPU: what torch's allocator was asked for. CPU: the process's resident set, by Linux's own
+        high-water mark.
+        """
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+            call()
+            return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept would hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        before = _status_kib("VmRSS")
+        call()
+        return 1024 * max(0, _status_kib("VmHWM") - before)
+
+    def name(self) -> str:
+        """The device as its maker calls it; for a CPU with the number of processors in use."""
+        if self.cuda:
+            return torch.cuda.get_device_name()
+        return f"{processor()}, {self.threads} threads"
+
+    def folder(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name().lower()).strip("-")
+
+    def description(self) -> str:
+        """The device, and for a GPU its driver and clocks."""
+        if not self.cuda:
+            return self.name()
+        gpu = torch.cuda.get_device_properties()
+        driver = output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+        return (
+            f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, "
+            f"{gpu.total_memory / 2**30:.0f} GiB, L2 {gpu.L2_cache_size / 2**20:.0f} MiB, "
+            f"driver {driver.splitlines()[0] if driver else 'unknown'}, {clocks()}"
+        )
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory needs Linux")
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown processor"
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def output(command: list[str]) -> str:
+    """What a command prints; nothing where it fails or is not installed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
 
 def clocks() -> str:
     """nvidia-smi's answer while a kernel keeps the GPU awake."""
@@ -58,34 +162,17 @@ def clocks() -> str:
     return ", ".join(f"{n} {v.strip()}" for n, v in zip(names, answer.split(","), strict=False))
 
 
-def environment(machine: Machine) -> dict[str, str]:
-    """The GPU and what the extension and Triton were."""
-    of = provenance()
-    of["float32 products"] = torch.get_float32_matmul_precision()
-    of["backends"] = ", ".join(f"{k}: {v or 'runs'}" for k, v in mfops.available_backends().items())
+def extension() -> str:
+    """How mfops's extension was built."""
     try:
         info = importlib.import_module("mfops._C").build_info()
-        built = f"nvcc {info['cuda']}, {', '.join(info['cuda_archs'])}"
-        of["extension"] = f"no CUDA: {info['cuda_missing']}" if info["cuda"] is None else built
     except ImportError:
-        of["extension"] = "not built"
-    try:
-        of["triton"] = importlib.import_module("triton").__version__
-    except ImportError:
-        of["triton"] = "not installed"
-    if not machine.cuda:
-        return of
-    gpu = torch.cuda.get_device_properties()
-    driver = output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return {
-        "GPU": f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, "
-        f"{gpu.total_memory / 2**30:.0f} GiB, L2 {gpu.L2_cache_size / 2**20:.0f} MiB",
-        "driver": driver.splitlines()[0] if driver else "unknown",
-        "CUDA of torch": str(torch.version.cuda),
-        "clocks before": clocks(),
-        **of,
-    }
+        return "no extension"
+    if info["cuda"] is None:
+        return "extension without CUDA"
+    return f"extension by nvcc {info['cuda']} for {', '.join(info['cuda_archs'])}"
 
 
-def folder_name(gpu: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+def backends() -> str:
+    """Which of mfops's backends run here."""
+    return ", ".join(name for name, why in mfops.available_backends().items() if why is None)

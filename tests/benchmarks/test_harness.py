@@ -1,4 +1,4 @@
-"""Turns, ratios, clocks, and where a figure is said to be from."""
+"""Clocks, turns, rounds, ratios, quartiles, and the choice of a setting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import EventClock, Turn, WallClock, take_turns
+from benchmarks.harness import Effort, EventClock, Turn, WallClock, take_turns
+
+TWO = Effort(seconds=0, least=2)
 
 
 class Ticks:
@@ -16,10 +18,11 @@ class Ticks:
 
     def __init__(self) -> None:
         self.time = 0.0
-        self.settled = 0
+        self.settled = self.calls = self.late = 0
 
     def measure(self, call):
         self.time += 1
+        self.calls += 1
         now = self.time
         return call(), lambda: now
 
@@ -33,10 +36,11 @@ def test_rivals_take_turns_and_warm_up_rounds_do_not_count():
         name: Turn(lambda number: number, lambda number, name=name: order.append((name, number)))
         for name in ("a", "b")
     }
-    seconds = take_turns(turns, clock, rounds=2)
+    seconds = take_turns(turns, clock, TWO)
     rounds = harness.WARM_UP + 2
     assert order == [("ab"[i % 2], i) for i in range(2 * rounds)]
     assert clock.settled == rounds
+    assert clock.calls == 2 * 2  # warm-up calls are not counted
     first = 2 * harness.WARM_UP
     assert seconds == {"a": [first + 1, first + 3], "b": [first + 2, first + 4]}
 
@@ -52,7 +56,7 @@ def test_the_last_results_stay_alive(keep):
         return result
 
     made: list = []
-    take_turns({"a": Turn(lambda number: None, run)}, WallClock(), rounds=2, keep=keep)
+    take_turns({"a": Turn(lambda number: None, run)}, WallClock(), TWO, keep=keep)
     assert max(alive) == keep
 
 
@@ -63,9 +67,54 @@ def test_ratio_is_the_median_within_rounds():
         harness.ratio([1.0, 2.0], [1.0])
 
 
-def test_spread_is_that_of_the_middle_half():
-    assert harness.spread([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 100.0, 0.0]) == 3.0 / 3.5
-    assert harness.spread([2.0]) == 0.0
+def test_times_are_medians_quartiles_and_ratios():
+    seconds = {"a": [4.0, 1.0, 2.0, 3.0, 5.0], "b": [2.0, 1.0, 1.0, 1.0, 1.0]}
+    assert harness.times(seconds, "a", ("b", "not measured")) == {
+        "rounds": 5,
+        "median_s": 3.0,
+        "q1_s": 2.0,
+        "q3_s": 4.0,
+        "over_b": 2.0,
+    }
+    assert harness.times({"a": [2.0]}, "a", ()) == dict(rounds=1, median_s=2, q1_s=2, q3_s=2)
+
+
+def test_rounds_fit_the_seconds_within_limits():
+    effort = Effort(seconds=6, least=5, least_slow=3, most=60)
+    assert [effort.rounds(s) for s in (0.001, 0.5, 1.5, 10)] == [60, 12, 5, 3]
+
+
+def test_a_slow_round_is_warmed_up_once_less(monkeypatch):
+    monkeypatch.setattr(harness, "SLOW", 0.0)
+    calls = []
+    turn = Turn(lambda number: number, calls.append)
+    take_turns({"a": turn}, WallClock(), Effort(seconds=0, least_slow=1))
+    assert len(calls) == harness.WARM_UP_SLOW + 1
+
+
+def test_the_fastest_setting_is_the_one_with_the_shortest_call():
+    class Scripted(Ticks):
+        def measure(self, call):
+            seconds = call()
+            return None, lambda: seconds
+
+    def make(*seconds):
+        script = iter(seconds)
+        return lambda: lambda: next(script)
+
+    def broken():
+        raise ValueError("no such\nthing")
+
+    candidates = {
+        "slow at first": make(9.0, 1.0, 0.5, 1.0),  # the first call never counts
+        "steady": make(0.6, 0.6, 0.6, 0.6),
+        "broken": broken,
+    }
+    name, failed = harness.fastest(candidates, Scripted())
+    assert name == "slow at first"
+    assert failed == {"broken": "ValueError: no such"}
+    with pytest.raises(ValueError, match="no such"):
+        harness.fastest({"broken": broken}, Scripted())
 
 
 def test_wall_clock_times_the_call():
@@ -102,37 +151,8 @@ def test_event_clock_reads_milliseconds_and_counts_late_calls(monkeypatch):
     Event.reached = True
     clock.measure(lambda: None)
     assert (clock.late, clock.calls) == (1, 2)
-
-
-@pytest.mark.parametrize("factors", ["shared", "per image"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_textbook_lines_agree_and_the_careful_ones_keep_the_layout(factors, channels_last):
-    images = () if factors == "shared" else (2,)
-    x = torch.randn(2, 7, 5).mT if channels_last else torch.randn(2, 5, 7)
-    y, z = torch.randn(*images, 5, 3), torch.randn(*images, 3, 7)
-    x_hat, mse = harness.textbook(x, y, z)
-    best, best_mse = harness.careful(x, y, z)
-    torch.testing.assert_close((best, best_mse), (x_hat, mse))
-    assert best.stride()[1:] == x.stride()[1:]
-    if factors == "shared":
-        assert x_hat.stride(0) != 0
-        assert best.stride(0) == 0
-
-
-def test_commit_from_the_repository_or_the_environment(monkeypatch):
-    answers = {"rev-parse": "abc1234", "status": ""}
-    monkeypatch.setattr(harness, "output", lambda command: answers[command[3]])
-    assert harness.commit() == "abc1234"
-    answers["status"] = " M csrc/ops.cpp"
-    assert harness.commit() == "abc1234 with changes"
-    answers["rev-parse"] = ""
-    monkeypatch.setenv("COMMIT", "def5678")
-    assert harness.commit() == "def5678"
-    monkeypatch.delenv("COMMIT")
-    assert harness.commit() == "no commit"
-
-
-def test_a_command_that_is_missing_or_fails_prints_nothing():
-    assert harness.output(["no-such-command"]) == ""
-    assert harness.output(["false"]) == ""
-    assert harness.output(["echo", "a"]) == "a"
+    assert log.count("wait") == 2
+    assert clock.wait == 2 * EventClock.SHORTEST  # the next call has longer to be queued
+    clock.wait = EventClock.LONGEST
+    clock.measure(lambda: None)
+    assert clock.wait == EventClock.LONGEST

@@ -1,0 +1,149 @@
+"""What does each context module cost in the place that it has in a network?
+
+    python -m pytest benchmarks/bench_contexts.py [-k 33x33]
+
+Every module of mfnet.contexts takes part. 33 x 33 are the features of a 513 x 513 image at output
+stride 16, 65 x 65 those at output stride 8. Forward and backward together are a training step's
+share: the module in training mode, gradients of parameters and features, a context's own loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Turn, first_line, take_turns, times
+from benchmarks.measure import Bench, Contender, Measured, contend, count_flops, pairs, playback
+from benchmarks.questions import CONTEXTS as QUESTION
+from mfnet.contexts import CONTEXTS
+
+FORWARD, BOTH = PASSES = ("forward", "forward + backward")
+SIDES = (33, 65)
+CHANNELS = (2048, 256)
+BATCHES = {"cuda": (1, 16), "cpu": (1,)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    in_channels: int
+    out_channels: int
+    side: int
+    batch: int
+    dtype: str
+    which: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.in_channels} x {self.side}x{self.side} to {self.out_channels}, batch "
+            f"{self.batch}, {self.dtype}: {self.which}"
+        )
+
+    def columns(self) -> dict[str, Any]:
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "size": f"{self.side}x{self.side}",
+            "batch": self.batch,
+            "dtype": self.dtype,
+            "pass": self.which,
+        }
+
+
+def figures(device: str, small: bool) -> list[Figure]:
+    channels, sides = ((16, 8), (5,)) if small else (CHANNELS, SIDES)
+    dtype = "bfloat16 autocast" if device == "cuda" else "float32"
+    return [
+        Figure(*channels, side, batch, dtype, which)
+        for side in sides
+        for batch in BATCHES[device]
+        for which in PASSES
+    ]
+
+
+def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]:
+    """Makes the turn of one pass of a network on features, for `contend`."""
+
+    def make(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Turn:
+        if which == FORWARD:
+
+            def forward(x: Tensor) -> Tensor:
+                with torch.no_grad(), bench.machine.autocast():
+                    return call(x)
+
+            network.eval()
+            return Turn(lambda number: inputs[number % len(inputs)], forward)
+
+        with torch.no_grad():
+            upstream = torch.randn_like(network(inputs[0]))
+
+        def clean(number: int) -> Tensor:
+            network.zero_grad(set_to_none=True)
+            return inputs[number % len(inputs)].detach().requires_grad_()
+
+        def both(x: Tensor) -> Tensor:
+            with bench.machine.autocast():
+                out = call(x)
+            out.backward(upstream.to(out.dtype))
+            return out
+
+        network.train()
+        return Turn(clean, both)
+
+    return make
+
+
+def measure(figure: Figure, bench: Bench) -> Measured:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    device = bench.machine.device
+    shape = (figure.batch, figure.in_channels, figure.side, figure.side)
+    x = torch.randn(shape, device=device)
+    inputs = [x]
+    for _ in range(1, 2 if bench.small else bench.machine.sets(x.nbytes)):
+        inputs.append(torch.randn_like(x))
+
+    contenders: dict[str, Contender] = {}
+    rows: list[dict[str, Any]] = []
+    for name, build in CONTEXTS.items():
+        module = build(figure.in_channels, figure.out_channels).to(device)
+        make = turn_of(module, figure.which, bench)
+        try:
+            contenders[name] = contend(module, inputs, make, bench, compile_too=not bench.small)
+        except Exception as error:  # one that breaks must not take the others with it
+            why = f"failed: {first_line(error)}"
+            rows.append({**figure.columns(), "rival": name, "skipped": why})
+
+    clock = bench.machine.clock()
+    turns = {name: contender.turn for name, contender in contenders.items()}
+    seconds = take_turns(turns, clock, bench.effort)
+    for name, contender in contenders.items():
+        counted = contender.counted(bench)
+        plain = turn_of(contender.network, FORWARD, bench)(contender.network, inputs)
+        rows.append(
+            {
+                **figure.columns(),
+                "rival": name,
+                "setting": contender.setting,
+                **times(seconds, name, QUESTION.bases),
+                "late": clock.late,
+                **counted,
+                "flops": count_flops(lambda plain=plain: plain.run(plain.prepare(0))),
+            }
+        )
+    return Measured(rows, seconds)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    options = metafunc.config.option
+    cases = pairs(figures(options.device, options.small), lambda _: CONTEXTS)
+    metafunc.parametrize(("figure", "rival"), cases, ids=str)
+
+
+@pytest.mark.benchmark(**playback)
+def test_context(figure: Figure, rival: str, play: Any) -> None:
+    play(QUESTION, figure, rival, measure)

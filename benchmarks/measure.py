@@ -1,0 +1,146 @@
+"""What the files of the suite share: a session's settings, what a measurement gives, playback."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import rows
+from benchmarks.harness import Effort, Turn, fastest
+from benchmarks.machine import Machine
+
+
+@dataclass(eq=False)  # one is like no other, and a key of caches
+class Bench:
+    """One session: where it measures, how long, and where its rows go.
+
+    `small` is for trying the suite out: tiny sizes, no compiling.
+    """
+
+    machine: Machine
+    effort: Effort
+    small: bool
+    folder: Path
+    provenance: dict[str, str]
+    started: float = field(default_factory=time.perf_counter)
+    written: dict[Path, int] = field(default_factory=dict)
+
+    def append(self, question: rows.Question, new: Iterable[Mapping[str, Any]]) -> None:
+        new = [{**row, **self.provenance} for row in new]
+        path = rows.append(question, self.folder, new)
+        self.written[path] = self.written.get(path, 0) + len(new)
+
+
+@dataclass
+class Measured:
+    """A figure's rows, without where they are from, and the seconds of every round, by rival.
+
+    A row with a text in "skipped" has no seconds: a named reason, or "failed: ...".
+    """
+
+    rows: list[dict[str, Any]]
+    seconds: dict[str, list[float]]
+    broken: str = ""
+
+
+class Tape:
+    """Plays readings that were taken elsewhere back to pytest-benchmark, as its timer.
+
+    pytest-benchmark times one test after the other; rivals here take turns, on a GPU between
+    events. `play` is then the benchmark's function: it moves the timer on by one reading.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def load(self, readings: list[float]) -> Callable[[], tuple[tuple[float], dict]]:
+        """pytest-benchmark's `setup`: the arguments of the next call of `play`."""
+        following = iter(readings)
+        return lambda: ((next(following),), {})
+
+    def play(self, seconds: float) -> None:
+        self.now += seconds
+
+    def timer(self) -> float:
+        return self.now
+
+
+tape = Tape()
+playback = {"timer": tape.timer}  # of pytest.mark.benchmark
+
+
+def pairs(cases: Iterable[Any], rivals: Callable[[Any], Iterable[str]]) -> list[tuple[Any, str]]:
+    """Every case with each of its rivals, those of one case next to each other."""
+    return [(case, rival) for case in cases for rival in rivals(case)]
+
+
+# How users run networks at their fastest, by name: memory format, torch.compile on top of it.
+SETTINGS = {
+    "contiguous": (torch.contiguous_format, False),
+    "channels_last": (torch.channels_last, False),
+    "channels_last, compile": (torch.channels_last, True),
+}
+
+
+@dataclass
+class Contender:
+    """A network in a figure: a call in its fastest setting, and what is counted of it."""
+
+    network: nn.Module
+    setting: str
+    turn: Turn
+
+    def counted(self, bench: Bench) -> dict[str, int]:
+        """Parameters and peak memory; its FLOPs are counted by `count_flops`."""
+        state = self.turn.prepare(0)
+        return {
+            "peak_bytes": bench.machine.peak_bytes(lambda: self.turn.run(state)),
+            "parameters": sum(p.numel() for p in self.network.parameters()),
+        }
+
+
+def contend(
+    network: nn.Module,
+    inputs: list[Tensor],
+    turn: Callable[[Callable[..., Any], list[Tensor]], Turn],
+    bench: Bench,
+    compile_too: bool = True,
+) -> Contender:
+    """The network in whichever of SETTINGS is the fastest here, by a trial of a few calls.
+
+    `turn` makes a turn of the network, ready to be called, and inputs laid out as the setting says.
+    """
+
+    def ready(setting: str) -> Turn:
+        memory_format, compiled = SETTINGS[setting]
+        network.to(memory_format=memory_format)
+        call = torch.compile(network, dynamic=False) if compiled else network
+        return turn(call, [x.contiguous(memory_format=memory_format) for x in inputs])
+
+    def trial(setting: str) -> Callable[[], Any]:
+        own = ready(setting)
+        return lambda: own.run(own.prepare(0))
+
+    tried = {
+        setting: functools.partial(trial, setting)
+        for setting, (_, compiled) in SETTINGS.items()
+        if compile_too or not compiled
+    }
+    setting, failed = fastest(tried, bench.machine.clock())
+    notes = [f"{name} failed: {why}" for name, why in failed.items()]
+    return Contender(network, "; ".join([setting, *notes]), ready(setting))
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """FLOPs of the convolutions and matrix products of a call, 2 for a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()

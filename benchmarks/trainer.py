@@ -1,0 +1,71 @@
+"""What the questions about training share: mfnet's own trainer, set up by its command line."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from mfnet.cli import MFNetCLI
+from mfnet.contexts import CONTEXTS
+from mfnet.models import list_models
+
+STRIDE = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A data set, a configuration of mfnet's, and flags that override it.
+
+    `data` is the folder and `name` what rows call it.
+    """
+
+    data: str
+    name: str
+    config: str
+    flags: str
+
+    @classmethod
+    def of(cls, options: Any) -> Recipe:
+        """That of the suite's options; skips a test where they name no data."""
+        if options.data is None:
+            pytest.skip("no --data: no data set to train on")
+        return cls(str(options.data), options.data.resolve().name, options.recipe, options.fit)
+
+    def columns(self) -> dict[str, Any]:
+        return {"data": self.name, "recipe": self.config, "flags": self.flags}
+
+    def arguments(self, network: str) -> list[str]:
+        """Flags of `mfnet fit`, for a network or a context in the network of DeepLabV3+."""
+        common = ["--config", self.config, "--data.root", self.data, *shlex.split(self.flags)]
+        if network in list_models():
+            return [*common, "--model.network.name", network]
+        named = ["--model.network.name", "deeplabv3plus", "--model.network.context", network]
+        if network == "mf":  # its coefficients belong to one grid: that of the training crops
+            height, width = parsed(common).datamodule.crop_size
+            grid = [-(-height // STRIDE), -(-width // STRIDE)]
+            named += ["--model.network.dict_kwargs.context_size", str(grid)]
+        return [*common, *named]
+
+
+def parsed(arguments: list[str]) -> MFNetCLI:
+    """Trainer, task and data module of a command line, nothing run and nothing written."""
+    quiet = {
+        "logger": "false",
+        "enable_checkpointing": "false",
+        "enable_progress_bar": "false",
+        "enable_model_summary": "false",
+        "limit_val_batches": "0",
+    }
+    flags = [word for name, value in quiet.items() for word in (f"--trainer.{name}", value)]
+    return MFNetCLI([*arguments, *flags], run=False)
+
+
+def check_names(names: list[str]) -> None:
+    """Raises `pytest.UsageError` for what is neither a context nor a network."""
+    for name in names:
+        if name not in CONTEXTS and name not in list_models():
+            known = ", ".join([*CONTEXTS, *list_models()])
+            raise pytest.UsageError(f"--contexts: unknown '{name}': choose from {known}")

@@ -1,0 +1,136 @@
+"""Rows in files: whole or not there, never lost, with where they are from."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import rows
+from benchmarks.machine import Machine
+from benchmarks.rows import Question
+
+QUESTION = Question("made_up", figure=("case",), measures=("bytes",), bases=("base",))
+
+
+def row(**cells: object) -> dict[str, object]:
+    return {"case": "a", "rival": "base", "run": "2026-01-01T00:00:00Z", "environment": ""} | cells
+
+
+def test_what_was_appended_is_read_back(tmp_path):
+    path = rows.append(QUESTION, tmp_path, [row(median_s=0.1234567, bytes=12345678, skipped=None)])
+    rows.append(QUESTION, tmp_path, [row(rival='with "quotes", a comma\nand a line')])
+    first, second = rows.read(path)
+    assert list(first) == list(QUESTION.columns)
+    assert (first["median_s"], first["bytes"], first["skipped"]) == ("0.123457", "12345678", "")
+    assert rows.number(first, "bytes") == 12345678
+    assert rows.number(first, "skipped") is None
+    assert rows.number(first, "no such column") is None
+    assert second["rival"] == 'with "quotes", a comma\nand a line'
+
+
+def test_no_file_has_no_rows(tmp_path):
+    assert rows.read(tmp_path / "made_up.csv") == []
+
+
+def test_a_stop_while_writing_leaves_the_rows_that_were_there(tmp_path, monkeypatch):
+    path = rows.append(QUESTION, tmp_path, [row()])
+    before = path.read_bytes()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        rows.append(QUESTION, tmp_path, [row(), row()])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_columns_of_older_rows_are_kept(tmp_path):
+    older = Question("made_up", figure=("case",), measures=("given_up",), bases=("base",))
+    rows.append(older, tmp_path, [row(given_up="7")])
+    path = rows.append(QUESTION, tmp_path, [row(bytes=8)])
+    first, second = rows.read(path)
+    assert (first["given_up"], first["bytes"]) == ("7", "")
+    assert (second["given_up"], second["bytes"]) == ("", "8")
+
+
+def test_an_unknown_column_is_refused_and_nothing_written(tmp_path):
+    with pytest.raises(ValueError, match="made_up: no such columns: byts"):
+        rows.append(QUESTION, tmp_path, [row(byts=1)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("case,rival\na\n", "row 1: expected 2 cells"),
+        ("case,rival\na,b,c\n", "row 1: expected 2 cells"),
+        ("case,other\na,b\n", "expected a header with a column 'rival'"),
+        ('case,rival\na,"b\n', "line 1: unexpected end"),
+        ("", "expected a header"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, text, message):
+    path = tmp_path / "made_up.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"made_up.csv.*{message}"):
+        rows.read(path)
+
+
+def test_a_figure_is_the_newest_run_that_measured_it():
+    found = rows.figures(
+        [
+            row(case="a", rival="x", run="1", skipped=""),
+            row(case="a", rival="y", run="1", skipped=""),
+            row(case="b", rival="x", run="1", skipped=""),
+            row(case="a", rival="x", run="2", skipped=""),
+            row(case="b", rival="x", run="3", skipped="no time left"),
+            row(case="c", rival="x", run="3", skipped="no time left"),
+            row(case="a", rival="x", run="4", skipped="", environment="SETTING=1"),
+        ],
+        QUESTION,
+    )
+    assert {key: [(r["rival"], r["run"]) for r in of] for key, of in found.items()} == {
+        ("a", ""): [("x", "2")],
+        ("b", ""): [("x", "1")],
+        ("c", ""): [("x", "3")],
+        ("a", "SETTING=1"): [("x", "4")],
+    }
+
+
+def test_commands_name_no_folder_outside_the_repository(monkeypatch, tmp_path):
+    spec = SimpleNamespace(name="pytest.__main__")
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+    inside = rows.ROOT / "benchmarks" / "bench_op.py"
+    words = [str(inside), "--data", "../elsewhere/camvid", f"--results={tmp_path}", "-k", "a and b"]
+    monkeypatch.setattr(sys, "argv", ["pytest", *words])
+    assert rows.command() == (
+        f"python -m pytest benchmarks/bench_op.py --data camvid --results={tmp_path.name} "
+        "-k 'a and b'"
+    )
+
+
+def test_commit_from_the_repository_or_the_environment(monkeypatch):
+    answers = {"rev-parse": "abc1234", "status": ""}
+    monkeypatch.setattr(rows, "output", lambda command: answers[command[3]])
+    assert rows.commit() == "abc1234"
+    answers["status"] = " M csrc/ops.cpp"
+    assert rows.commit() == "abc1234 with changes"
+    answers["rev-parse"] = ""
+    monkeypatch.setenv("COMMIT", "def5678")
+    assert rows.commit() == "def5678"
+    monkeypatch.delenv("COMMIT")
+    assert rows.commit() == "no commit"
+
+
+def test_provenance_is_whole(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    of = rows.provenance(Machine("cpu", threads=2))
+    assert set(of) == set(rows.PROVENANCE)
+    assert of["environment"] == "THP_MEM_ALLOC_ENABLE=1"
+    assert of["threads"] == "2"
+    assert "torch " in of["versions"]
