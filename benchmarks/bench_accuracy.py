@@ -159,7 +159,9 @@ def validation_size(recipe: Recipe, network: str) -> tuple[int, int]:
 
 @pytest.mark.benchmark(**playback)
 def test_cost(network: str, bench: Bench, play: Any, pytestconfig: pytest.Config) -> None:
-    networks = tuple(names(pytestconfig.option))
+    # Always all of them: rows that a figure is made of are those of one run.
+    networks = dict.fromkeys([*CONTEXTS, *NETWORKS, *names(pytestconfig.option)])
     recipe = Recipe.of(pytestconfig.option)
-    size = validation_size(recipe, networks[0])
-    play(ACCURACY_COST, Figure(recipe, size, bench.machine.dtype, networks), network, measure)
+    size = validation_size(recipe, network)
+    figure = Figure(recipe, size, bench.machine.dtype, tuple(networks))
+    play(ACCURACY_COST, figure, network, measure)

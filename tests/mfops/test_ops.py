@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import LAYOUTS, SHARING, make
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import mfops
 
@@ -43,6 +43,24 @@ def test_flops_are_counted_by_hand(shared):
     with FlopCounterMode(display=False) as counter:
         mfops.factorized_mse(factors[0], *(t.detach() for t in factors[1:])).backward()
     assert counter.get_total_flops() == 2 * product  # X' and X' anew
+
+
+def test_no_operator_counts_for_nothing():
+    """An operator without a formula would count 0 FLOPs, silently."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mfops::")]
+    packets = {getattr(OPS, name.removeprefix("mfops::").partition(".")[0]) for name in names}
+    assert len(packets) >= 6
+    assert packets <= set(flop_registry)
+    case = make((2, 6, 3, 20), "contiguous", torch.float32, (True, True))
+    for op, args in {
+        OPS.reconstruct: (),
+        OPS.mse: (),
+        OPS.reconstruct_backward: (True, True, True),
+    }.items():
+        upstream = (case.grad_x_hat, case.grad_mse) if args else ()
+        with FlopCounterMode(display=False) as counter:
+            op(*upstream, case.x, case.y, case.z, *args)
+        assert counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("shared", SHARING)

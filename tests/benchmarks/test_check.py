@@ -1,0 +1,121 @@
+"""The guard against getting slower: it has to see something made slower on purpose."""
+
+from __future__ import annotations
+
+import pytest
+
+import mfops
+from benchmarks import bench_op, check, rows
+from benchmarks.bench_op import BOTH, Case
+from benchmarks.harness import Effort
+from benchmarks.machine import Machine
+from benchmarks.measure import Bench, Measured
+from benchmarks.questions import EAGER, NATIVE, OP, TRITON
+
+CASE = Case((2, 256, 32, 900), "float32", "contiguous", "shared")
+FIGURE = bench_op.Figure(CASE, BOTH)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    # small: torch.compile stays out of it
+    return Bench(Machine("cpu", 2), Effort(seconds=0.2), True, tmp_path, {})
+
+
+def guard(measure=bench_op.measure):
+    return check.Guard(OP, FIGURE, measure, (NATIVE, TRITON), EAGER)
+
+
+def row(ratio: float, rival: str = NATIVE) -> dict:
+    return {**FIGURE.columns(), "rival": rival, f"over_{EAGER}": ratio}
+
+
+def scripted(*ratios: float):
+    """A measurement that finds these ratios, one after the other."""
+    following = iter(ratios)
+    return lambda figure, bench: Measured([row(next(following))], {})
+
+
+def commit(bench: Bench, ratio: float) -> None:
+    of = {"run": "2026-01-01T00:00:00Z", "environment": rows.environment()}
+    rows.append(OP, bench.folder, [row(ratio) | of])
+
+
+@pytest.mark.skipif(
+    mfops.available_backends()["native"] is not None, reason="the extension was not built"
+)
+def test_an_op_made_slower_is_seen_and_an_honest_one_passes(bench, monkeypatch, capsys):
+    measured = bench_op.measure(FIGURE, bench)
+    honest = guard().ratios(measured.rows)[NATIVE]
+    commit(bench, 1.3 * honest)  # room for a noisy machine
+    assert check.check(guard(), bench.folder, bench) == []
+    assert "    ok" in capsys.readouterr().out
+
+    op = mfops.factorized_reconstruction
+
+    def slowed(x, y, z):
+        for _ in range(8):
+            op(x.detach(), y.detach(), z.detach())
+        return op(x, y, z)
+
+    monkeypatch.setattr(mfops, "factorized_reconstruction", slowed)
+    (grown,) = check.check(guard(), bench.folder, bench)
+    assert f"{NATIVE} over {EAGER}" in grown
+    assert "SLOWER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ratios", "passes"),
+    [
+        ((0.57,), True),  # 14% more
+        ((0.30,), True),
+        ((0.58, 0.58, 0.58), False),  # 16% more, each time
+        ((0.90, 0.58, 0.57), True),  # the best of three
+    ],
+)
+def test_a_growth_of_15_percent_is_allowed_and_a_figure_has_three_tries(bench, ratios, passes):
+    commit(bench, 0.5)
+    measure = scripted(*ratios)
+    assert (check.check(guard(measure), bench.folder, bench) == []) == passes
+    with pytest.raises(StopIteration):  # and no more than were needed
+        measure(FIGURE, bench)
+
+
+def test_a_backend_that_runs_no_more_is_a_loss(bench):
+    commit(bench, 0.5)
+
+    def nothing(figure, bench):
+        return Measured([{**FIGURE.columns(), "rival": NATIVE, "skipped": "failed: broken"}], {})
+
+    (grown,) = check.check(guard(nothing), bench.folder, bench)
+    assert "does not run now" in grown
+
+
+def test_rows_of_another_environment_are_no_yardstick(bench, monkeypatch, capsys):
+    commit(bench, 0.5)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    assert check.check(guard(scripted()), bench.folder, bench) == []
+    assert "skip" in capsys.readouterr().out
+
+
+def test_no_rows_is_said_in_one_line(tmp_path, capsys):
+    assert check.main(["--results", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("benchmarks.check: no rows of this machine in ")
+    assert message.count("\n") == 1
+
+
+def test_the_command_fails_where_a_guard_does(bench, monkeypatch, capsys):
+    commit(bench, 0.5)
+    monkeypatch.setattr(Machine, "folder", lambda self: "")
+    for ratios, status in [((0.5,), 0), ((0.6, 0.6, 0.6), 1)]:
+        monkeypatch.setattr(check, "guards", lambda _, r=ratios: [guard(scripted(*r))])
+        assert check.main(["--results", str(bench.folder)]) == status
+    assert "1 ratios have grown by more than 15%" in capsys.readouterr().err
+
+
+def test_what_is_watched():
+    figures = [str(g.figure) for g in check.guards("cpu")]
+    passes = [f"{figure}" for figure in figures if figure.endswith(bench_op.PASSES)]
+    assert len(passes) == 2 * 2 * 3 + 1  # shapes, factors, passes; a context's forward
+    assert all("channels_last" not in figure for figure in figures)

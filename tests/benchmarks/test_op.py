@@ -1,0 +1,258 @@
+"""The op's figures: what is timed is right, cold, counted by hand, and named where it is not."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import mfops
+from benchmarks import bench_op, machine
+from benchmarks.bench_op import BACKWARD, BOTH, FACTORS, FORWARD, LAYOUTS, PASSES, Case, Figure
+from benchmarks.harness import Effort, EventClock
+from benchmarks.questions import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, OP, TRITON
+
+CASE = Case((2, 6, 3, 20), "float32", "contiguous", "shared")
+X, X_HAT, Y, Z, MSE = 2 * 6 * 20 * 4, 6 * 20 * 4, 6 * 3 * 4, 3 * 20 * 4, 4
+
+pytestmark = pytest.mark.skipif(
+    mfops.available_backends()["native"] is not None, reason="the extension was not built"
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prepared():
+    bench_op.prepare.cache_clear()
+
+
+def by_rival(measured):
+    return {row["rival"]: row for row in measured.rows}
+
+
+def test_bytes_of_shared_factors():
+    assert CASE.floor_bytes(FORWARD) == (X + Y + Z) + (X_HAT + MSE)
+    # the gradient of the expanded X' comes for every image
+    assert CASE.floor_bytes(BACKWARD) == (X + Y + Z + X + MSE) + (X + Y + Z)
+    assert CASE.floor_bytes(BOTH) == CASE.floor_bytes(FORWARD) + CASE.floor_bytes(BACKWARD)
+
+
+def test_bytes_of_per_image_factors():
+    case = Case((4, 10, 3, 7), "bfloat16", "contiguous", "per image")
+    x, y, z = 4 * 10 * 7 * 2, 4 * 10 * 3 * 2, 4 * 3 * 7 * 2
+    assert case.x_bytes() == x
+    assert case.floor_bytes(FORWARD) == (x + y + z) + (x + MSE)
+    assert case.floor_bytes(BACKWARD) == (x + y + z + x + MSE) + (x + y + z)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_rows_hold_what_was_counted_and_timed(bench, which):
+    measured = bench_op.measure(Figure(CASE, which), bench)
+    rows = by_rival(measured)
+    assert set(rows) == {NATIVE, TRITON, EAGER, BEST, COMPILE, COPY}
+    assert "runs on cuda" in rows[TRITON]["skipped"]
+    for name in (NATIVE, EAGER, BEST, COMPILE):
+        row = rows[name]
+        assert row["x_bytes"] == X
+        assert row["floor_bytes"] == CASE.floor_bytes(which)
+        assert row["rounds"] == len(measured.seconds[name]) >= 2
+        assert row["over_" + NATIVE] > 0
+        assert row["peak_bytes"] >= row["extra_bytes"] >= 0
+        products = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[which]  # of the textbook lines
+        assert row["flops"] == products * 2 * 6 * 3 * 20
+        # The textbook lines move more than they have to, in the forward pass X' twice at least.
+        assert row["moved_bytes"] >= row["floor_bytes"]
+    assert rows[NATIVE]["moved_bytes"] == CASE.floor_bytes(which)
+    assert rows[EAGER]["moved_bytes"] > CASE.floor_bytes(which)
+    assert rows[COPY].keys() <= set(OP.columns)
+
+
+def test_moved_bytes_are_those_of_each_operators_tensors():
+    a, b = torch.ones(10, 4), torch.ones(10, 4)
+    with bench_op.MovedBytes() as moved:
+        (a + b).view(40).neg_()  # two read, one written; a view; one read and written in place
+    assert moved.total == 3 * 160 + 2 * 160
+    with bench_op.MovedBytes() as moved:
+        torch.add(a, torch.ones(1, 4).expand(10, 4))  # ones written, then 4 numbers of it read
+    assert moved.total == 16 + 160 + 16 + 160
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("factors", FACTORS)
+def test_every_rival_is_right(layout, factors):
+    case = Case(CASE.shape, "bfloat16", layout, factors)
+    inputs = bench_op.make_inputs(case, "cpu")
+    assert inputs.x.stride()[1:] == ((1, 6) if layout == "channels_last" else (20, 1))
+    expected = bench_op.expected_results(inputs)
+    for name, op in bench_op.ops(Figure(case, BOTH), small=True).items():
+        if name != TRITON:
+            bench_op.assert_right(op, inputs, expected, bench_op.TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_careful_lines_keep_the_layout_and_copy_nothing(layout, factors):
+    inputs = bench_op.make_inputs(Case(CASE.shape, "float32", layout, factors), "cpu")
+    x_hat, mse = bench_op.textbook(*inputs.leaves)
+    best, best_mse = bench_op.careful(*inputs.leaves)
+    torch.testing.assert_close((best, best_mse), (x_hat, mse))
+    assert best.stride()[1:] == inputs.x.stride()[1:]
+    if factors == "shared":
+        assert x_hat.stride(0) != 0
+        assert best.stride(0) == 0
+
+
+def test_a_rival_with_wrong_results_is_not_timed(bench, monkeypatch):
+    def wrong(x, y, z):
+        x_hat, mse = mfops.factorized_reconstruction(x, y, z)
+        return 1.01 * x_hat, mse
+
+    monkeypatch.setattr(bench_op, "careful", wrong)
+    measured = bench_op.measure(Figure(CASE, FORWARD), bench)
+    assert BEST not in measured.seconds
+    assert by_rival(measured)[BEST]["skipped"] == (
+        "failed: RuntimeError: X' is wrong: relative error 0.01"
+    )
+    assert NATIVE in measured.seconds
+
+
+def test_inputs_rotate_through_more_than_the_cache(bench, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda op, **options: op)
+    bench.small = False
+    bench.machine.past_cache = 10_000  # a set has X + Y + Z = 1272 bytes
+    sets = bench_op.prepare(CASE, bench).sets
+    assert len({inputs.x.data_ptr() for inputs in sets}) == len(sets) == 8
+    assert bench.machine.sets(10**6) == 2
+
+
+def test_backward_is_timed_without_forward():
+    calls = []
+
+    def op(x, y, z):
+        calls.append("forward")
+        return mfops.factorized_reconstruction(x, y, z)
+
+    sets = [bench_op.make_inputs(CASE, "cpu")]
+    for which, before, during in [
+        (FORWARD, [], ["forward"]),
+        (BACKWARD, ["forward", "cache"], []),
+        (BOTH, [], ["forward"]),
+    ]:
+        turn = bench_op.turn(op, which, sets, lambda: calls.append("cache"))
+        state = turn.prepare(0)
+        assert calls == before
+        calls.clear()
+        result = turn.run(state)
+        assert calls == during
+        calls.clear()
+        if which != FORWARD:
+            grads = result if which == BACKWARD else result[1]
+            assert [g.shape for g in grads] == [leaf.shape for leaf in sets[0].leaves]
+    dropped = bench_op.dropping(turn)
+    assert dropped.run(dropped.prepare(0)) is None
+
+
+def test_copy_moves_half_of_the_bytes():
+    turn = bench_op.copy_turn(100, 3, "cpu")
+    assert [turn.prepare(i) for i in range(4)] == [0, 1, 2, 0]
+    assert turn.run(1).numel() == 50
+
+
+def test_memory_leaves_out_what_is_returned(bench):
+    kept = torch.ones(1 << 20)  # 4 MiB
+
+    def run(_):
+        scratch = torch.ones(4 << 20)  # 16 MiB
+        return kept + scratch[: 1 << 20]
+
+    turn = bench_op.Turn(lambda number: number, run)
+    found = bench_op.memory(turn, bench)
+    # Linux counts a process's pages in batches: half a MiB may be missing.
+    assert 19.5 <= found["peak_bytes"] / 2**20 < 24
+    assert 15.5 <= found["extra_bytes"] / 2**20 < 20
+
+
+def test_what_a_gpu_measures():
+    figures = bench_op.figures("cuda", small=False)
+    assert len(figures) == len(set(figures)) == 6 * 2 * 2 * 2 * 3
+    graphs = [f for f in figures if COMPILE_GRAPHS in bench_op.names(f)]
+    assert len(graphs) == len(PASSES)  # of one case
+
+
+def test_a_gpu_that_is_played(bench, monkeypatch):
+    """Everything but what only a GPU can do: its calls are replaced, tensors stay on the CPU."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def query(self):
+            return False
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
+    class Stats(dict):
+        def __missing__(self, key):
+            return 1000 + (50_000 if key.endswith("peak") else 0)
+
+    properties = SimpleNamespace(
+        name="Some GPU", multi_processor_count=1, total_memory=2**33, L2_cache_size=2**20, uuid="1"
+    )
+    for name, value in {
+        "Event": Event,
+        "_sleep": lambda cycles: None,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_stats": Stats,
+        "get_device_properties": lambda: properties,
+        "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(machine, "output", lambda command: "")
+    bench.machine.cuda = True
+    bench.effort = Effort(seconds=0, least=2)
+
+    assert isinstance(bench.machine.clock(), EventClock)
+    assert bench.machine.folder() == "nvidia-h100-80gb-hbm3"
+    assert bench.machine.description() == (
+        "Some GPU, 1 multiprocessors, 8 GiB, L2 1 MiB, driver unknown, nvidia-smi did not answer"
+    )
+    rows = by_rival(bench_op.measure(Figure(CASE, BOTH), bench))
+    results = X_HAT + MSE + X + Y + Z
+    assert rows[NATIVE]["peak_bytes"] == 50_000
+    assert rows[NATIVE]["extra_bytes"] == 50_000 - results
+    assert rows[NATIVE]["late"] == 0
+
+
+def test_clocks_are_nvidia_smis_or_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    properties = SimpleNamespace(uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    answer = "1980 MHz, 1980 MHz, 2619 MHz, 2619 MHz, 41, 700.00 W"
+    asked = []
+    monkeypatch.setattr(machine, "output", lambda command: asked.append(command) or answer)
+    assert machine.clocks() == (
+        "SM 1980 MHz, of at most 1980 MHz, memory 2619 MHz, of at most 2619 MHz, "
+        "degrees C 41, power limit 700.00 W"
+    )
+    assert "--id=GPU-1-2" in asked[0]
+
+
+def test_peak_memory_is_that_of_the_call_and_nothing_else(bench):
+    before = torch.ones(8 << 20)
+    grown = bench.machine.peak_bytes(lambda: torch.ones(16 << 20).sum() + before.sum())
+    assert 63.5 <= grown / 2**20 < 72
+    assert bench.machine.peak_bytes(lambda: None) < 2**20
+
+
+def test_a_command_that_is_missing_or_fails_prints_nothing():
+    assert machine.output(["no-such-command"]) == ""
+    assert machine.output(["false"]) == ""
+    assert machine.output(["echo", "a"]) == "a"
