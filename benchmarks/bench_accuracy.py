@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def is_done(folder: Path, recipe: Recipe, network: str, seed: int) -> bool:
     """Whether the run has its row."""
     wanted = {**recipe.columns(), "rival": network, "seed": str(seed)}
     return any(
-        all(row[column] == value for column, value in wanted.items())
+        not row["skipped"] and all(row[column] == value for column, value in wanted.items())
         for row in rows.read(folder / f"{ACCURACY.name}.csv")
     )
 
@@ -110,7 +111,12 @@ def result(run: Run, recipe: Recipe, network: str, seed: int) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, network: str, seed: int, folder: Path, threads: int) -> None:
-    """Trains, or goes on with a run that was stopped; fails the test where mfnet fails."""
+    """Trains, or goes on with a run that was stopped; fails the test where mfnet fails.
+
+    Raises:
+        ModuleNotFoundError: what mfnet's command line needs is not installed.
+    """
+    importlib.import_module("mfnet.cli")
     command = [sys.executable, "-m", "mfnet", "fit", *recipe.arguments(network)]
     command += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)]
     command += ["--ckpt_path", "last"]
@@ -145,7 +151,13 @@ def test_accuracy(seed: int, network: str, bench: Bench, pytestconfig: pytest.Co
     if is_done(bench.folder, recipe, network, seed):
         return
     folder = run_folder(pytestconfig.option.runs, recipe, network, seed)
-    train(recipe, network, seed, folder, bench.machine.threads)
+    try:
+        train(recipe, network, seed, folder, bench.machine.threads)
+    except ModuleNotFoundError as error:
+        why = f"{error.name} not installed"
+        skipped = {**recipe.columns(), "rival": network, "seed": seed, "skipped": why}
+        bench.append(ACCURACY, [skipped])
+        pytest.skip(why)
     bench.append(ACCURACY, [result(read_run(folder), recipe, network, seed)])
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import pytest
@@ -23,12 +23,14 @@ from benchmarks.harness import times
 from benchmarks.measure import Bench, Measured, playback
 from benchmarks.questions import TRAINING
 from benchmarks.trainer import Recipe, parsed
-from mfnet.cli import MFNetCLI
 from mfnet.models import list_models
+
+if TYPE_CHECKING:
+    from mfnet.cli import MFNetCLI
 
 PARTS = ("loader", "forward", "backward", "optimizer", "other")
 ROUNDS = 3
-STEPS = {"cuda": (20, 60), "cpu": (4, 8)}  # that do not count, that do
+STEPS = {"cuda": (20, 60), "cpu": (4, 6)}  # that do not count, that do
 
 
 class Stopwatch(L.Callback):
@@ -98,6 +100,10 @@ class Figure:
     def __str__(self) -> str:
         return self.recipe.name if self.recipe else "generated images"
 
+    def columns(self) -> dict[str, Any]:
+        """What is known before there is a trainer."""
+        return {"data": str(self)}
+
     def command_line(self, network: str) -> MFNetCLI:
         if self.recipe:
             arguments = self.recipe.arguments(network)
@@ -145,6 +151,13 @@ def steps(figure: Figure, network: str, bench: Bench, parts: bool) -> Stopwatch:
 
 def measure(figure: Figure, bench: Bench) -> Measured:
     networks = list_models()
+    try:
+        figure.command_line(networks[0])
+    except ModuleNotFoundError as error:
+        why = f"{error.name} not installed"
+        return Measured(
+            [{**figure.columns(), "rival": name, "skipped": why} for name in networks], {}
+        )
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(1 if figure.small else ROUNDS):
         for name in networks:
@@ -157,7 +170,7 @@ def measure(figure: Figure, bench: Bench) -> Measured:
         row = times(seconds, name, TRAINING.bases)
         rows.append(
             {
-                "data": str(figure),
+                **figure.columns(),
                 "backbone": network.init_args.backbone,
                 "size": "x".join(map(str, data.crop_size)),
                 "batch": data.batch_size,

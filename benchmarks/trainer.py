@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mfnet.cli import MFNetCLI
 from mfnet.contexts import CONTEXTS
 from mfnet.models import list_models
+
+if TYPE_CHECKING:
+    from mfnet.cli import MFNetCLI
 
 STRIDE = 16
 
@@ -51,7 +54,11 @@ class Recipe:
 
 
 def parsed(arguments: list[str]) -> MFNetCLI:
-    """Trainer, task and data module of a command line, nothing run and nothing written."""
+    """Trainer, task and data module of a command line, nothing run and nothing written.
+
+    Raises:
+        ModuleNotFoundError: what the command line needs is not installed (jsonargparse).
+    """
     quiet = {
         "logger": "false",
         "enable_checkpointing": "false",
@@ -60,7 +67,7 @@ def parsed(arguments: list[str]) -> MFNetCLI:
         "limit_val_batches": "0",
     }
     flags = [word for name, value in quiet.items() for word in (f"--trainer.{name}", value)]
-    return MFNetCLI([*arguments, *flags], run=False)
+    return importlib.import_module("mfnet.cli").MFNetCLI([*arguments, *flags], run=False)
 
 
 def check_names(names: list[str]) -> None:

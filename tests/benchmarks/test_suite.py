@@ -119,12 +119,27 @@ def test_a_rival_that_fails_fails_its_test_alone(tmp_path):
 
 def test_a_budget_leaves_figures_out_by_name(tmp_path):
     options = ["--small", "--device", "cpu", "--results", tmp_path, "--budget", "0"]
-    status, text = suite("benchmarks/bench_ceilings.py", *options)
+    files = ("benchmarks/bench_ceilings.py", "benchmarks/bench_training.py")
+    status, text = suite(*files, *options)
     assert status == 0
-    assert "2 skipped" in text
-    assert [row["skipped"] for row in read(tmp_path, questions.CEILINGS)] == [
-        "--budget 0 was used up"
-    ] * 2
+    assert "5 skipped" in text
+    for question, rivals in ((questions.CEILINGS, 2), (questions.TRAINING, 3)):
+        known = [row["skipped"] for row in read(tmp_path, question)]
+        assert known == ["--budget 0 was used up"] * rivals
+
+
+def test_without_what_the_trainer_needs_the_rows_say_so(tmp_path, images):
+    (tmp_path / "hiding.py").write_text("import sys\nsys.modules['jsonargparse'] = None\n")
+    status, text = suite(
+        *("benchmarks/bench_training.py", "benchmarks/bench_accuracy.py", "-k", "not cost"),
+        *("--small", "--device", "cpu", "--results", tmp_path, "--data", images, "-p", "hiding"),
+        *("--contexts", "none", "--seeds", "0", "--runs", tmp_path / "runs"),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
+    )
+    assert status == 0, text
+    for question in (questions.TRAINING, questions.ACCURACY):
+        known = {row["skipped"] for row in read(tmp_path, question)}
+        assert known == {"jsonargparse not installed"}
 
 
 def test_a_stopped_run_leaves_whole_rows_and_goes_on(tmp_path, images):
