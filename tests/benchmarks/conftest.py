@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from repository import make, run
 
 from benchmarks.harness import Effort
 from benchmarks.machine import Machine
@@ -13,3 +15,22 @@ from benchmarks.measure import Bench
 def bench(tmp_path: Path) -> Bench:
     """A session that measures small sizes for a moment, without torch.compile."""
     return Bench(Machine("cpu", 2), Effort(seconds=0, least=2), True, tmp_path, {"run": "now"})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Such a repository, before the report was written."""
+    return make(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make(tmp_path_factory.mktemp("drawn"))
+    assert run(root) == 0
+    return root
+
+
+@pytest.fixture
+def written(drawn: Path, tmp_path: Path) -> Path:
+    """Such a repository with its report."""
+    return shutil.copytree(drawn, tmp_path / "root")

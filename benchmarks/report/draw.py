@@ -1,0 +1,234 @@
+"""Drawing, from data that knows nothing of rows: points with names, bars, a roofline."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
+from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from benchmarks.bench_op import FORWARD
+from benchmarks.questions import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, TRITON
+from benchmarks.report import load
+
+Content = dict[str, Any]
+
+WIDTH, DPI = 8.0, 120
+# Okabe and Ito's colours, told apart with any eyes. Ours are always the first.
+VERMILION, BLUE, GREEN, ORANGE, SKY, PURPLE = (
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#E69F00",
+    "#56B4E9",
+    "#CC79A7",
+)
+GREY, LIGHT = "#767676", "#C8C8C8"
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+}
+RIVALS = {  # marker and colour
+    NATIVE: ("D", VERMILION),
+    TRITON: ("D", PURPLE),
+    COMPILE: ("s", GREEN),
+    COMPILE_GRAPHS: ("s", ORANGE),
+    EAGER: ("o", BLUE),
+    BEST: ("o", SKY),
+}
+
+
+def _canvas(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def scatter(content: Content) -> Figure:
+    """Panels of points with their names; in some a line joins those that no other beats."""
+    panels = content["panels"]
+    rows = math.ceil(len(panels) / 2)
+    figure, every = _canvas(rows, 2, 3.5 * rows + 0.3)
+    for axes, panel in zip(every, panels, strict=False):
+        axes.plot(
+            *zip(*panel["line"], strict=True) if panel["line"] else ([], []),
+            color=GREY,
+            linewidth=1,
+        )
+        for p in panel["points"]:
+            colour = VERMILION if p["ours"] else BLUE
+            if p["sd"]:
+                axes.errorbar(p["x"], p["y"], p["sd"], color=colour, capsize=3, linewidth=1)
+            face = "white" if p["hollow"] else colour
+            marker = "D" if p["ours"] else "o"
+            axes.plot(p["x"], p["y"], marker, color=colour, markerfacecolor=face, zorder=3)
+        axes.set(title=textwrap.fill(panel["title"], 46), xlabel=panel["x"], ylabel=panel["y"])
+        axes.margins(0.18, 0.16)
+        if panel["from_zero"]:
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+    for axes in every[len(panels) :]:
+        axes.remove()
+    figure.draw_without_rendering()  # after it places are known
+    for axes, panel in zip(every, panels, strict=False):
+        _name_points(axes, panel["points"], panel["line"])
+    return figure
+
+
+# Where a name may stand, in points from its own: beside, above and below, then further off.
+PLACES = [
+    (distance * dx, distance * dy)
+    for distance in (7, 12, 20, 30)
+    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+]
+
+
+# From a name that stands further off to its point.
+LEADER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+
+
+def _name_points(axes: Axes, points: list[Content], line: list[tuple[float, float]]) -> None:
+    """Each name at the first place around its point where nothing else is, or the least."""
+
+    def pixels(x: float, y: float) -> tuple[float, float]:
+        return tuple(axes.transData.transform((x, y)))
+
+    centres = [pixels(p["x"], p["y"]) for p in points]
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres]
+    for p in points:
+        ends = [pixels(p["x"], p["y"] + sign * p["sd"]) for sign in (-1, 1)]
+        taken.append(Bbox(ends).padded(3))
+    for (x0, y0), (x1, y1) in pairwise(pixels(x, y) for x, y in line):
+        steps = [n / 60 for n in range(61)]
+        taken += [Bbox([[x0 + (x1 - x0) * t, y0 + (y1 - y0) * t]] * 2).padded(1) for t in steps]
+    frame = axes.get_window_extent()
+    for p in points:
+        best: tuple[int, Annotation, Bbox] | None = None
+        for dx, dy in PLACES:
+            note = axes.annotate(
+                p["name"],
+                (p["x"], p["y"]),
+                (dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                fontsize=8,
+                fontweight="bold" if p["ours"] else "normal",
+            )
+            note.set_in_layout(False)
+            box = note.get_window_extent()
+            hits = sum(box.overlaps(other) for other in taken)
+            hits += 9 * (box.x0 < frame.x0 or box.x1 > frame.x1)
+            hits += 9 * (box.y0 < frame.y0 or box.y1 > frame.y1)
+            if best is None or hits < best[0]:
+                if best:
+                    best[1].remove()
+                best = hits, note, box
+            else:
+                note.remove()
+            if not hits:
+                break
+        _, note, box = best
+        taken.append(box)
+        if max(map(abs, note.xyann)) > 12:
+            axes.annotate(
+                "", note.xy, note.xyann, textcoords="offset points", arrowprops=LEADER
+            ).set_in_layout(False)
+
+
+def bars(content: Content) -> Figure:
+    names = content["names"]
+    figure, every = _canvas(1, len(content["panels"]), 1.3 + 0.3 * len(names), sharey=True)
+    colours = [VERMILION if ours else BLUE for ours in content["ours"]]
+    for axes, panel in zip(every, content["panels"], strict=True):
+        values = panel["values"]
+        bars = axes.barh(range(len(names)), values, color=colours, height=0.65)
+        axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
+        axes.set_xlim(0, max(*values, 1 if panel["one"] else 0) * 1.32)
+        if panel["one"]:
+            axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
+        axes.set_title(panel["title"])
+        axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=4)
+    every[0].set_yticks(range(len(names)), names)
+    every[0].invert_yaxis()
+    return figure
+
+
+def stacked(content: Content) -> Figure:
+    panels = content["panels"]
+    bars = sum(len(panel["names"]) for panel in panels)
+    height = 0.9 + 0.33 * bars + 0.75 * len(panels)
+    ratios = [len(panel["names"]) + 1 for panel in panels]
+    figure, every = _canvas(len(panels), 1, height, height_ratios=ratios)
+    colours = (SKY, PURPLE, GREEN, ORANGE, LIGHT)
+    for axes, panel in zip(every, panels, strict=True):
+        places = range(len(panel["names"]))
+        left = [0.0] * len(places)
+        totals = [sum(values) for values in zip(*panel["parts"].values(), strict=True)]
+        for colour, (part, values) in zip(colours, panel["parts"].items(), strict=True):
+            drawn = axes.barh(places, values, left=left, color=colour, height=0.65, label=part)
+            shares = [value / total for value, total in zip(values, totals, strict=True)]
+            words = [f"{share:.0%}" if share >= 0.06 else "" for share in shares]
+            axes.bar_label(drawn, words, label_type="center", fontsize=8)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        axes.set_yticks(places, panel["names"])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(title=panel["title"], xlabel="ms per step")
+    handles, labels = every[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def rooflines(content: Content) -> Figure:
+    panels = content["panels"]
+    figure, every = _canvas(1, len(panels), 4.3)
+    shown = {p["rival"] for panel in panels for p in panel["points"]}
+    for axes, panel in zip(every, panels, strict=True):
+        copy, product = panel["ceilings"][COPY], panel["ceilings"]["matmul"]
+        xs = [p["x"] for p in panel["points"]]
+        knee = product / copy
+        low, high = min(*xs, knee) / 2.5, max(*xs, knee) * 1.6
+        roof = [low * copy, product, product]
+        axes.plot([low, knee, high], [y / 1e9 for y in roof], color="black", linewidth=1.2)
+        middle = math.sqrt(low * knee)
+        copied = f"copy {copy / 1e9:{'.3g' if copy < 1e11 else ',.0f'}} GB/s "
+        axes.text(middle, middle * copy / 1e9, copied, fontsize=8, ha="right", va="bottom")
+        most = f"matmul {product / 1e9:,.0f} GFLOP/s"
+        axes.text(high, product / 1e9 * 1.05, most, fontsize=8, ha="right", va="bottom")
+        for p in sorted(panel["points"], key=lambda p: p["rival"] == NATIVE):
+            marker, colour = RIVALS[p["rival"]]
+            face = colour if p["pass"] == FORWARD else "white"
+            size = 7 if p["rival"] == NATIVE else 5
+            own = {"color": colour, "markerfacecolor": face, "markersize": size}
+            axes.plot(p["x"], p["y"] / 1e9, marker, linestyle="", **own)
+        axes.set(xscale="log", yscale="log", title=panel["title"])
+        axes.set(xlabel="FLOPs / byte that has to move", ylabel="GFLOP/s")
+        axes.margins(y=0.12)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,.10g}")
+            axis.set_minor_formatter(NullFormatter())
+    handles = [
+        Line2D([], [], marker=RIVALS[r][0], color=RIVALS[r][1], linestyle="", label=load.name(r))
+        for r in RIVALS
+        if r in shown
+    ]
+    hollow = {"color": GREY, "markerfacecolor": "white", "linestyle": ""}
+    handles.append(Line2D([], [], marker="o", **hollow, label="hollow: with backward"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure

@@ -1,0 +1,225 @@
+"""What the GPU's figures have to reach: each target, required and measured, from rows.
+
+A rival's name begins with its family, "compile" or "eager"; a family's figure is that of its
+fastest member. Ratios are times over mfops native's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from benchmarks.bench_op import BACKWARD, BOTH, FACTORS, FORWARD, GPU_SHAPES, LAYOUTS, Case
+from benchmarks.questions import COPY, EAGER, NATIVE, TRITON
+from benchmarks.rows import Row, number
+
+# Where the share of the copy's bandwidth has a target.
+BANDWIDTH_SHAPES = [(8, 512, 64, 32768), (16, 256, 128, 16384)]
+BANDWIDTH_TARGETS = {FORWARD: 0.85, BACKWARD: 0.65}
+SPEED_TARGETS = {"compile": 1.8, "eager": 3.0}
+MEMORY_TARGET = 0.01
+TRITON_TARGET = 1.3
+DTYPES = ("bfloat16", "float32")
+MFOPS = "mfops"  # whichever backend the automatic choice takes
+
+OVER_NATIVE, OVER_COPY, OVER_EAGER = (f"over_{base}" for base in (NATIVE, COPY, EAGER))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One pass over one case: the rows of the rivals that were measured, by name."""
+
+    case: Case
+    which: str
+    rivals: dict[str, Row]
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> Figure:
+        first = rows[0]
+        b, c, k, n = map(int, first["shape"].split())
+        case = Case((b, c, k, n), first["dtype"], first["layout"], first["factors"])
+        return cls(case, first["pass"], {r["rival"]: r for r in rows if not r["skipped"]})
+
+    def over_native(self, family: str) -> float | None:
+        """The fastest member's time over native's, None where one of them was not measured."""
+        members = [row for name, row in self.rivals.items() if name.startswith(family)]
+        if not members:
+            return None
+        return number(min(members, key=lambda row: float(row["median_s"])), OVER_NATIVE)
+
+    def of_copy(self) -> float | None:
+        """The copy's time over native's."""
+        over = number(self.rivals.get(NATIVE, {}), OVER_COPY)
+        return None if over is None else 1 / over
+
+    def extra(self) -> float | None:
+        """Native's extra memory, over the memory of X."""
+        row = self.rivals.get(NATIVE, {})
+        extra, x = number(row, "extra_bytes"), number(row, "x_bytes")
+        return None if extra is None or not x else extra / x
+
+
+@dataclass
+class Target:
+    """`met` is None where it could not be evaluated; `measured` then says why."""
+
+    name: str
+    required: str
+    measured: str
+    met: bool | None
+
+    @classmethod
+    def missing(cls, name: str, required: str, why: str) -> Target:
+        return cls(name, required, f"not evaluated: {why}", None)
+
+    @property
+    def verdict(self) -> str:
+        return {True: "met", False: "MISSED", None: "-"}[self.met]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _missed_by(value: float, required: float) -> str:
+    """How far a value is from the one required, where it falls short."""
+    return f" (short by {required / value - 1:.0%})" if value < required else ""
+
+
+def _known(
+    figures: list[Figure], value: Callable[[Figure], float | None]
+) -> list[tuple[Figure, float]]:
+    pairs = [(figure, value(figure)) for figure in figures]
+    return [(figure, found) for figure, found in pairs if found is not None]
+
+
+def _where(pair: tuple[Figure, float]) -> str:
+    return f"{pair[0].which}, {pair[0].case}"
+
+
+def _bandwidth(figures: list[Figure]) -> list[Target]:
+    """The lowest share over layouts and factors, for each shape and pass."""
+    targets = []
+    for which, required in BANDWIDTH_TARGETS.items():
+        for shape in BANDWIDTH_SHAPES:
+            name, wanted = f"{which} {shape}, bfloat16", f">= {required:.0%} of the copy"
+            asked = (shape, "bfloat16", which)
+            here = [f for f in figures if (f.case.shape, f.case.dtype, f.which) == asked]
+            shares = _known(here, Figure.of_copy)
+            if not shares:
+                targets.append(Target.missing(name, wanted, f"no figure of {NATIVE}"))
+                continue
+            lowest, share = min(shares, key=lambda pair: pair[1])
+            measured = (
+                f"{share:.0%}{_missed_by(share, required)}, {lowest.case.layout}, "
+                f"{lowest.case.factors}, the lowest of {len(shares)} of "
+                f"{len(LAYOUTS) * len(FACTORS)}"
+            )
+            targets.append(Target(name, wanted, measured, share >= required))
+    return targets
+
+
+def _speed(figures: list[Figure]) -> list[Target]:
+    """Geometric means over the shapes, per-image factors, forward + backward."""
+    targets = []
+    for family, required in SPEED_TARGETS.items():
+        for dtype in DTYPES:
+            for layout in LAYOUTS:
+                name = f"{BOTH} against {family}, {dtype}, {layout}, per image"
+                wanted = f">= {required}x, geometric mean of {len(GPU_SHAPES)} shapes"
+                found = {
+                    f.case.shape: f.over_native(family)
+                    for f in figures
+                    if (f.case.dtype, f.case.layout) == (dtype, layout)
+                    and (f.case.factors, f.which) == ("per image", BOTH)
+                }
+                ratios = [r for shape in GPU_SHAPES if (r := found.get(shape)) is not None]
+                if not ratios and (dtype, layout) != (DTYPES[0], LAYOUTS[0]):
+                    continue  # this family was not asked for there
+                if len(ratios) < len(GPU_SHAPES):
+                    why = f"{len(ratios)} of {len(GPU_SHAPES)} shapes measured"
+                    targets.append(Target.missing(name, wanted, why))
+                    continue
+                mean = geometric_mean(ratios)
+                measured = (
+                    f"{mean:.2f}x{_missed_by(mean, required)}, from {min(ratios):.2f}x "
+                    f"to {max(ratios):.2f}x"
+                )
+                targets.append(Target(name, wanted, measured, mean >= required))
+    return targets
+
+
+def _nowhere_slower(figures: list[Figure]) -> Target:
+    name, wanted = f"{BOTH}, per image: slower nowhere", ">= 1x, every case"
+    here = [f for f in figures if (f.which, f.case.factors) == (BOTH, "per image")]
+    ratios = {
+        f"{family}, {figure.case}": ratio
+        for family in SPEED_TARGETS
+        for figure, ratio in _known(here, lambda f, family=family: f.over_native(family))
+    }
+    if not ratios:
+        return Target.missing(name, wanted, f"no figure of {NATIVE}")
+    worst = min(ratios, key=ratios.__getitem__)
+    slower = sum(value < 1 for value in ratios.values())
+    measured = f"{ratios[worst]:.2f}x ({worst}); slower in {slower} of {len(ratios)}"
+    return Target(name, wanted, measured, slower == 0)
+
+
+def _memory(figures: list[Figure]) -> Target:
+    name, wanted = "extra memory", f"< {MEMORY_TARGET:.0%} of X"
+    shares = _known(figures, Figure.extra)
+    if not shares:
+        return Target.missing(name, wanted, f"no figure of {NATIVE}")
+    worst = max(shares, key=lambda pair: pair[1])
+    over = sum(share >= MEMORY_TARGET for _, share in shares)
+    measured = f"at most {worst[1]:.2%} ({_where(worst)}); over in {over} of {len(shares)}"
+    return Target(name, wanted, measured, over == 0)
+
+
+def _triton(figures: list[Figure]) -> Target:
+    name, wanted = "Triton against native", f"<= {TRITON_TARGET}x, every case"
+    ratios = _known(figures, lambda f: f.over_native(TRITON))
+    if not ratios:
+        return Target.missing(name, wanted, "native and Triton were not both measured")
+    worst = max(ratios, key=lambda pair: pair[1])
+    over = sum(ratio > TRITON_TARGET for _, ratio in ratios)
+    measured = (
+        f"{worst[1]:.2f}x at most ({_where(worst)}), geometric mean "
+        f"{geometric_mean([ratio for _, ratio in ratios]):.2f}x; over in {over} of {len(ratios)}"
+    )
+    return Target(name, wanted, measured, over == 0)
+
+
+def _host(figures: Iterable[list[Row]]) -> list[Target]:
+    """The automatic choice's time per call over the textbook lines', for each mode."""
+    targets = []
+    for rows in figures:
+        name, wanted = f"host time per call, {rows[0]['mode']}", "< 1x the textbook lines"
+        ratio = next((number(row, OVER_EAGER) for row in rows if row["rival"] == MFOPS), None)
+        if ratio is None:
+            targets.append(Target.missing(name, wanted, f"no figure of {MFOPS}"))
+            continue
+        targets.append(Target(name, wanted, f"{ratio:.2f}x", ratio < 1))
+    return targets
+
+
+def targets(op: Iterable[list[Row]], host: Iterable[list[Row]]) -> list[Target]:
+    """One by one, from the rows of every figure of the op and of the host."""
+    figures = [Figure.of(rows) for rows in op]
+    return [
+        *_bandwidth(figures),
+        *_speed(figures),
+        _nowhere_slower(figures),
+        _memory(figures),
+        _triton(figures),
+        *_host(host),
+    ]
+
+
+def table(found: list[Target]) -> list[str]:
+    return [
+        "| target | required | measured | |",
+        "|---|---|---|---|",
+        *(f"| {t.name} | {t.required} | {t.measured} | {t.verdict} |" for t in found),
+    ]

@@ -1,0 +1,222 @@
+"""Made-up rows of every question, for tests of what is written from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+from benchmarks.bench_op import BOTH, FORWARD, LAYOUTS, PASSES, Case
+from benchmarks.bench_op import Figure as OpFigure
+from benchmarks.questions import (
+    ACCURACY,
+    ACCURACY_COST,
+    BEST,
+    CEILINGS,
+    COMPILE,
+    CONTEXTS,
+    COPY,
+    EAGER,
+    HOST,
+    MODELS,
+    NATIVE,
+    OP,
+    TRAINING,
+    TRITON,
+)
+
+CPU, GPU = "a-cpu-2-threads", "a-gpu"
+SHAPE = (4, 2048, 64, 1089)
+RUN = {
+    "run": "2026-11-24T08:00:00Z",
+    "commit": "abc1234",
+    "environment": "",
+    "command": "python -m pytest benchmarks",
+    "device": "A CPU, 2 threads",
+    "threads": "2",
+    "versions": "Python 3.11.7, torch 2.14.1",
+    "built": "extension without CUDA; backends: native, reference",
+}
+
+
+def timed(seconds: float, **over: float) -> dict[str, Any]:
+    """A time with quartiles 10 % below and above, and ratios over bases."""
+    return {
+        "rounds": 10,
+        "median_s": seconds,
+        "q1_s": 0.9 * seconds,
+        "q3_s": 1.1 * seconds,
+        "late": 0,
+        **{f"over_{base.replace('_', ' ')}": ratio for base, ratio in over.items()},
+    }
+
+
+def figure(
+    question: rows.Question, columns: dict[str, Any], seconds: dict[str, float], **run: Any
+) -> list[dict[str, Any]]:
+    """The rows of rivals that take so many seconds."""
+    return [
+        {
+            **RUN,
+            **columns,
+            "rival": rival,
+            **timed(own, **{b: own / seconds[b] for b in question.bases if b in seconds}),
+            **run,
+        }
+        for rival, own in seconds.items()
+    ]
+
+
+def op_figure(
+    case: Case, which: str, seconds: dict[str, float], **more: Any
+) -> list[dict[str, Any]]:
+    """Rivals' extra memory is a tenth of X, ours a thousandth."""
+    x, floor = case.x_bytes(), case.floor_bytes(which)
+    flops = 2 * case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
+    found = figure(OP, OpFigure(case, which).columns(), seconds)
+    for row in found:
+        row |= {"x_bytes": x, "floor_bytes": floor, **more}
+        if row["rival"] != COPY:
+            ours = row["rival"] == NATIVE
+            row |= {"flops": flops * (1 if which == FORWARD else 3), "peak_bytes": 2 * x}
+            row |= {"extra_bytes": x // (1000 if ours else 10)}
+            row |= {"moved_bytes": floor if ours else 3 * floor}
+    return found
+
+
+def op(dtype: str = "float32", shapes: tuple = (SHAPE,), **more: Any) -> list[dict[str, Any]]:
+    found = []
+    for shape in shapes:
+        for layout in LAYOUTS:
+            for factors in ("per image", "shared"):
+                case = Case(shape, dtype, layout, factors)
+                for place, which in enumerate(PASSES, start=1):
+                    seconds = {NATIVE: 0.007, EAGER: 0.035, BEST: 0.014, COMPILE: 0.0105}
+                    seconds = {k: place * v for k, v in (seconds | {COPY: 0.0056}).items()}
+                    found += op_figure(case, which, seconds, **more)
+                    skip = OpFigure(case, which).columns() | {"rival": TRITON, **RUN, **more}
+                    found.append(skip | {"skipped": "backend 'triton' cannot run this call"})
+    return found
+
+
+CONTEXT_COSTS = {  # seconds, parameters, FLOPs
+    "mf": (0.06, 5_000_000, 10.5e9),
+    "em": (0.05, 1_200_000, 2.6e9),
+    "aspp": (0.10, 15_500_000, 33.3e9),
+    "aspp_separable": (0.04, 3_600_000, 7.1e9),
+    "none": (0.01, 525_000, 1.1e9),
+}
+NETWORK_COSTS = {
+    "mfnet": (0.5, 29_738_997, 122.26e9),
+    "deeplabv3plus": (0.8, 40_352_181, 144.39e9),
+    "emanet": (0.4, 34_657_621, 92.95e9),
+    "smp DeepLabV3Plus": (0.35, 26_678_000, 73.6e9),
+    "smp PSPNet": (0.15, 24_300_000, 23.3e9),
+    "smp FPN": (0.3, 26_100_000, 63.0e9),
+    "smp Unet": (0.45, 32_500_000, 85.7e9),
+}
+SCORES = {  # of the seeds 0, 1, 2
+    "mf": (0.60, 0.62, 0.64),
+    "em": (0.61, 0.62, 0.63),
+    "aspp": (0.65, 0.66, 0.67),
+    "aspp_separable": (0.645, 0.655, 0.65),
+    "none": (0.55, 0.56, 0.60),
+}
+
+
+def contexts() -> list[dict[str, Any]]:
+    found = []
+    for side in (33, 65):
+        for which in (FORWARD, BOTH):
+            columns = {"in_channels": 2048, "out_channels": 256, "size": f"{side}x{side}"}
+            columns |= {"batch": 1, "dtype": "float32", "pass": which}
+            scale = (side / 33) ** 2 * (1 if which == FORWARD else 3)
+            seconds = {name: scale * cost[0] for name, cost in CONTEXT_COSTS.items()}
+            for row in figure(CONTEXTS, columns, seconds, setting="channels_last"):
+                _, parameters, flops = CONTEXT_COSTS[row["rival"]]
+                row |= {"parameters": parameters, "flops": round(flops * scale)}
+                found.append(row | {"peak_bytes": 2**24})
+    return found
+
+
+def models() -> list[dict[str, Any]]:
+    found = []
+    for which, batch in (("inference", 1), ("training", 2)):
+        columns = {"backbone": "resnet50", "size": "513x513", "batch": batch}
+        columns |= {"dtype": "float32", "pass": which}
+        scale = 1 if which == "inference" else 6
+        seconds = {name: scale * cost[0] for name, cost in NETWORK_COSTS.items()}
+        for row in figure(MODELS, columns, seconds, setting="channels_last", input="513x513"):
+            _, parameters, flops = NETWORK_COSTS[row["rival"]]
+            row |= {"images_per_s": batch / row["median_s"], "peak_bytes": 2**29}
+            found.append(row | {"parameters": parameters, "flops": round(flops)})
+        skip = {**RUN, **columns, "rival": "smp UPerNet"}
+        found.append(skip | {"skipped": "segmentation_models_pytorch not installed"})
+    return found
+
+
+def training() -> list[dict[str, Any]]:
+    columns = {"data": "camvid", "backbone": "resnet18", "size": "360x480", "batch": 8}
+    columns |= {"precision": "32-true", "workers": 1}
+    found = []
+    for row in figure(TRAINING, columns, {"mfnet": 1.0, "deeplabv3plus": 1.6, "emanet": 0.8}):
+        step = row["median_s"]
+        parts = {"loader": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.08, "other": 0.02}
+        found.append(
+            {**row, "images_per_s": 8 / step, **{f"{k}_s": v * step for k, v in parts.items()}}
+        )
+    return found
+
+
+def accuracy(**flags: str) -> list[dict[str, Any]]:
+    columns = {"data": "camvid", "recipe": "camvid", "flags": "", **flags}
+    return [
+        {
+            **RUN,
+            **columns,
+            **{"rival": rival, "seed": seed, "network": "deeplabv3plus", "backbone": "resnet18"},
+            **{"size": "360x480", "epochs": 40, "parameters": 16_000_000, "best_epoch": 38},
+            **{"flops": round(1e10 + CONTEXT_COSTS[rival][2]), "best_mIoU": miou + 0.01},
+            **{"mIoU": miou, "fwIoU": miou + 0.2, "accuracy": miou + 0.25},
+        }
+        for rival, scores in SCORES.items()
+        for seed, miou in enumerate(scores)
+    ]
+
+
+def accuracy_cost(**flags: str) -> list[dict[str, Any]]:
+    columns = {"data": "camvid", "recipe": "camvid", "flags": "", **flags}
+    columns |= {"size": "360x480", "dtype": "float32"}
+    seconds = {rival: 0.1 + cost[0] for rival, cost in CONTEXT_COSTS.items()}
+    return figure(ACCURACY_COST, columns, seconds)
+
+
+def ceilings(*dtypes: str) -> list[dict[str, Any]]:
+    found = []
+    for dtype in dtypes:
+        own = figure(CEILINGS, {"dtype": dtype}, {COPY: 0.04, "matmul": 0.1})
+        found += [row | {"rate": rate} for row, rate in zip(own, (1.3e10, 1.7e11), strict=True)]
+    return found
+
+
+def host() -> list[dict[str, Any]]:
+    found = []
+    for mode in ("no gradients", "gradients wanted"):
+        columns = {"shape": "2 64 16 100", "dtype": "float32", "mode": mode}
+        found += figure(HOST, columns, {"mfops": 2e-5, EAGER: 2.5e-5})
+    return found
+
+
+def write(results: Path) -> Path:
+    """Rows of every question, from a CPU, and of the op from a GPU; returns the CPU's folder."""
+    cpu, gpu = results / CPU, results / GPU
+    rows.append(CEILINGS, cpu, ceilings("float32"))
+    rows.append(OP, cpu, op())
+    rows.append(HOST, cpu, host())
+    rows.append(CONTEXTS, cpu, contexts())
+    rows.append(MODELS, cpu, models())
+    rows.append(TRAINING, cpu, training())
+    rows.append(ACCURACY, cpu, accuracy())
+    rows.append(ACCURACY_COST, cpu, accuracy_cost())
+    rows.append(OP, gpu, op("bfloat16", device="A GPU, 80 GiB"))
+    return cpu

@@ -1,0 +1,116 @@
+"""What the plots are drawn from, by made-up rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import made_up_rows
+import pytest
+from made_up_rows import CPU
+from PIL import Image
+from repository import folder, page, picture, points, results, section
+
+from benchmarks import rows
+from benchmarks.bench_op import FORWARD, Case
+from benchmarks.questions import (
+    CONTEXTS,
+    COPY,
+    MODELS,
+    NATIVE,
+)
+from benchmarks.report.plots import PLOTS, Picture
+
+
+def test_every_plot_is_drawn_with_its_digest_and_small(written):
+    for plot, make_picture in PLOTS.items():
+        path = written / "docs" / "benchmarks" / f"{CPU}-{plot}.png"
+        with Image.open(path) as image:
+            assert image.width == 960
+            assert image.text["Description"] == make_picture(results(written)).digest()
+        assert path.stat().st_size < 150 * 1024
+        assert f"](benchmarks/{CPU}-{plot}.png)" in page(written)
+
+
+def test_a_digest_is_of_data_and_labels():
+    def digest(title: str = "t", **content: object) -> str:
+        return Picture(title, "alt", content, lambda content: None).digest()
+
+    assert digest(a=1, b=[2.5]) == digest(b=[2.5], a=1)
+    assert len({digest(a=1), digest(a=2), digest("u", a=1), digest(b=1)}) == 4
+
+
+def test_pareto_joins_those_that_no_other_beats(root):
+    by_flops, by_latency = picture(root, "pareto")["panels"]
+    assert by_flops["points"][0]["sd"] == 0.02
+    assert points(by_flops)["none"] == (11.1, 0.57)
+    assert points(by_latency)["ASPP"] == (200, 0.66)
+    best = [("none", 0.57), ("EM", 0.62), ("ASPP, separable", 0.65), ("ASPP", 0.66)]
+    assert by_flops["line"] == [points(by_flops)[name] for name, _ in best]
+    assert [y for _, y in by_flops["line"]] == [y for _, y in best]
+    # EM takes longer than the better separable ASPP.
+    assert by_latency["line"] == [(110, 0.57), (140, 0.65), (200, 0.66)]
+
+
+def test_context_bars(root):
+    content = picture(root, "contexts")
+    assert content["names"][:3] == ["MF", "EM", "ASPP"]
+    assert content["ours"] == [True, False, False, False, False]
+    assert [panel["values"][0] for panel in content["panels"]] == [5, 10.5, 0.6, 0.6]
+
+
+def test_roofline(root):
+    (panel,) = picture(root, "roofline")["panels"]
+    assert panel["ceilings"] == {COPY: 1.3e10, "matmul": 1.7e11}
+    case = Case(made_up_rows.SHAPE, "float32", "contiguous", "shared")
+    flops = 2 * 4 * 2048 * 64 * 1089
+    x = float(f"{flops / case.floor_bytes(FORWARD):.6g}")
+    y = float(f"{flops / 0.007:.6g}")
+    assert {"rival": NATIVE, "pass": FORWARD, "x": x, "y": y} in panel["points"]
+    # Four rivals, three passes, two kinds of factors; the copy has no FLOPs.
+    assert len(panel["points"]) == 4 * 3 * 2
+
+
+def test_the_papers_plot(root):
+    parameters, flops = picture(root, "paper")["panels"]
+    printed = [p["x"] for p in parameters["points"] if p["hollow"]]
+    assert printed == [29.73, 40.45, 34.65]
+    assert points(parameters)["DeepLabV3+"] == (40.3522, 68.98)
+    assert points(flops)["EMANet"] == (92.95, 70.05)
+
+
+def test_training_bars_add_up_to_the_step(root):
+    (panel,) = picture(root, "training")["panels"]
+    assert panel["names"] == ["MFNet", "DeepLabV3+", "EMANet"]
+    totals = [sum(parts) for parts in zip(*panel["parts"].values(), strict=True)]
+    assert totals == pytest.approx([1000, 1600, 800])
+
+
+def test_models_plot(root):
+    inference, training = picture(root, "models")["panels"]
+    assert points(inference)["MFNet"] == (122.26, 500)
+    assert points(training)["smp PSPNet"] == (23.3, 900)
+    assert "smp UPerNet" not in points(inference)
+
+
+def test_a_plot_of_one_network_fewer_says_what_it_needs(root):
+    path = folder(root) / "models.csv"
+    path.unlink()
+    rows.append(MODELS, folder(root), [r for r in made_up_rows.models() if r["rival"] != "emanet"])
+    assert isinstance(PLOTS["models"](results(root)), Picture)
+    assert PLOTS["paper"](results(root)).startswith("models: MFNet, DeepLabV3+, EMANet with")
+
+
+def test_what_is_drawn_is_plain_data(root):
+    for make_picture in PLOTS.values():
+        found = make_picture(results(root))
+        drawn = json.loads(json.dumps(found.content))
+        assert dataclasses.replace(found, content=drawn).digest() == found.digest()
+
+
+def test_contexts_that_all_failed_are_no_plot(root):
+    nothing = {"skipped": "failed: no memory", "median_s": None, "q1_s": None, "q3_s": None}
+    (folder(root) / "contexts.csv").unlink()
+    rows.append(CONTEXTS, folder(root), [row | nothing for row in made_up_rows.contexts()])
+    assert PLOTS["contexts"](results(root)) == "contexts, forward and forward + backward"
+    assert "failed: no memory" in section(root, "Contexts")

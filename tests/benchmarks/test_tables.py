@@ -1,0 +1,162 @@
+"""Tables of the page and of other documents, from made-up rows."""
+
+from __future__ import annotations
+
+import made_up_rows
+from made_up_rows import GPU, RUN
+from repository import NEWER, cells, document, folder, picture, points, section
+
+from benchmarks import rows
+from benchmarks.bench_op import BOTH, FORWARD, GPU_SHAPES, Case
+from benchmarks.questions import (
+    ACCURACY,
+    ACCURACY_COST,
+    COMPILE,
+    CONTEXTS,
+    COPY,
+    EAGER,
+    HOST,
+    NATIVE,
+    OP,
+    TRITON,
+)
+from benchmarks.report import load
+
+
+def test_where_rows_are_from(root):
+    assert made_up_rows.RUN["environment"] == ""
+    text = section(root, "Where the rows are from")
+    assert (
+        "1. A CPU, 2 threads; CPU threads: 2; Python 3.11.7, torch 2.14.1; extension without CUDA; "
+        "backends: native, reference" in text
+    )
+    command = "`python -m pytest benchmarks`"
+    for question in load.QUESTIONS:
+        assert cells(text, question.name) == [RUN["run"], "abc1234", "1", command]
+
+
+def test_ceilings_are_in_bytes_and_flops(root):
+    text = section(root, "Ceilings")
+    assert cells(text, "float32", "copy") == ["13.0 GB/s", "40.0 [36.0, 44.0]"]
+    assert cells(text, "float32", "matmul") == ["170 GFLOP/s", "100 [90.0, 110]"]
+
+
+def test_op_shows_the_medians_and_ratios_of_its_rows(root):
+    text = section(root, "The op")
+    table = text.split("<summary>float32, contiguous, per image factors</summary>")[1]
+    table = table.split("</details>")[0]
+    shape = "(4, 2048, 64, 1089)"
+    # X has 4 * 2048 * 1089 floats, 34.03 MiB; the copy takes 5.6 ms.
+    native = ["7.00 [6.30, 7.70]", "1.00", "80%", "1.00", "68.1", "0.1%"]
+    eager = ["35.0 [31.5, 38.5]", "5.00", "16%", "3.00", "68.1", "10.0%"]
+    assert cells(table, shape, "forward", "mfops (native)") == native
+    assert cells(table, shape, "forward", "eager, as published") == eager
+    copy = ["16.8 [15.1, 18.5]", "0.80", "100%", "-", "-", "-"]
+    assert cells(table, shape, "forward + backward", "copy") == copy
+    assert "target" not in text
+
+
+def test_where_mfops_is_not_the_fastest_is_said(root):
+    readme = " ".join(document(root, "README.md").split())
+    assert "Of all 12 figures of the op" in readme
+    assert "mfops is the fastest in 12; at worst" in readme
+    case = Case(made_up_rows.SHAPE, "float32", "channels_last", "per image")
+    seconds = {NATIVE: 0.005, TRITON: 0.001, EAGER: 0.006, COMPILE: 0.004, COPY: 0.002}
+    newer = made_up_rows.op_figure(case, BOTH, seconds)
+    rows.append(OP, folder(root), [row | NEWER for row in newer])
+    assert (
+        "mfops is the fastest in 11; at worst torch.compile takes 0.80 of its time: "
+        "(4, 2048, 64, 1089), float32, channels_last, per image factors, forward + backward."
+    ) in " ".join(document(root, "README.md").split())
+
+
+def test_calls_that_came_late_are_counted(root):
+    rows.append(
+        OP, folder(root, GPU), [r | NEWER | {"late": 3} for r in made_up_rows.op("bfloat16")]
+    )
+    # 12 figures with 5 rivals of 10 rounds each
+    assert "36 of 600 calls were not queued" in section(root, "The op", GPU)
+    assert "not queued" not in section(root, "The op")
+
+
+def test_a_gpu_has_its_targets(root):
+    found = made_up_rows.op("bfloat16", tuple(GPU_SHAPES))
+    rows.append(OP, folder(root, GPU), found)
+    rows.append(HOST, folder(root, GPU), made_up_rows.host())
+    text = section(root, "The op", GPU)
+    where = "forward (8, 512, 64, 32768), bfloat16"
+    assert cells(text, where) == [
+        ">= 85% of the copy",
+        "80% (short by 6%), contiguous, per image, the lowest of 4 of 4",
+        "MISSED",
+    ]
+    compiled = "forward + backward against compile, bfloat16, contiguous, per image"
+    assert cells(text, compiled)[1] == "1.50x (short by 20%), from 1.50x to 1.50x"
+    assert cells(text, "host time per call, no gradients")[1:] == ["0.80x", "met"]
+
+
+def test_host_is_in_microseconds(root):
+    case = ("(2, 64, 16, 100)", "float32", "no gradients")
+    assert cells(section(root, "Host"), *case, "mfops") == ["20.0", "0.80"]
+
+
+def test_contexts_are_relative_to_aspp_and_em(root):
+    text = section(root, "Contexts")
+    assert "**2048 to 256 channels, batch 1, float32**" in text
+    expected = ["channels_last", "180 [162, 198]", "0.60", "1.20", "5,000,000", "31.50", "16.0"]
+    assert cells(text, "33x33", "forward + backward", "MF") == expected
+    both = [row | {"over_aspp": 0.7} for row in made_up_rows.contexts() if row["pass"] == BOTH]
+    forward = [row for row in made_up_rows.contexts() if row["pass"] == FORWARD]
+    rows.append(CONTEXTS, folder(root), [row | NEWER for row in forward + both])
+    readme = document(root, "README.md")
+    assert cells(readme, "33x33", "MF") == ["5,000,000", "10.50", "0.60", "1.20", "0.70", "1.20"]
+
+
+def test_networks(root):
+    text = section(root, "Networks")
+    expected = ["513x513", "channels_last", "29,738,997", "122.26", "3000 [2700, 3300]"]
+    expected += ["0.667", "0.62", "1.25", "512"]  # 3 s over 4.8 s, 3 s over 2.4 s
+    assert cells(text, "training", "MFNet") == expected
+
+
+def test_training_shows_where_the_time_goes(root):
+    expected = ["5.00", "1600 [1440, 1760]", "1.00", "160 (10%)", "480 (30%)", "800 (50%)"]
+    expected += ["128 (8%)", "32.0 (2%)"]
+    assert cells(section(root, "Training"), "DeepLabV3+") == expected
+
+
+def test_accuracy_is_a_mean_with_a_sample_deviation(root):
+    text = section(root, "Accuracy")
+    assert "**camvid, recipe camvid, resnet18, 360x480, 40 epochs**" in text
+    # 0.55, 0.56, 0.60: 0.57, and the root of (0.02^2 + 0.01^2 + 0.03^2) / 2 = 0.0007
+    none = ["0.570 (0.026)", "0.770 (0.026)", "0.820 (0.026)", "16,000,000", "11.10", "110", "0.55"]
+    assert cells(text, "none", "3") == none
+    assert cells(document(root, "README.md"), "none", "3") == none
+
+
+def test_latency_is_that_of_the_same_data_recipe_and_flags(root):
+    other = {"flags": "--data.resize [180,240]"}
+    rows.append(ACCURACY, folder(root), made_up_rows.accuracy(**other))
+    cost = [row | {"median_s": row["median_s"] / 10} for row in made_up_rows.accuracy_cost(**other)]
+    rows.append(ACCURACY_COST, folder(root), cost)
+    first, second = section(root, "Accuracy").split(f", {other['flags']}**")
+    assert cells(first, "MF", "3")[-2:] == ["160", "0.80"]
+    assert cells(second, "MF", "3")[-2:] == ["16.0", "0.80"]
+    panels = picture(root, "pareto")["panels"]
+    assert [points(panel)["MF"][0] for panel in panels] == [20.5, 160, 20.5, 16]
+
+
+def test_the_papers_table(root):
+    expected = ["68.98 / 85.31", "40.45 M", "40,352,181", "144.39"]
+    assert cells(section(root, "The paper's Figure 6"), "DeepLabV3+") == expected
+    assert cells(document(root, "docs/paper.md"), "DeepLabV3+") == expected
+
+
+def test_regions_link_from_where_they_stand(written):
+    for name in ("README.md", "docs/paper.md"):
+        text = (written / name).read_text()
+        links = [link.split(")")[0] for link in text.split("](")[1:]]
+        assert len(links) == 3
+        assert text.count("![") == 2
+        for link in links:
+            assert ((written / name).parent / link).is_file()
