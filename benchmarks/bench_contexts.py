@@ -78,7 +78,7 @@ def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]
             network.eval()
             return Turn(lambda number: inputs[number % len(inputs)], forward)
 
-        with torch.no_grad():
+        with torch.no_grad(), bench.machine.autocast():
             upstream = torch.randn_like(network(inputs[0]))
 
         def clean(number: int) -> Tensor:
@@ -88,7 +88,7 @@ def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]
         def both(x: Tensor) -> Tensor:
             with bench.machine.autocast():
                 out = call(x)
-            out.backward(upstream.to(out.dtype))
+            out.backward(upstream)
             return out
 
         network.train()
