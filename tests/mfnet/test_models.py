@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mfnet
 from mfnet import SegmentationNetwork, create_model
+from mfnet.callbacks import count_flops
 from mfnet.contexts import CONTEXTS
 
 MODELS = mfnet.list_models()
@@ -36,6 +38,26 @@ def test_the_papers_table(name: str, parameters: int, gflops: float) -> None:
     assert logits.shape == (1, 21, 513, 513)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, abs=0.005)
+
+
+LABELS = {
+    "mf": "MF",
+    "em": "EM",
+    "aspp": "ASPP",
+    "aspp_separable": "ASPP, separable",
+    "none": "none",
+}
+
+
+@pytest.mark.parametrize("context", LABELS)
+def test_the_table_of_contexts_in_networks(context: str) -> None:
+    """Of docs/paper.md: GFLOPs of one 513 x 513 image."""
+    page = (Path(__file__).parents[2] / "docs" / "paper.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {LABELS[context]} |")]
+    for network, printed in zip(("deeplabv3plus", "emanet"), row.split("|")[2:4], strict=True):
+        with torch.device("meta"):
+            model = create_model(network, context=context)
+        assert f"{count_flops(model, (513, 513)) / 1e9:.2f}" == printed.strip()
 
 
 @pytest.mark.parametrize("name", MODELS)
