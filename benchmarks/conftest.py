@@ -96,29 +96,31 @@ def play(
         rival: str,
         measure: Callable[[Any, Bench], Measured],
     ) -> None:
+        def leave_out(why: str) -> None:
+            bench.append(question, [{**case.columns(), "rival": rival, "skipped": why}])
+
         key = question.name, case
         if key not in measured:
             budget = request.config.option.budget
             if budget is not None and time.perf_counter() - bench.started > budget:
-                why = f"--budget {budget:.0f} was used up"
-                bench.append(question, [{**case.columns(), "rival": rival, "skipped": why}])
-                pytest.skip(why)
+                leave_out(f"--budget {budget:.0f} was used up")
+                pytest.skip(f"--budget {budget:.0f} was used up")
             try:
                 measured[key] = measure(case, bench)
             except Exception as error:
-                measured[key] = Measured([], {}, broken=first_line(error))
+                measured[key] = Measured([], {}, broken=f"failed: {first_line(error)}")
+                leave_out(measured[key].broken)
                 raise
             finally:
                 bench.machine.release()
             bench.append(question, measured[key].rows)
         found = measured[key]
         if found.broken:
-            pytest.fail(f"the figure was not measured: {found.broken}")
+            leave_out(found.broken)
+            pytest.fail(found.broken)
         row = next(row for row in found.rows if row["rival"] == rival)
         if row.get("skipped"):
-            if row["skipped"].startswith("failed"):
-                pytest.fail(row["skipped"])
-            pytest.skip(row["skipped"])
+            (pytest.fail if row["skipped"].startswith("failed") else pytest.skip)(row["skipped"])
         benchmark.group = f"{question.name}: {case}"
         benchmark.extra_info |= row
         readings = found.seconds[rival]

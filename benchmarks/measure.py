@@ -43,7 +43,8 @@ class Bench:
 class Measured:
     """A figure's rows, without where they are from, and the seconds of every round, by rival.
 
-    A row with a text in "skipped" has no seconds: a named reason, or "failed: ...".
+    A row with a text in "skipped" has no seconds: a named reason, or "failed: ...". `broken` says
+    why there are no rows at all.
     """
 
     rows: list[dict[str, Any]]

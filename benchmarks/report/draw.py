@@ -156,7 +156,8 @@ def bars(content: Content) -> Figure:
     for axes, panel in zip(every, content["panels"], strict=True):
         values = panel["values"]
         bars = axes.barh(range(len(names)), values, color=colours, height=0.65)
-        axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # not through a number
+        axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8, bbox=behind)
         axes.set_xlim(0, max(*values, 1 if panel["one"] else 0) * 1.32)
         if panel["one"]:
             axes.axvline(1, color=GREY, linewidth=1, linestyle="--")

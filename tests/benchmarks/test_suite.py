@@ -117,6 +117,24 @@ def test_a_rival_that_fails_fails_its_test_alone(tmp_path):
     assert known[questions.EAGER] == ""
 
 
+def test_a_figure_that_fails_has_rows_that_say_so(tmp_path):
+    (tmp_path / "collapsing.py").write_text(
+        "from benchmarks import bench_ceilings\n"
+        "def collapse(*_):\n"
+        "    raise RuntimeError('out of memory')\n"
+        "bench_ceilings.take_turns = collapse\n"
+    )
+    status, text = suite(
+        *("benchmarks/bench_ceilings.py", "--small", "--device", "cpu", "--results", tmp_path),
+        *("-p", "collapsing"),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
+    )
+    assert status == 1
+    assert "2 failed" in text
+    known = [row["skipped"] for row in read(tmp_path, questions.CEILINGS)]
+    assert known == ["failed: RuntimeError: out of memory"] * 2
+
+
 def test_a_budget_leaves_figures_out_by_name(tmp_path):
     options = ["--small", "--device", "cpu", "--results", tmp_path, "--budget", "0"]
     files = ("benchmarks/bench_ceilings.py", "benchmarks/bench_training.py")
