@@ -20,6 +20,7 @@ import mfops
 from benchmarks.harness import Clock, EventClock, WallClock
 
 CPU_CACHE = 32 * 2**20  # where Linux does not say
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 class Machine:
@@ -33,6 +34,8 @@ class Machine:
         if self.cuda:
             # What the rivals' users set: the fastest convolution is found at the first call.
             torch.backends.cudnn.benchmark = True
+        else:
+            keep_freed_memory()
         self.past_cache = 3 * self._cache_bytes()
         self._reader = torch.zeros(self.past_cache // 4, device=device)
 
@@ -117,6 +120,17 @@ class Machine:
             f"{gpu.total_memory / 2**30:.0f} GiB, L2 {gpu.L2_cache_size / 2**20:.0f} MiB, "
             f"driver {driver.splitlines()[0] if driver else 'unknown'}, {clocks()}"
         )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc hand freed memory to the next call, as GPU and caching allocators do.
+
+    Else each large tensor is new to the process, and the kernel's work on its pages, more than the
+    op's own, is in the figure. On a virtual machine it changes by the hour.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _status_kib(field: str) -> int:
