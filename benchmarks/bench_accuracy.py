@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks import rows
 from benchmarks.bench_models import INFERENCE, compare
+from benchmarks.machine import network_dtype
 from benchmarks.measure import Bench, Measured, playback
 from benchmarks.questions import ACCURACY, ACCURACY_COST
 from benchmarks.trainer import Recipe, check_names, parsed
@@ -175,5 +176,5 @@ def test_cost(network: str, bench: Bench, play: Any, pytestconfig: pytest.Config
     networks = dict.fromkeys([*CONTEXTS, *NETWORKS, *names(pytestconfig.option)])
     recipe = Recipe.of(pytestconfig.option)
     size = validation_size(recipe, network)
-    figure = Figure(recipe, size, bench.machine.dtype, tuple(networks))
+    figure = Figure(recipe, size, network_dtype(bench.machine.device), tuple(networks))
     play(ACCURACY_COST, figure, network, measure)

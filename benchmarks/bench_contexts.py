@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Turn, first_line, take_turns, times
+from benchmarks.machine import network_dtype
 from benchmarks.measure import Bench, Contender, Measured, contend, count_flops, pairs, playback
 from benchmarks.questions import CONTEXTS as QUESTION
 from mfnet.contexts import CONTEXTS
@@ -56,7 +57,7 @@ class Figure:
 
 def figures(device: str, small: bool) -> list[Figure]:
     channels, sides = ((16, 8), (5,)) if small else (CHANNELS, SIDES)
-    dtype = "bfloat16 autocast" if device == "cuda" else "float32"
+    dtype = network_dtype(device)
     return [
         Figure(*channels, side, batch, dtype, which)
         for side in sides

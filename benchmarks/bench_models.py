@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import mfnet
 from benchmarks.harness import Turn, first_line, take_turns, times
+from benchmarks.machine import network_dtype
 from benchmarks.measure import Bench, Contender, Measured, contend, count_flops, pairs, playback
 from benchmarks.questions import MODELS
 from benchmarks.rows import Question
@@ -61,7 +62,7 @@ class Figure:
 
 def figures(device: str, small: bool) -> list[Figure]:
     backbone, side = ("resnet18", 65) if small else ("resnet50", 513)
-    dtype = "bfloat16 autocast" if device == "cuda" else "float32"
+    dtype = network_dtype(device)
     return [
         Figure(backbone, side, batch, dtype, which)
         for which in PASSES

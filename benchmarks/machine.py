@@ -23,6 +23,11 @@ CPU_CACHE = 32 * 2**20  # where Linux does not say
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
+def network_dtype(device: str) -> str:
+    """The arithmetic that networks run in: that of `Machine.autocast`."""
+    return "bfloat16 autocast" if device == "cuda" else "float32"
+
+
 class Machine:
     """What differs between a GPU and the CPU."""
 
@@ -49,11 +54,6 @@ class Machine:
         sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         kib = [int(path.read_text().strip().removesuffix("K")) for path in sizes]
         return 1024 * max(kib) if kib else CPU_CACHE
-
-    @property
-    def dtype(self) -> str:
-        """The arithmetic that networks run in."""
-        return "bfloat16 autocast" if self.cuda else "float32"
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if self.cuda else contextlib.nullcontext()

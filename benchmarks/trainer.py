@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mfnet.backbone import HIGH_STRIDE
 from mfnet.contexts import CONTEXTS
 from mfnet.models import list_models
 
 if TYPE_CHECKING:
     from mfnet.cli import MFNetCLI
-
-STRIDE = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Recipe:
         named = ["--model.network.name", "deeplabv3plus", "--model.network.context", network]
         if network == "mf":  # its coefficients belong to one grid: that of the training crops
             height, width = parsed(common).datamodule.crop_size
-            grid = [-(-height // STRIDE), -(-width // STRIDE)]
+            grid = [-(-height // HIGH_STRIDE), -(-width // HIGH_STRIDE)]
             named += ["--model.network.dict_kwargs.context_size", str(grid)]
         return [*common, *named]
 
