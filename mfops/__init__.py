@@ -2,16 +2,20 @@
 
 from mfops.autograd import set_loss_scaling
 from mfops.dispatch import available_backends, use_backend
-from mfops.functional import factorized_mse, factorized_reconstruction
+from mfops.functional import factorize, factorized_mse, factorized_reconstruction
+from mfops.methods import Method, register_method
 from mfops.modules import FactorizedContext
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FactorizedContext",
+    "Method",
     "available_backends",
+    "factorize",
     "factorized_mse",
     "factorized_reconstruction",
+    "register_method",
     "set_loss_scaling",
     "use_backend",
 ]

@@ -78,6 +78,47 @@ class ReconstructionError(torch.autograd.Function):
         return *_backward(ctx, None, grad_mse), None, None
 
 
+class Solve(torch.autograd.Function):
+    """x (B, C, N), y0, method, steps, backend name, tf32 -> X', mse, Y.
+
+    X' of nmf carries the one-step gradient to x, that of em none; Y never does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y0: Tensor, method: str, steps: int, backend: str, tf32: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.backend = BACKENDS[backend]
+        ctx.method = method
+        ctx.tf32 = tf32
+        ctx.set_materialize_grads(False)
+        y, z, slope, x_hat, mse = ctx.backend.solve(x, y0, method, steps, tf32)
+        ctx.save_for_backward(x, y, z, slope)
+        if method == "em":
+            ctx.mark_non_differentiable(x_hat, y)
+        else:
+            ctx.mark_non_differentiable(y)
+        return x_hat, mse, y
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_x_hat: Tensor | None, grad_mse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, y, z, slope = ctx.saved_tensors
+        grad_x = None
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        run = reference if twice else ctx.backend
+        if ctx.method == "em":
+            if grad_mse is not None:
+                factors = y.to(x.dtype), z
+                grad_x = run.reconstruct_backward(
+                    None, grad_mse, x, *factors, True, False, False, ctx.tf32
+                )[0]
+        elif grad_x_hat is not None or grad_mse is not None:
+            grad_x = run.nmf_backward(grad_x_hat, grad_mse, x, y, z, slope, ctx.tf32)
+        return grad_x, None, None, None, None, None
+
+
 _scale_loss: Callable[[Tensor], Tensor] | None = None
 
 

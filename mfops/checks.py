@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mfops.methods import METHODS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,3 +51,31 @@ def check_factors(x: Tensor, y: Tensor, z: Tensor) -> None:
         raise ValueError(f"z: expected K = {y.shape[-1]} rows as y has columns, got {_shape(z)}")
     if z.shape[-1] != pixels:
         raise ValueError(f"z: expected N = {pixels} columns as x has pixels, got {_shape(z)}")
+
+
+def check_method(method: str, steps: int) -> None:
+    """method: a name that is known; steps: an integer >= 1."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps: expected an integer, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+
+
+def check_bases(x: Tensor, y0: Tensor) -> None:
+    """y0 (C, K) or (B, C, K), of x's dtype or float32, on x's device."""
+    if not isinstance(y0, Tensor):
+        raise TypeError(f"y0: expected a torch.Tensor, got {type(y0).__name__}")
+    if y0.dim() not in (2, 3) or (y0.dim() == 3 and y0.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"y0: expected shape (C, K) or (B, C, K) with B = {x.shape[0]}, got {_shape(y0)}"
+        )
+    if y0.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"y0: expected the dtype of x, {x.dtype}, or float32, got {y0.dtype}")
+    if y0.device != x.device:
+        raise ValueError(f"y0: expected the device of x, {x.device}, got {y0.device}")
+    if y0.shape[-1] == 0:
+        raise ValueError(f"y0: expected at least one basis (K >= 1), got {_shape(y0)}")
+    if y0.shape[-2] != x.shape[1]:
+        raise ValueError(f"y0: expected C = {x.shape[1]} rows as x has channels, got {_shape(y0)}")

@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ EXTENSION_ERROR = extension_error()
 # The native CUDA kernels need tensor cores with bfloat16, Triton supports nothing older.
 MIN_CAPABILITY = (8, 0)
 MAX_NATIVE_CUDA_RANK = 256
+# The methods whose rounds have kernels; any other runs on the reference.
+NATIVE_METHODS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ()}
+TRITON_METHODS: tuple[str, ...] = ()
 
 
 def _cuda_error() -> str | None:
@@ -95,7 +99,13 @@ def _dtype_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def _native_obstacle(x: Tensor, rank: int) -> str | None:
+def _method_obstacle(method: str | None, known: tuple[str, ...]) -> str | None:
+    if method is None or method in known:
+        return None
+    return f"has no kernels for method {method!r}"
+
+
+def _native_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
     if x.is_cuda:
@@ -108,10 +118,10 @@ def _native_obstacle(x: Tensor, rank: int) -> str | None:
             return f"on CUDA it takes K <= {MAX_NATIVE_CUDA_RANK}, K is {rank}"
     elif not x.is_cpu:
         return f"runs on cpu and cuda, x is on {x.device.type}"
-    return _dtype_obstacle(x)
+    return _dtype_obstacle(x) or _method_obstacle(method, NATIVE_METHODS[x.device.type])
 
 
-def _triton_obstacle(x: Tensor, rank: int) -> str | None:
+def _triton_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
     if TRITON_ERROR is not None:
         return TRITON_ERROR
     device = ops.TRITON_DEVICE.lower()
@@ -121,42 +131,43 @@ def _triton_obstacle(x: Tensor, rank: int) -> str | None:
         obstacle = _gpu_obstacle(x.device.index)
         if obstacle is not None:
             return obstacle
-    return _dtype_obstacle(x)
+    return _dtype_obstacle(x) or _method_obstacle(method, TRITON_METHODS)
 
 
-def _no_obstacle(x: Tensor, rank: int) -> str | None:
+def _no_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A name, the reason it cannot run on x with K bases (or None), and the three operators."""
+    """A name, why it cannot run a call on x with K bases (or None), and the operators.
+
+    `obstacle` takes x, K and the method, None for factors that are given.
+    """
 
     name: str
-    obstacle: Callable[[Tensor, int], str | None]
+    obstacle: Callable[[Tensor, int, str | None], str | None]
     reconstruct: Callable[..., tuple[Tensor, Tensor]]
     mse: Callable[..., Tensor]
     reconstruct_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    iterate: Callable[..., tuple[Tensor, Tensor]]
+    solve: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    nmf_backward: Callable[..., Tensor]
+
+
+OPERATORS = ("reconstruct", "mse", "reconstruct_backward", "iterate", "solve", "nmf_backward")
+
+
+def _backend(
+    name: str, obstacle: Callable[..., str | None], source: ModuleType, prefix: str = ""
+) -> Backend:
+    return Backend(name, obstacle, *(getattr(source, prefix + name) for name in OPERATORS))
 
 
 BACKENDS = {
-    "native": Backend(
-        "native", _native_obstacle, ops.reconstruct, ops.mse, ops.reconstruct_backward
-    ),
-    "triton": Backend(
-        "triton",
-        _triton_obstacle,
-        ops.triton_reconstruct,
-        ops.triton_mse,
-        ops.triton_reconstruct_backward,
-    ),
-    "reference": Backend(
-        "reference",
-        _no_obstacle,
-        reference.reconstruct,
-        reference.mse,
-        reference.reconstruct_backward,
-    ),
+    "native": _backend("native", _native_obstacle, ops),
+    "triton": _backend("triton", _triton_obstacle, ops, "triton_"),
+    "reference": _backend("reference", _no_obstacle, reference),
 }
 
 # Process-wide on purpose: autograd runs backward passes in threads of its own.
@@ -168,20 +179,20 @@ def _check_name(name: str, source: str) -> None:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
 
 
-def select(x: Tensor, rank: int) -> Backend:
-    """The backend for a call on x with K = rank bases.
+def select(x: Tensor, rank: int, method: str | None = None) -> Backend:
+    """The backend for a call on x with K = rank bases, to be found by `method` or given.
 
     Raises RuntimeError where an explicit choice cannot run.
     """
     if _explicit is not None:
         _check_name(_explicit, "MFOPS_BACKEND")  # use_backend has checked its own
         backend = BACKENDS[_explicit]
-        obstacle = backend.obstacle(x, rank)
+        obstacle = backend.obstacle(x, rank, method)
         if obstacle is not None:
             raise RuntimeError(f"backend {_explicit!r} cannot run this call: {obstacle}")
         return backend
     for backend in BACKENDS.values():
-        obstacle = backend.obstacle(x, rank)
+        obstacle = backend.obstacle(x, rank, method)
         if obstacle is None:
             break
         if not torch.compiler.is_compiling():

@@ -1,13 +1,36 @@
-"""Where Y and Z come from. A factorizer is a module: features (B, C, N or H, W) -> y, z."""
+"""Where Y and Z come from. A factorizer is a module: features (B, C, N or H, W) -> y, z.
+
+Two have parameters of their own, "learned" and "double_attention"; every method of `mfops.methods`
+is one too.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mfops.functional import factorize, product, reconstruct, solve
+from mfops.methods import METHODS, WITH_PARAMETERS
 
-class LearnedFactorizer(nn.Module):
+FUSED = ("em", "nmf")  # methods that a kernel takes from X to X'
+
+
+class Factorizer(nn.Module):
+    """forward(x) -> y, z; reconstruct(x) -> X', mse. X' has x's shape, or a batch of 1."""
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """X' = Y Z, of x's shape (a batch of 1 where all images share it), and its mse to x."""
+        y, z = self(x)
+        return reconstruct(x, y, z)
+
+    def product(self, x: Tensor) -> Tensor:
+        """X' alone."""
+        return self.reconstruct(x)[0]
+
+
+class LearnedFactorizer(Factorizer):
     """Y (C, K) and Z (K, h w) are parameters shared by the whole data set.
 
     X' = Y Z is then the same for every image: a learned spatial prior and a pull on the
@@ -45,5 +68,125 @@ class LearnedFactorizer(nn.Module):
         z = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
         return self.y, z.squeeze(0).flatten(1)
 
+    def product(self, x: Tensor) -> Tensor:
+        # X need not be read: the product is all there is to do.
+        return product(x, *self(x))
 
-FACTORIZERS = {"learned": LearnedFactorizer}
+
+class ImageFactorizer(Factorizer):
+    """Y and Z are found on each image by a method of `mfops.methods`, from the buffer `bases`.
+
+    In evaluation the rounds always start from `bases` (C, K), so the same input gives the same
+    output. In training "em" does too, and every pass moves the buffer towards the mean, over the
+    batch and the ranks of an initialised process group, of the bases it found. The other methods
+    start a training pass from fresh noise, as published; their buffer is noise of a fixed seed.
+
+    Args:
+        method: "em", "nmf", "vq", "cd" or one made known by `mfops.register_method`.
+        channels: C. rank: K.
+        steps: T, the rounds; None: the method's own (em 3; the others 6 in training, 7 in
+            evaluation).
+
+    Raises:
+        ValueError: steps < 1.
+    """
+
+    bases: Tensor
+
+    def __init__(self, method: str, channels: int, rank: int, steps: int | None = None) -> None:
+        super().__init__()
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        self.method = method
+        self.steps = steps
+        # Weights published without bases then still have one score, not one for every run.
+        generator = torch.Generator().manual_seed(0)
+        bases = METHODS[method].noise(channels, rank, generator=generator)
+        self.register_buffer("bases", bases)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, start, steps = self._prepare(x)
+        y, z = factorize(x, start, self.method, steps)
+        self._update(y)
+        return y.to(z.dtype), z
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, start, steps = self._prepare(x)
+        if self.method in FUSED:
+            x_hat, mse, y = solve(x, start, self.method, steps)
+        else:
+            y, z = factorize(x, start, self.method, steps)
+            x_hat, mse = reconstruct(x, y.to(z.dtype), z)
+        self._update(y)
+        return x_hat, mse
+
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """X as the method takes it, the bases to start from, the number of rounds."""
+        method = METHODS[self.method]
+        own = method.train_steps if self.training else method.eval_steps
+        start = self.bases.to(torch.promote_types(self.bases.dtype, torch.float32))
+        if self.training and method.momentum is None:
+            start = method.noise(x.shape[0], *self.bases.shape, device=x.device).to(start.dtype)
+        return (
+            F.relu(x) if method.nonnegative else x,
+            start,
+            own if self.steps is None else self.steps,
+        )
+
+    @torch.no_grad()
+    def _update(self, y: Tensor) -> None:
+        momentum = METHODS[self.method].momentum
+        if momentum is None or not self.training:
+            return
+        mean = y.mean(0)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.bases.lerp_(mean.to(self.bases.dtype), 1 - momentum)
+
+    def extra_repr(self) -> str:
+        channels, rank = self.bases.shape
+        return f"{self.method!r}, {channels}, rank={rank}, steps={self.steps}"
+
+
+class DoubleAttentionFactorizer(Factorizer):
+    """Chen et al., "A2-Nets: Double Attention Networks", NeurIPS 2018.
+
+        Y = X softmax over N of (W_b X + b_b)^T     (their equation 4, gathering; A = X here)
+        Z = softmax over K of (W_v X + b_v)         (equation 6, distributing)
+
+    Differentiable throughout; W_b and W_v (K, C) are parameters.
+
+    Args:
+        channels: C. rank: K.
+    """
+
+    def __init__(self, channels: int, rank: int) -> None:
+        super().__init__()
+        self.gather = nn.Conv1d(channels, rank, 1)
+        self.distribute = nn.Conv1d(channels, rank, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if x.dim() == 3 else x.flatten(2)
+        y = x @ torch.softmax(self.gather(x), dim=-1).mT.to(x.dtype)
+        return y, torch.softmax(self.distribute(x), dim=-2).to(y.dtype)
+
+
+def create_factorizer(
+    name: str, channels: int, rank: int, size: tuple[int, int], steps: int | None
+) -> Factorizer:
+    """The factorizer of that name; `size` is looked at by "learned", `steps` by methods alone.
+
+    Raises:
+        ValueError: an unknown name; steps where there are none.
+    """
+    if name in METHODS:
+        return ImageFactorizer(name, channels, rank, steps)
+    if name not in WITH_PARAMETERS:
+        names = ", ".join([*WITH_PARAMETERS, *METHODS])
+        raise ValueError(f"factorizer: expected one of {names}, got {name!r}")
+    if steps is not None:
+        raise ValueError(f"steps: factorizer {name!r} takes none, got {steps}")
+    if name == "learned":
+        return LearnedFactorizer(channels, rank, size)
+    return DoubleAttentionFactorizer(channels, rank)

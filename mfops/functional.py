@@ -1,14 +1,17 @@
-"""The public functions on tensors: X' = Y Z and its reconstruction error."""
+"""The public functions on tensors: X' = Y Z and its reconstruction error, Y and Z of an image."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from mfops import reference
-from mfops.autograd import Reconstruct, ReconstructionError
-from mfops.checks import check_factors, check_features
+from mfops.autograd import Reconstruct, ReconstructionError, Solve
+from mfops.checks import check_bases, check_factors, check_features, check_method
 from mfops.dispatch import select
+from mfops.methods import METHODS
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
@@ -26,6 +29,11 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled anew when the setting changes
@@ -104,3 +112,65 @@ def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """
     rows, y, z = _prepare(x, y, z)
     return ReconstructionError.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows))
+
+
+def _prepare_bases(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor]:
+    check_features(x)
+    check_method(method, steps)
+    (x,) = _cast_for_autocast(x)
+    check_bases(x, y0)
+    rows = x if x.dim() == 3 else x.flatten(2)
+    return rows, y0.detach().to(reference.accumulation_dtype(x))
+
+
+def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tuple[Tensor, Tensor]:
+    """Factors Y and Z with X ~ Y Z, found on each image by `steps` rounds of a method's updates.
+
+    | method | published as | gradient to x |
+    |---|---|---|
+    | "em" | EMANet (Li et al., ICCV 2019) | none |
+    | "nmf" | Hamburger (Geng et al., ICLR 2021), SegNeXt | through one update of Z |
+    | "vq" | Hamburger | through one assignment |
+    | "cd" | Hamburger | through one ridge regression |
+
+    The formulas, with their equations, are in the docstrings of `mfops.methods`; the rounds run
+    without gradient and accumulate in float32 (float64 for float64 input) under autocast too.
+
+    Args:
+        x: features (B, C, N) or (B, C, H, W) with N = H W; float32, bfloat16, float16 or
+            float64; contiguous and channels_last both without copies. "nmf" needs x >= 0, which
+            is not looked for (it would take a pass over x): with negative elements the updates
+            may divide by zero. Constant and all-zero x give finite factors; a NaN makes those of
+            its image NaN and leaves other images alone.
+        y0: bases to start from (C, K), shared by the batch, or (B, C, K); x's dtype or float32,
+            x's device; K may exceed C and N. Under autocast only x is cast.
+        method: one of the table's, or one made known by `mfops.register_method`.
+        steps: T, the number of rounds, at least 1.
+
+    Returns:
+        Y (B, C, K), in y0's dtype, without gradient; Z (B, K, N), in x's dtype (the autocast dtype
+        under autocast).
+
+    Raises:
+        TypeError: not a tensor, a dtype not listed or, of y0, neither x's nor float32.
+        ValueError: an unknown method, steps < 1, shapes or devices that do not fit, an empty x,
+            K = 0.
+        RuntimeError: the backend of `use_backend` has no kernels for the method.
+    """
+    rows, start = _prepare_bases(x, y0, method, steps)
+    backend = select(rows, y0.shape[-1], method)
+    final = METHODS[method].final_coefficients
+    with _no_autocast(rows):
+        with torch.no_grad():
+            y, z = backend.iterate(rows, start, method, steps, _tf32(rows))
+        z = final(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
+    return y.to(y0.dtype), z
+
+
+def solve(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """X' = Y Z, mse and Y of `factorize` with "em" or "nmf", from kernels for all of it."""
+    rows, start = _prepare_bases(x, y0, method, steps)
+    backend = select(rows, y0.shape[-1], method)
+    with _no_autocast(rows):
+        x_hat, mse, y = Solve.apply(rows, start, method, steps, backend.name, _tf32(rows))
+    return _as_features(x_hat, x), mse, y

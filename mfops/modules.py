@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from mfops.autograd import InjectLoss
 from mfops.checks import check_features
-from mfops.factorizers import FACTORIZERS
-from mfops.functional import product, reconstruct
+from mfops.factorizers import create_factorizer
 
 
 def _positive(name: str, value: int) -> int:
@@ -37,9 +36,15 @@ class FactorizedContext(nn.Module):
         channels: C of the features.
         rank: K, the number of bases.
         size: the feature grid, (h, w) or one number for both, that learned coefficients belong
-            to; on another grid they are resampled bilinearly.
-        factorizer: "learned" (see `mfops.factorizers`).
+            to; on another grid they are resampled bilinearly. No other factorizer looks at it.
+        factorizer: where Y and Z come from. "learned": parameters, X' is the same for every image.
+            On each image: "em" (EMANet), "nmf", "vq", "cd" (Hamburger), "double_attention"
+            (A2-Net), or a method made known by `mfops.register_method`; the formulas are in
+            `mfops.methods` and `mfops.factorizers`. "nmf" takes relu(X) for X, in the loss too.
+            No gradient passes through X' of "em", as published.
         loss_weight: the weight of the injected loss; may be changed at any time (0: none).
+        steps: T, the rounds of "em", "nmf", "vq", "cd"; None: 3 for em; for the others 6 in
+            training and 7 in evaluation.
 
     Shapes: x (B, C, H, W), or (B, C, N) with N = h w; out alike. mse: a float32 scalar.
 
@@ -55,6 +60,7 @@ class FactorizedContext(nn.Module):
         size: int | tuple[int, int] = (33, 33),
         factorizer: str = "learned",
         loss_weight: float = 0.1,
+        steps: int | None = None,
     ) -> None:
         super().__init__()
         self.channels = _positive("channels", channels)
@@ -63,25 +69,19 @@ class FactorizedContext(nn.Module):
         if len(pair) != 2:
             raise ValueError(f"size: expected one integer or (h, w), got {size!r}")
         self.size = (_positive("size", pair[0]), _positive("size", pair[1]))
-        if factorizer not in FACTORIZERS:
-            raise ValueError(
-                f"factorizer: expected one of {', '.join(FACTORIZERS)}, got {factorizer!r}"
-            )
         if not loss_weight >= 0:
             raise ValueError(f"loss_weight: expected a number >= 0, got {loss_weight!r}")
         self.loss_weight = loss_weight
-        self.factorizer = FACTORIZERS[factorizer](self.channels, self.rank, self.size)
+        self.factorizer = create_factorizer(factorizer, self.channels, self.rank, self.size, steps)
 
     def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         check_features(x)
         if x.shape[1] != self.channels:
             raise ValueError(f"x: expected {self.channels} channels, got {tuple(x.shape)}")
-        y, z = self.factorizer(x)
         inject = self.training and self.loss_weight > 0 and torch.is_grad_enabled()
         if not (return_loss or inject):
-            # Without the loss X need not be read: the product is all there is to do.
-            return x + F.relu(product(x, y, z))
-        x_hat, mse = reconstruct(x, y, z)
+            return x + F.relu(self.factorizer.product(x))
+        x_hat, mse = self.factorizer.reconstruct(x)
         out = x + F.relu(x_hat)
         if return_loss:
             return out, mse

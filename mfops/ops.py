@@ -5,6 +5,10 @@ none, the operators run the reference. Each has a twin, `triton_..`, that runs T
 Shapes: x (B, C, N); y (C, K) or (B, C, K); z (K, N) or (B, K, N). X' is (C, N) where both factors
 are shared, else (B, C, N). `tf32` allows products of float32 operands on a GPU to round those to
 TF32. Nothing is checked here: `mfops.checks` does that once, before dispatch.
+
+`iterate` and `solve` find the factors on each image: y0 (C, K) or (B, C, K), in the accumulation
+dtype (float32, float64 for float64 x), as is the y (B, C, K) they return; z and slope (B, K, N) in
+x's dtype, contiguous. `solve` and its gradient `nmf_backward` know "em" and "nmf" alone.
 """
 
 from __future__ import annotations
@@ -30,6 +34,17 @@ _SCHEMAS = {
         "(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, bool need_x, "
         "bool need_y, bool need_z, bool tf32=False) "
         "-> (Tensor grad_x, Tensor grad_y, Tensor grad_z)"
+    ),
+    "iterate": (
+        "(Tensor x, Tensor y0, str method, int steps, bool tf32=False) -> (Tensor y, Tensor z)"
+    ),
+    "solve": (
+        "(Tensor x, Tensor y0, str method, int steps, bool tf32=False) "
+        "-> (Tensor y, Tensor z, Tensor slope, Tensor x_hat, Tensor mse)"
+    ),
+    "nmf_backward": (
+        "(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, Tensor slope, "
+        "bool tf32=False) -> Tensor"
     ),
 }
 
@@ -108,6 +123,38 @@ def _reconstruct_backward_fake(
     )
 
 
+@_register_fake("iterate")
+def _iterate_fake(
+    x: torch.Tensor, y0: torch.Tensor, method: str, steps: int, tf32: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, channels, pixels = x.shape
+    rank = y0.shape[-1]
+    y = x.new_empty((batch, channels, rank), dtype=reference.accumulation_dtype(x))
+    return y, x.new_empty((batch, rank, pixels))
+
+
+@_register_fake("solve")
+def _solve_fake(
+    x: torch.Tensor, y0: torch.Tensor, method: str, steps: int, tf32: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, z = _iterate_fake(x, y0, method, steps)
+    slope = x.new_empty(z.shape if method == "nmf" else 0)
+    return y, z, slope, empty_like_x(x, list(x.shape)), _mse_fake(x, y, z)
+
+
+@_register_fake("nmf_backward")
+def _nmf_backward_fake(
+    grad_x_hat: torch.Tensor | None,
+    grad_mse: torch.Tensor | None,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    z: torch.Tensor,
+    slope: torch.Tensor,
+    tf32: bool = False,
+) -> torch.Tensor:
+    return empty_like_x(x, list(x.shape))
+
+
 def _product_flops(x_shape: list[int], y_shape: list[int], z_shape: list[int]) -> int:
     """FLOPs of one Y Z, a multiply-add counted as 2."""
     batch, channels, pixels = x_shape
@@ -145,10 +192,64 @@ def _backward_flops(  # type: ignore[no-untyped-def]
     return products * _product_flops(x_shape, y_shape, z_shape)
 
 
+def _gram_flops(x_shape: list[int], rank: int) -> int:
+    """The K x K Gram matrices of Y and Z, and the products of each with one of the factors."""
+    batch, channels, pixels = x_shape
+    return 2 * 2 * batch * rank * rank * (channels + pixels)
+
+
+@register_flop_formula([_OPS.iterate, _OPS.triton_iterate])
+def _iterate_flops(  # type: ignore[no-untyped-def]
+    x_shape, y0_shape, method, steps, tf32=False, *, out_shape=None, **kwargs
+) -> int:
+    batch, channels, pixels = x_shape
+    rank = y0_shape[-1]
+    each = 2 * 2 * batch * channels * rank * pixels
+    if method != "nmf":
+        return steps * each
+    each += _gram_flops(x_shape, rank)
+    return steps * each + 2 * batch * channels * rank * pixels
+
+
+@register_flop_formula([_OPS.solve, _OPS.triton_solve])
+def _solve_flops(  # type: ignore[no-untyped-def]
+    x_shape, y0_shape, method, steps, tf32=False, *, out_shape=None, **kwargs
+) -> int:
+    batch, channels, pixels = x_shape
+    rank = y0_shape[-1]
+    product = 2 * batch * channels * rank * pixels
+    flops = _iterate_flops(x_shape, y0_shape, method, steps) + product
+    if method == "nmf":
+        flops += product + 2 * batch * rank * rank * (channels + pixels)
+    return flops
+
+
+@register_flop_formula([_OPS.nmf_backward, _OPS.triton_nmf_backward])
+def _nmf_backward_flops(  # type: ignore[no-untyped-def]
+    grad_x_hat_shape,
+    grad_mse_shape,
+    x_shape,
+    y_shape,
+    z_shape,
+    slope_shape,
+    tf32=False,
+    *,
+    out_shape=None,
+    **kwargs,
+) -> int:
+    return (2 + (grad_mse_shape is not None)) * _product_flops(x_shape, y_shape, z_shape)
+
+
 # Overloads rather than packets: a call then need not look for the one that fits.
 reconstruct = _OPS.reconstruct.default
 mse = _OPS.mse.default
 reconstruct_backward = _OPS.reconstruct_backward.default
+iterate = _OPS.iterate.default
+solve = _OPS.solve.default
+nmf_backward = _OPS.nmf_backward.default
 triton_reconstruct = _OPS.triton_reconstruct.default
 triton_mse = _OPS.triton_mse.default
 triton_reconstruct_backward = _OPS.triton_reconstruct_backward.default
+triton_iterate = _OPS.triton_iterate.default
+triton_solve = _OPS.triton_solve.default
+triton_nmf_backward = _OPS.triton_nmf_backward.default

@@ -8,6 +8,10 @@ and, for the gradients G' of X' and g of mse, with s = 2 g / (B C N),
     dX = s (X - X'),   D = G' - s (X - X')  (summed over the batch where both factors are shared),
     dY = D Z^T,        dZ = Y^T D           (each summed over the batch where that factor is shared)
 
+Then the methods that find Y and Z on each image (`mfops.methods`): the loop over their two updates,
+and what follows it. Everything between the inputs and the results is kept in the accumulation
+dtype; results are rounded once, to x's dtype, except for Y, which stays as it is.
+
 Shapes are those of `mfops.ops`. Works for any device and floating dtype, and is differentiable.
 `tf32` is ignored: float32 products follow torch's own setting.
 """
@@ -16,6 +20,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mfops.methods import METHODS
+from mfops.methods.nmf import NMF
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -84,3 +91,63 @@ def reconstruct_backward(
         grad_z = grad_z.sum(0)
     grad_x = grad_x.to(x.dtype) if need_x else x.new_empty(0)
     return grad_x, grad_y.to(y.dtype), grad_z.to(z.dtype)
+
+
+def _rounds(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor]:
+    updates = METHODS[method]
+    y = y0.expand(x.shape[0], -1, -1)
+    z = updates.first_coefficients(x, y)
+    for _ in range(steps):
+        z = updates.update_coefficients(x, y, z)
+        y = updates.update_bases(x, y, z)
+    return y, z
+
+
+def iterate(
+    x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`steps` rounds of the method's updates from y0: Y, in the accumulation dtype, and Z."""
+    dtype = accumulation_dtype(x)
+    y, z = _rounds(x.to(dtype), y0.to(dtype), method, steps)
+    return y.contiguous(), z.to(x.dtype).contiguous()
+
+
+def solve(
+    x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The rounds of "em" or "nmf" and what follows them: Y, final Z, W, X' = Y Z and mse.
+
+    nmf's final Z is W * (Y^T X), with W = Z / (Y^T Y Z + 1e-6) of the last round's Y and Z. W of em
+    has no elements.
+    """
+    dtype = accumulation_dtype(x)
+    exact = x.to(dtype)
+    y, z = _rounds(exact, y0.to(dtype), method, steps)
+    slope = x.new_empty(0)
+    updates = METHODS[method]
+    if isinstance(updates, NMF):
+        slope = updates.slope(y, z)
+        z = slope * (y.mT @ exact)
+    x_hat = product(x, y, z)
+    error = (exact - x_hat).square().mean()
+    slope, z = slope.to(x.dtype).contiguous(), z.to(x.dtype).contiguous()
+    return y.contiguous(), z, slope, x_hat.to(x.dtype), error
+
+
+def nmf_backward(
+    grad_x_hat: Tensor | None,
+    grad_mse: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    slope: Tensor,
+    tf32: bool = False,
+) -> Tensor:
+    """dX of `solve` with nmf: with E = s (X - X') and D = G' - E it is E + Y (W * (Y^T D))."""
+    dtype = accumulation_dtype(x)
+    y, z = y.to(dtype), z.to(dtype)
+    grad_x = torch.zeros_like(x, dtype=dtype)
+    if grad_mse is not None:
+        grad_x = (x.to(dtype) - product(x, y, z)) * (grad_mse * (2.0 / x.numel()))
+    d = -grad_x if grad_x_hat is None else grad_x_hat - grad_x
+    return (grad_x + product(x, y, slope.to(dtype) * (y.mT @ d))).to(x.dtype)

@@ -1,0 +1,64 @@
+"""What a method is: two updates, and how they start and end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-6
+
+
+class Method(ABC):
+    """A way to find X ~ Y Z on each image: T rounds of two updates, coefficients then bases.
+
+    Tensors are x (B, C, N), y (B, C, K) and z (B, K, N), of one floating dtype (float32, or
+    float64). The rounds run without gradient; `final_coefficients` carries what gradient there is.
+    A method holds no state: the bases it starts from are given (`mfops.factorize`) or kept in a
+    buffer (`mfops.FactorizedContext`). A new one is a subclass and `mfops.register_method`.
+    """
+
+    train_steps = 6
+    eval_steps = 7
+    # Weight of the old bases where the found ones move the buffer in training. None: the buffer
+    # rests, and training starts from fresh noise in every pass.
+    momentum: float | None = None
+    # Whether X has to be >= 0; a module then takes relu(X).
+    nonnegative = False
+
+    def noise(
+        self,
+        *shape: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Bases (.., C, K) to start from, columns of length 1, float32."""
+        return F.normalize(torch.randn(*shape, generator=generator, device=device), dim=-2)
+
+    def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
+        """Z before the first round: for methods whose updates look at the Z before."""
+        return x.new_zeros(x.shape[0], y.shape[-1], x.shape[-1])
+
+    @abstractmethod
+    def update_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """The next Z."""
+
+    @abstractmethod
+    def update_bases(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """The next Y, from the Z just updated."""
+
+    def final_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """The Z of X' = Y Z after the last round, differentiable in x; y and z are constants."""
+        return z
+
+
+def normalize_columns(y: Tensor) -> Tensor:
+    """Columns over their length, or over 1e-6 where that is shorter."""
+    return F.normalize(y, dim=-2, eps=EPS)
+
+
+def soft_means(x: Tensor, z: Tensor) -> Tensor:
+    """X (Z / (1e-6 + sum over N of Z))^T: the mean of x's columns under each base's weights."""
+    return x @ (z / (EPS + z.sum(-1, keepdim=True))).mT

@@ -1,0 +1,171 @@
+"""Cases for the operators that find Y and Z, and how far from the reference a backend may be.
+
+The rounds are nonlinear: no textbook bound carries through them. What roundings do to a result is
+therefore measured on the reference itself: in float64, with every operand of a product off by up to
+the unit roundoff that it is rounded with, every product off by up to the bound of its sum
+(Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1) and every other result by
+up to two float32 roundings, all at random. A backend may be off by a multiple of what that does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import U_TF32, Operands, U, _u, features
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mfops import reference
+from mfops.methods import METHODS
+
+# B, C, K, N: not multiples of anything, ones, more bases than channels or pixels.
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 2, 5),
+    (3, 17, 5, 33),
+    (2, 70, 64, 289),
+    (1, 200, 7, 700),
+    (3, 129, 3, 1),
+    (2, 1, 4, 77),
+    (1, 5, 9, 1500),
+    (2, 20, 40, 13),
+    (2, 300, 12, 31),
+]
+STEPS = 3
+SAMPLES = 6
+# Of the random perturbations' size, element by element and over all elements.
+SAFETY_HERE, SAFETY_ALL = 8.0, 4.0
+MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__}
+
+
+@dataclass
+class Case:
+    x: Tensor
+    y0: Tensor
+    grad_x_hat: Tensor
+    grad_mse: Tensor
+
+    def double(self) -> Case:
+        return Case(*(getattr(self, name).double() for name in self.__dataclass_fields__))
+
+
+def make(
+    shape: tuple[int, int, int, int],
+    layout: str,
+    dtype: torch.dtype,
+    method: str,
+    shared: bool = True,
+    device: str = "cpu",
+) -> Case:
+    torch.manual_seed(0)
+    batch, channels, rank, pixels = shape
+    x = features((batch, channels, pixels), layout, dtype, device)
+    if METHODS[method].nonnegative:
+        x.relu_()
+    y0 = METHODS[method].noise(*(() if shared else (batch,)), channels, rank)
+    return Case(
+        x=x,
+        y0=y0.to(device),
+        grad_x_hat=features((batch, channels, pixels), layout, dtype, device),
+        grad_mse=torch.tensor(float(batch * channels * pixels), device=device),
+    )
+
+
+class Roundings(TorchFunctionMode):
+    """Perturbs what float64 torch functions compute as a backend's roundings may."""
+
+    def __init__(self, operands: Operands, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        # Tensor cores may cut sums off instead of rounding them.
+        self.sums = U if operands in (None, torch.float32) else 2 * U
+        self.operands = 0.0
+        if operands == "tf32":
+            self.operands = U_TF32
+        elif operands in (torch.bfloat16, torch.float16):
+            self.operands = _u(operands)
+
+    def noise(self, t: Tensor, size: float | Tensor) -> Tensor:
+        uniform = torch.rand(t.shape, dtype=torch.float64, generator=self.generator)
+        return (2 * uniform - 1).to(t.device) * size
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            if func in MATMULS:
+                a, b = (t * (1 + self.noise(t, self.operands)) for t in args)
+                out = a @ b
+                return out + self.noise(out, a.shape[-1] * self.sums * (a.abs() @ b.abs()))
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float64 and func is not Tensor.to:
+                out = out * (1 + self.noise(out, 2 * U))
+            return out
+
+
+def _assert_close(actual: Tensor, exact: Tensor, samples: list[Tensor], what: str) -> None:
+    """Within a multiple of what roundings do to the result, and one rounding to its dtype."""
+    assert actual.shape == exact.shape, f"{what}: {tuple(actual.shape)} for {tuple(exact.shape)}"
+    if actual.numel() == 0:
+        return
+    spread = torch.stack([(s - exact).square() for s in samples]).mean(0)
+    dtype = torch.finfo(actual.dtype)
+    allowed = SAFETY_HERE * spread.sqrt() + SAFETY_ALL * spread.mean().sqrt()
+    allowed = allowed + dtype.eps / 2 * exact.abs() + dtype.tiny
+    excess = (actual.double() - exact).abs() - allowed
+    assert excess.max() <= 0, f"{what}: off by {excess.max():.3g} more than roundings explain"
+
+
+def _check(names: tuple[str, ...], actual: Any, run: Any, operands: Operands, what: str) -> None:
+    """`run` computes on float64 what `actual` is on a backend."""
+    exact, samples = run(), []
+    for seed in range(SAMPLES):
+        with Roundings(operands, seed):
+            samples.append(run())
+    for i, name in enumerate(names):
+        _assert_close(actual[i], exact[i], [s[i] for s in samples], f"{what}: {name}")
+
+
+def check(run: Any, case: Case, method: str, operands: Operands = None, steps: int = STEPS) -> None:
+    """Asserts that run.iterate and, of em and nmf, run.solve and the gradients are right."""
+    c, tf32, dtype = case.double(), operands == "tf32", case.x.dtype
+    actual = run.iterate(case.x, case.y0, method, steps, tf32)
+    assert actual[0].dtype == torch.float32
+    assert actual[1].dtype == dtype
+    _check(
+        ("y", "z"),
+        actual,
+        lambda: reference.iterate(c.x, c.y0, method, steps),
+        operands,
+        f"iterate {method}",
+    )
+    if method not in ("em", "nmf"):
+        return
+    actual = run.solve(case.x, case.y0, method, steps, tf32)
+    assert [t.dtype for t in actual] == [torch.float32, dtype, dtype, dtype, torch.float32]
+    _check(
+        ("y", "z", "slope", "X'", "mse"),
+        actual,
+        lambda: reference.solve(c.x, c.y0, method, steps),
+        operands,
+        f"solve {method}",
+    )
+    if method != "nmf":
+        return
+    y, z, slope = actual[:3]
+    for grad_x_hat, grad_mse in [
+        (case.grad_x_hat, case.grad_mse),
+        (None, case.grad_mse),
+        (case.grad_x_hat, None),
+    ]:
+        arguments = (grad_x_hat, grad_mse, case.x, y, z, slope)
+        doubles = [None if t is None else t.double() for t in arguments]
+        grad_x = run.nmf_backward(*arguments, tf32)
+        assert grad_x.dtype == dtype
+        _check(
+            ("dX",),
+            (grad_x,),
+            lambda doubles=doubles: (reference.nmf_backward(*doubles),),
+            operands,
+            "nmf_backward",
+        )

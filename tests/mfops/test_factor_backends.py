@@ -1,0 +1,135 @@
+"""Every backend's kernels that find Y and Z against the float64 reference.
+
+On CUDA where there is a GPU. Under TRITON_INTERPRET=1, as test_triton.py runs this file, the CPU's
+part is Triton's kernels in its interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, Operands
+from factor_cases import SHAPES, check, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfops.dispatch import BACKENDS
+from mfops.methods import METHODS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
+KINDS = [*DTYPES, "tf32"]
+
+
+class Run:
+    """A backend on a device. Its operators are attributes."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        self.backend, self.device = backend, device
+
+    def __getattr__(self, operator: str) -> Any:
+        return getattr(BACKENDS[self.backend], operator)
+
+    def __str__(self) -> str:
+        return f"{self.backend} on {self.device}"
+
+    def operands(self, kind: torch.dtype | Literal["tf32"]) -> Operands:
+        return kind if self.device == "cuda" or self.backend == "triton" else None
+
+    def skip_unless_able(self, method: str, rank: int = 1) -> None:
+        reason = self.obstacle(torch.zeros(1, 1, 1, device=self.device), rank, method)
+        if reason is not None:
+            pytest.skip(f"{self}: {reason}")
+
+    def check(self, shape: Any, layout: str, kind: Any, method: str, shared: bool) -> None:
+        self.skip_unless_able(method, shape[2])
+        dtype = torch.float32 if kind == "tf32" else kind
+        check(
+            self,
+            make(shape, layout, dtype, method, shared, self.device),
+            method,
+            self.operands(kind),
+        )
+
+
+def on_cuda(backend: str) -> Any:
+    return pytest.param(Run(backend, "cuda"), marks=pytest.mark.gpu, id=f"{backend} on cuda")
+
+
+ON_CPU = [Run("triton", "cpu")] if INTERPRETED else [Run("native", "cpu"), Run("reference", "cpu")]
+every_run = pytest.mark.parametrize("run", [*ON_CPU, on_cuda("native"), on_cuda("triton")], ids=str)
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@every_run
+@every_method
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64_reference(run, method, shape, layout):
+    i = SHAPES.index(shape) + LAYOUTS.index(layout)
+    for j, kind in enumerate(KINDS):
+        if kind == "tf32" and run.operands(kind) is None:
+            continue
+        if run.backend == "triton" and (i + j) % 4:  # seconds each
+            continue
+        run.check(shape, layout, kind, method, shared=(i + j) % 2 == 0)
+
+
+@every_run
+@every_method
+@settings(max_examples=10 if INTERPRETED else 30, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 70, 20, 150))),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    shared=st.booleans(),
+)
+def test_agrees_on_any_shape(run, method, shape, layout, dtype, shared):
+    run.check(shape, layout, dtype, method, shared)
+
+
+@every_run
+@every_method
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_same_bits_every_run(run, method, layout):
+    run.skip_unless_able(method)
+    case = make((3, 40, 9, 300), layout, torch.bfloat16, method, True, run.device)
+
+    def results() -> list[torch.Tensor]:
+        found = list(run.iterate(case.x, case.y0, method, 2))
+        if method in ("em", "nmf"):
+            found += run.solve(case.x, case.y0, method, 2)
+        if method == "nmf":
+            y, z, slope = found[2:5]
+            found.append(run.nmf_backward(case.grad_x_hat, case.grad_mse, case.x, y, z, slope))
+        return found
+
+    first = results()
+    for _ in range(2 if INTERPRETED else 100):
+        assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
+
+
+@every_run
+@every_method
+def test_constant_and_zero_features_give_finite_factors(run, method):
+    run.skip_unless_able(method)
+    y0 = METHODS[method].noise(6, 3).to(run.device)
+    for value in (0.0, 1.0, 3e4):
+        x = torch.full((2, 6, 20), value, device=run.device)
+        for result in run.iterate(x, y0, method, 3):
+            assert result.isfinite().all(), (method, value)
+
+
+@every_run
+@every_method
+def test_a_nan_stays_in_its_image(run, method):
+    run.skip_unless_able(method)
+    case = make((3, 6, 4, 20), "contiguous", torch.float32, method, True, run.device)
+    x = case.x.clone()
+    x[1, 2, 3] = float("nan")
+    clean, spoilt = (run.iterate(t, case.y0, method, 2) for t in (case.x, x))
+    for a, b in zip(clean, spoilt, strict=True):
+        assert b[1].isnan().any()
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
