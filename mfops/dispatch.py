@@ -105,7 +105,7 @@ def _method_obstacle(method: str | None, known: tuple[str, ...]) -> str | None:
     return f"has no kernels for method {method!r}"
 
 
-def _native_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
+def _native_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
     if x.is_cuda:
@@ -121,7 +121,7 @@ def _native_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
     return _dtype_obstacle(x) or _method_obstacle(method, NATIVE_METHODS[x.device.type])
 
 
-def _triton_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
+def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
     if TRITON_ERROR is not None:
         return TRITON_ERROR
     device = ops.TRITON_DEVICE.lower()
@@ -134,19 +134,19 @@ def _triton_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
     return _dtype_obstacle(x) or _method_obstacle(method, TRITON_METHODS)
 
 
-def _no_obstacle(x: Tensor, rank: int, method: str | None) -> str | None:
+def _no_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A name, why it cannot run a call on x with K bases (or None), and the operators.
+    """A name, why it cannot run a call (or None), and the operators.
 
-    `obstacle` takes x, K and the method, None for factors that are given.
+    `obstacle` takes x, K and, where the factors are not given, the method that finds them.
     """
 
     name: str
-    obstacle: Callable[[Tensor, int, str | None], str | None]
+    obstacle: Callable[..., str | None]
     reconstruct: Callable[..., tuple[Tensor, Tensor]]
     mse: Callable[..., Tensor]
     reconstruct_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]

@@ -11,16 +11,35 @@ from torch import nn
 
 from mfnet.contexts.aspp import aspp, aspp_separable
 from mfnet.contexts.base import LossContext
+from mfnet.contexts.double_attention import DoubleAttentionContext
 from mfnet.contexts.em import EMContext
+from mfnet.contexts.hamburger import HamburgerContext, cd, nmf, vq
 from mfnet.contexts.mf import MFContext
 from mfnet.contexts.none import none
 
 CONTEXTS: dict[str, Callable[..., nn.Module]] = {
     "mf": MFContext,
     "em": EMContext,
+    "nmf": nmf,
+    "vq": vq,
+    "cd": cd,
+    "double_attention": DoubleAttentionContext,
     "aspp": aspp,
     "aspp_separable": aspp_separable,
     "none": none,
 }
 
-__all__ = ["CONTEXTS", "EMContext", "LossContext", "MFContext", "aspp", "aspp_separable", "none"]
+__all__ = [
+    "CONTEXTS",
+    "DoubleAttentionContext",
+    "EMContext",
+    "HamburgerContext",
+    "LossContext",
+    "MFContext",
+    "aspp",
+    "aspp_separable",
+    "cd",
+    "nmf",
+    "none",
+    "vq",
+]

@@ -1,4 +1,4 @@
-"""MFNet's context: features rebuilt from two learned factors."""
+"""MFNet's context: features rebuilt from two factors, learned ones in the paper."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ class MFContext(LossContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)`` through ``X' = Y Z``.
 
     ``xin = conv1x1(x)``; ``relu(Y Z) + xin``; ``conv1x1``, BatchNorm, ReLU (Gurram, "Learning
-    context with factorization techniques in semantic segmentation"). Y and Z are parameters, so
-    X' is the same for every image. The loss is the mean squared error between ``xin`` and X'.
+    context with factorization techniques in semantic segmentation"). In the paper Y and Z are
+    parameters, so X' is the same for every image; with another ``factorizer`` they are found on
+    the image at hand. The loss is the mean squared error between ``xin`` and X'.
 
     Args:
         rank: number of bases K.
-        context_size: ``(h, w)`` of the grid Z belongs to; on another it is resampled bilinearly.
+        factorizer: ``"learned"``, ``"em"``, ``"nmf"``, ``"vq"``, ``"cd"`` or
+            ``"double_attention"``; see :class:`mfops.FactorizedContext`.
+        steps: rounds T of ``"em"``, ``"nmf"``, ``"vq"`` and ``"cd"``; ``None``: as published.
+        context_size: ``(h, w)`` of the grid that a learned Z belongs to; on another it is
+            resampled bilinearly.
         loss_weight: weight of the loss where it enters through the backward pass
             (``return_loss=False``, in training).
 
     Raises:
-        ValueError: a rank, size or weight out of range.
+        ValueError: a rank, size, weight or number of steps out of range; an unknown factorizer.
     """
 
     def __init__(
@@ -33,11 +38,18 @@ class MFContext(LossContext):
         rank: int = 64,
         context_size: tuple[int, int] = (33, 33),
         loss_weight: float = 0.1,
+        factorizer: str = "learned",
+        steps: int | None = None,
     ) -> None:
         super().__init__()
         self.lower = nn.Conv2d(in_channels, in_channels, 1)
         self.factorized = FactorizedContext(
-            in_channels, rank=rank, size=context_size, loss_weight=loss_weight
+            in_channels,
+            rank=rank,
+            size=context_size,
+            factorizer=factorizer,
+            loss_weight=loss_weight,
+            steps=steps,
         )
         self.upper = Conv2dNormActivation(in_channels, out_channels, 1)
 

@@ -1,17 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from mfnet.contexts import CONTEXTS, EMContext, LossContext, MFContext, aspp, aspp_separable, none
-from mfnet.contexts.em import EMAUnit
+from mfnet.contexts import CONTEXTS, LossContext, MFContext, aspp, aspp_separable, none
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
@@ -54,6 +48,21 @@ def test_mf_is_the_papers_equations() -> None:
     torch.testing.assert_close(context(x), expected)
 
 
+@pytest.mark.parametrize("factorizer", ["em", "nmf", "vq", "cd", "double_attention"])
+@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (1, 8, 5, 7)])
+def test_mf_takes_factors_of_the_image(factorizer: str, shape: tuple[int, ...]) -> None:
+    context = MFContext(8, 4, rank=3, factorizer=factorizer)
+    x = torch.randn(shape, requires_grad=True)
+    out, loss = context(x, return_loss=True)
+    (out.square().mean() + loss).backward()
+    assert all(p.grad is not None for p in context.parameters())
+    context.eval()
+    other = torch.randn(shape)
+    rebuilt = [context.factorized.factorizer.product(t) for t in (x, other)]
+    assert not torch.allclose(*rebuilt)
+    assert torch.equal(context(x), context(x))
+
+
 def test_mf_injects_its_weighted_loss_in_training_only_without_return_loss() -> None:
     x = torch.randn(2, 6, 2, 5)
 
@@ -71,110 +80,6 @@ def test_mf_injects_its_weighted_loss_in_training_only_without_return_loss() -> 
 
     torch.testing.assert_close(gradient(0.3, returned=False), gradient(0.7, returned=True))
     assert not torch.allclose(gradient(0.3, returned=False), gradient(0.0, returned=False))
-
-
-# em
-
-
-def _em(x: np.ndarray, mu: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The published iteration on one image (C, N): the final bases and their reconstruction."""
-    for _ in range(steps):
-        scores = np.exp(mu.T @ x)
-        z = scores / scores.sum(axis=0)
-        mu = x @ (z / (1e-6 + z.sum(axis=1, keepdims=True))).T
-        mu = mu / (1e-6 + np.sqrt((mu**2).sum(axis=0)))
-    return mu, mu @ z
-
-
-def test_em_unit_is_the_published_iteration() -> None:
-    unit = EMAUnit(8, bases=5, steps=3).double()
-    start = unit.mu.clone()
-    x = torch.randn(2, 8, 3, 4, dtype=torch.float64)
-    features = unit.conv1(x).flatten(2).numpy()
-
-    out = unit(x)
-
-    results = [_em(image, start[0].numpy(), steps=3) for image in features]
-    bases = torch.from_numpy(np.stack([mu for mu, _ in results]))
-    rebuilt = torch.from_numpy(np.stack([x_hat for _, x_hat in results])).view(2, 8, 3, 4)
-    torch.testing.assert_close(out, (x + unit.conv2(rebuilt.relu())).relu())
-    torch.testing.assert_close(unit.mu, 0.9 * start + 0.1 * bases.mean(dim=0))
-
-
-def test_em_bases_start_normalised_and_rest_in_evaluation() -> None:
-    unit = EMAUnit(8, bases=5).eval()
-    torch.testing.assert_close(unit.mu.norm(dim=1), torch.ones(1, 5))
-    start = unit.mu.clone()
-    x = torch.randn(1, 8, 4, 4)
-    torch.testing.assert_close(unit(x), unit(x), rtol=0, atol=0)
-    torch.testing.assert_close(unit.mu, start, rtol=0, atol=0)
-
-
-def test_em_freezes_what_it_cannot_train() -> None:
-    unit = EMAUnit(8)
-    assert {name for name, p in unit.named_parameters() if not p.requires_grad} == {
-        "conv1.weight",
-        "conv1.bias",
-    }
-    unit(torch.randn(2, 8, 4, 4)).sum().backward()
-    assert all(p.grad is not None for p in unit.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_em_steps_run_in_float32_under_autocast(dtype: torch.dtype) -> None:
-    unit = EMAUnit(8, bases=5, steps=3)
-    start = unit.mu.clone()
-    x = torch.randn(2, 8, 3, 4)
-    with torch.autocast("cpu", dtype):
-        features = unit.conv1(x)
-        rebuilt = unit._reconstruct(x)
-    assert features.dtype == rebuilt.dtype == dtype
-    flat = features.float().flatten(2).detach().numpy()
-    results = [_em(image, start[0].numpy(), steps=3) for image in flat]
-    # float32's accuracy, which no step in the 16-bit type would reach
-    bases = torch.from_numpy(np.stack([mu for mu, _ in results]))
-    torch.testing.assert_close(unit.mu, 0.9 * start + 0.1 * bases.mean(dim=0), rtol=0, atol=1e-6)
-
-
-def test_em_in_half_precision() -> None:
-    unit = EMAUnit(8).to(torch.bfloat16)
-    out = unit(torch.randn(2, 8, 4, 4, dtype=torch.bfloat16))
-    assert out.dtype == unit.mu.dtype == torch.bfloat16
-    assert out.isfinite().all()
-
-
-def test_em_of_constant_and_zero_features_is_finite() -> None:
-    unit = EMAUnit(8)
-    for x in (torch.zeros(2, 8, 4, 4), torch.ones(2, 8, 4, 4)):
-        assert unit(x).isfinite().all()
-    assert unit.mu.isfinite().all()
-
-
-def test_em_arguments() -> None:
-    with pytest.raises(ValueError, match="bases: expected at least 1, got 0"):
-        EMContext(8, bases=0)
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        EMContext(8, steps=0)
-
-
-def _train_em_on_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    unit = EMAUnit(8, bases=5)
-    unit.load_state_dict(torch.load(f"{folder}/start.pt"))
-    unit(torch.load(f"{folder}/x.pt")[rank])
-    torch.save(unit.mu, f"{folder}/mu{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_em_bases_agree_across_ranks(tmp_path: Path) -> None:
-    unit = EMAUnit(8, bases=5)
-    x = torch.randn(2, 2, 8, 3, 4)
-    torch.save(unit.state_dict(), tmp_path / "start.pt")
-    torch.save(x, tmp_path / "x.pt")
-    spawn(_train_em_on_rank, (str(tmp_path),), nprocs=2)
-    unit(x.flatten(0, 1))
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"mu{rank}.pt"), unit.mu)
 
 
 # aspp

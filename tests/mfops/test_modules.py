@@ -173,7 +173,11 @@ BAD_ARGUMENTS = {
     "rank: expected a positive integer, got 1.5": {"rank": 1.5},
     "size: expected a positive integer, got 0": {"size": (3, 0)},
     "size: expected one integer or (h, w), got (1, 2, 3)": {"size": (1, 2, 3)},
-    "factorizer: expected one of learned, got 'svd'": {"factorizer": "svd"},
+    "factorizer: expected one of learned, double_attention, em, nmf, vq, cd, got 'svd'": {
+        "factorizer": "svd"
+    },
+    "steps: expected at least 1, got 0": {"factorizer": "em", "steps": 0},
+    "steps: factorizer 'learned' takes none, got 3": {"steps": 3},
     "loss_weight: expected a number >= 0, got -1.0": {"loss_weight": -1.0},
 }
 

@@ -1,0 +1,303 @@
+"""The methods against their papers' formulas, written anew in NumPy, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mfops
+from mfops import reference
+from mfops.methods import METHODS, Method
+
+Array = np.ndarray
+EPS = 1e-6
+
+
+def softmax_over_bases(scores: Array) -> Array:
+    e = np.exp(scores - scores.max(axis=0))
+    return e / e.sum(axis=0)
+
+
+def lengths(columns: Array) -> Array:
+    return np.sqrt((columns**2).sum(axis=0))
+
+
+def unit(columns: Array, least: float) -> Array:
+    return columns / np.maximum(lengths(columns), least)
+
+
+def em(x: Array, y: Array, steps: int) -> tuple[Array, Array]:
+    for _ in range(steps):
+        z = softmax_over_bases(y.T @ x)
+        y = np.stack([(x * (row / (EPS + row.sum()))).sum(axis=1) for row in z], axis=1)
+        y = y / (EPS + lengths(y))
+    return y, z
+
+
+def nmf(x: Array, y: Array, steps: int) -> tuple[Array, Array]:
+    z = softmax_over_bases(y.T @ x)
+    for _ in range(steps):
+        z = z * (y.T @ x) / ((y.T @ y) @ z + EPS)
+        y = y * (x @ z.T) / (y @ (z @ z.T) + EPS)
+    return y, z
+
+
+def means(x: Array, z: Array) -> Array:
+    return x @ (z / (EPS + z.sum(axis=1, keepdims=True))).T
+
+
+def vq(x: Array, y: Array, steps: int) -> tuple[Array, Array]:
+    for _ in range(steps):
+        z = softmax_over_bases(100 * unit(y, EPS).T @ unit(x, 1e-12))
+        y = means(x, z)
+    return y, z
+
+
+def cd(x: Array, y: Array, steps: int) -> tuple[Array, Array]:
+    for _ in range(steps):
+        z = softmax_over_bases(100 * y.T @ unit(x, 1e-12))
+        y = unit(means(x, z), EPS)
+    return y, z
+
+
+# Final coefficients as functions of x alone: y, z and the lengths of `fixed` are constants.
+
+
+def em_final(x: Array, y: Array, z: Array, fixed: Array) -> Array:
+    return z
+
+
+def nmf_final(x: Array, y: Array, z: Array, fixed: Array) -> Array:
+    return z * (y.T @ x) / ((y.T @ y) @ z + EPS)
+
+
+def vq_final(x: Array, y: Array, z: Array, fixed: Array) -> Array:
+    return softmax_over_bases(100 * unit(y, EPS).T @ (x / (EPS + lengths(fixed))))
+
+
+def cd_final(x: Array, y: Array, z: Array, fixed: Array) -> Array:
+    return np.linalg.inv(y.T @ y + 0.1 * np.eye(y.shape[1])) @ y.T @ x
+
+
+class Numpy(NamedTuple):
+    rounds: Callable[[Array, Array, int], tuple[Array, Array]]
+    final: Callable[[Array, Array, Array, Array], Array]
+
+
+NUMPY = {
+    "em": Numpy(em, em_final),
+    "nmf": Numpy(nmf, nmf_final),
+    "vq": Numpy(vq, vq_final),
+    "cd": Numpy(cd, cd_final),
+}
+SHAPES = [(2, 9, 4, 30), (1, 1, 1, 1), (3, 4, 7, 5), (2, 30, 3, 1)]
+every_method = pytest.mark.parametrize("method", NUMPY)
+
+
+def make(shape: tuple[int, int, int, int], method: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    batch, channels, rank, pixels = shape
+    x = torch.randn(batch, channels, pixels, dtype=torch.float64)
+    y0 = METHODS[method].noise(channels, rank).double()
+    return (x.relu() if method == "nmf" else x), y0
+
+
+def test_every_method_is_tested():
+    assert set(NUMPY) == set(METHODS)
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_reference_is_the_published_iteration(method, shape, steps):
+    x, y0 = make(shape, method)
+    y, z = reference.iterate(x, y0, method, steps)
+    public_y, public_z = mfops.factorize(x, y0, method, steps)
+    for b, image in enumerate(x.numpy()):
+        expected_y, expected_z = NUMPY[method].rounds(image, y0.numpy(), steps)
+        final = NUMPY[method].final(image, expected_y, expected_z, image)
+        pairs = [(y, expected_y), (z, expected_z), (public_y, expected_y), (public_z, final)]
+        for actual, expected in pairs:
+            np.testing.assert_allclose(actual[b].numpy(), expected, rtol=1e-6, atol=1e-12)
+    if method in ("em", "nmf"):
+        solved_y, solved_z, _, x_hat, mse = reference.solve(x, y0, method, steps)
+        torch.testing.assert_close(solved_y, public_y)
+        torch.testing.assert_close(solved_z, public_z)
+        torch.testing.assert_close(x_hat, public_y @ public_z)
+        torch.testing.assert_close(mse, (x - x_hat).square().mean())
+
+
+@every_method
+@pytest.mark.parametrize("loss", [0.0, 3.0])
+def test_gradients_by_finite_differences(method, loss):
+    """Of X' and its mse, with what the method holds constant held constant."""
+    x, _ = make((1, 6, 3, 8), method)
+    weights = torch.randn_like(x)
+    factorizer = mfops.FactorizedContext(6, 3, factorizer=method).eval().double().factorizer
+    x.requires_grad_()
+    x_hat, mse = factorizer.reconstruct(x)
+    value = (weights * x_hat).sum() + loss * mse
+    if value.requires_grad:
+        (grad,) = torch.autograd.grad(value, x)
+    else:
+        assert (method, loss) == ("em", 0.0)
+        grad = torch.zeros_like(x)
+
+    image = x.detach()[0].numpy()
+    y, z = NUMPY[method].rounds(image, factorizer.bases.numpy(), METHODS[method].eval_steps)
+
+    def value_of(moved: Array) -> float:
+        rebuilt = y @ NUMPY[method].final(moved, y, z, image)
+        return (weights[0].numpy() * rebuilt).sum() + loss * ((moved - rebuilt) ** 2).mean()
+
+    np.testing.assert_allclose(value.item(), value_of(image), rtol=1e-6)
+    step = 1e-6
+    for at in np.ndindex(*image.shape):
+        if method == "nmf" and image[at] == 0:
+            continue  # on relu's edge
+        up, down = image.copy(), image.copy()
+        up[at] += step
+        down[at] -= step
+        slope = (value_of(up) - value_of(down)) / (2 * step)
+        np.testing.assert_allclose(grad[0][at].item(), slope, rtol=1e-5, atol=1e-7)
+
+
+def test_nmf_can_be_differentiated_twice():
+    x, y0 = make((2, 5, 3, 7), "nmf")
+
+    def error(x):
+        return mfops.functional.solve(x, y0, "nmf", 2)[:2]
+
+    y, z, slope, _, _ = reference.solve(x, y0, "nmf", 2)
+
+    def gradient(x, grad_x_hat, grad_mse):
+        return reference.nmf_backward(grad_x_hat, grad_mse, x, y, z, slope)
+
+    one = torch.ones((), dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x.clone(), torch.randn_like(x), one)]
+    assert torch.autograd.gradcheck(gradient, inputs)
+    x.requires_grad_()
+    x_hat, mse = error(x)
+    (grad,) = torch.autograd.grad(x_hat.sum() + mse, x, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), x)[0].isfinite().all()
+
+
+@every_method
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_constant_features_give_finite_factors_and_gradients(method, value):
+    x = torch.full((2, 5, 12), value, requires_grad=True)
+    y, z = mfops.factorize(x, METHODS[method].noise(5, 3), method, 4)
+    assert y.isfinite().all()
+    assert z.isfinite().all()
+    if z.requires_grad:
+        z.sum().backward()
+        assert x.grad.isfinite().all()
+
+
+@every_method
+def test_nan_stays_in_its_image(method):
+    x, y0 = make((3, 6, 4, 20), method)
+    spoilt = x.clone()
+    spoilt[1, 2, 3] = float("nan")
+    for clean, actual in zip(
+        mfops.factorize(x, y0, method), mfops.factorize(spoilt, y0, method), strict=True
+    ):
+        assert actual[1].isnan().any()
+        torch.testing.assert_close(actual[[0, 2]], clean[[0, 2]])
+
+
+def test_negative_features_follow_nmfs_formulas():
+    """They are not looked for; the module takes relu(X)."""
+    x, y0 = make((1, 6, 3, 10), "em")
+    y, z = mfops.factorize(x, y0.abs(), "nmf", 2)
+    expected_y, expected_z = nmf(x[0].numpy(), y0.abs().numpy(), 2)
+    np.testing.assert_allclose(y[0].numpy(), expected_y, rtol=1e-6)
+    np.testing.assert_allclose(
+        z[0].numpy(), nmf_final(x[0].numpy(), expected_y, expected_z, x[0].numpy()), rtol=1e-6
+    )
+
+
+@every_method
+def test_shapes_dtypes_and_layouts(method):
+    x = torch.rand(2, 6, 4, 5).to(memory_format=torch.channels_last)
+    y0 = METHODS[method].noise(6, 3)
+    y, z = mfops.factorize(x, y0, method)
+    flat = mfops.factorize(x.flatten(2), y0.expand(2, -1, -1), method)
+    torch.testing.assert_close((y, z), flat)
+    assert y.shape == (2, 6, 3)
+    assert z.shape == (2, 3, 20)
+    y, z = mfops.factorize(x.bfloat16(), y0, method)
+    assert (y.dtype, z.dtype) == (torch.float32, torch.bfloat16)
+    y, z = mfops.factorize(x.bfloat16(), y0.bfloat16(), method)
+    assert (y.dtype, z.dtype) == (torch.bfloat16, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounds_in_float32 = mfops.factorize(x, y0, method)
+    expected = mfops.factorize(x.bfloat16(), y0, method)
+    assert all(torch.equal(a, b) for a, b in zip(rounds_in_float32, expected, strict=True))
+
+
+X, Y0 = torch.rand(2, 6, 20), torch.rand(6, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X, Y0, "svd"), ValueError, "method: expected one of em, nmf, vq, cd, got 'svd'"),
+        ((X, Y0, "em", 0), ValueError, "steps: expected at least 1, got 0"),
+        ((X, Y0, "em", 1.5), TypeError, "steps: expected an integer, got float"),
+        ((X, Y0, "em", True), TypeError, "steps: expected an integer, got bool"),
+        ((X, [1]), TypeError, "y0: expected a torch.Tensor, got list"),
+        ((X, Y0[0]), ValueError, r"y0: expected shape \(C, K\) or \(B, C, K\) with B = 2, got"),
+        ((X, Y0.expand(3, 6, 3)), ValueError, r"with B = 2, got \(3, 6, 3\)"),
+        ((X, Y0[:5]), ValueError, r"y0: expected C = 6 rows as x has channels, got \(5, 3\)"),
+        ((X, Y0[:, :0]), ValueError, r"y0: expected at least one basis \(K >= 1\), got \(6, 0\)"),
+        ((X, Y0.double()), TypeError, "y0: expected the dtype of x, torch.float32, or float32"),
+        ((X, Y0.to("meta")), ValueError, "y0: expected the device of x, cpu, got meta"),
+        ((X[:0], Y0), ValueError, "x: expected at least one element"),
+        ((X.int(), Y0), TypeError, "x: expected one of float32"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mfops.factorize(*arguments)
+
+
+class Halves(Method):
+    """Y: means of the two halves of the pixels that lie nearer to either base."""
+
+    def update_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return torch.softmax(-torch.cdist(y.mT, x.mT), dim=-2)
+
+    def update_bases(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return x @ (z / z.sum(-1, keepdim=True)).mT
+
+
+@pytest.fixture
+def halves():
+    mfops.register_method("halves", Halves())
+    yield "halves"
+    del METHODS["halves"]
+
+
+def test_a_method_of_ones_own(halves):
+    y, z = mfops.factorize(X, Y0, halves, 2)
+    assert y.shape == (2, 6, 3)
+    torch.testing.assert_close(z.sum(1), torch.ones(2, 20))
+    context = mfops.FactorizedContext(6, 3, factorizer=halves)
+    context(X.clone().requires_grad_()).sum().backward()
+    assert torch.equal(context.eval()(X), context(X))
+    with mfops.use_backend("native"), pytest.raises(RuntimeError, match="kernels for method 'halv"):
+        mfops.factorize(X, Y0, halves)
+
+
+def test_registration():
+    with pytest.raises(TypeError, match=r"method: expected an mfops.Method, got ABCMeta"):
+        mfops.register_method("mine", Halves)
+    for taken in ("em", "learned"):
+        with pytest.raises(ValueError, match=f"name: '{taken}' is taken"):
+            mfops.register_method(taken, Halves())
