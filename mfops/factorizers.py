@@ -152,8 +152,8 @@ class ImageFactorizer(Factorizer):
 class DoubleAttentionFactorizer(Factorizer):
     """Chen et al., "A2-Nets: Double Attention Networks", NeurIPS 2018.
 
-        Y = X softmax over N of (W_b X + b_b)^T     (their equation 4, gathering; A = X here)
-        Z = softmax over K of (W_v X + b_v)         (equation 6, distributing)
+        Y = X softmax over N of (W_b X + b_b)^T     (their section 3.1, gathering; A = X here)
+        Z = softmax over K of (W_v X + b_v)         (section 3.2, distribution)
 
     Differentiable throughout; W_b and W_v (K, C) are parameters.
 
