@@ -38,21 +38,26 @@ class SegmentationNetwork(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, return_loss: bool = False, masks: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits in x's resolution or, with ``return_loss``, ``(logits, loss)``.
 
         ``loss`` is the context's own, unweighted, as a float32 scalar: MFNet's reconstruction
-        error, and zero for networks without one. Without ``return_loss`` in training, MFNet's
-        enters through the backward pass, times its ``loss_weight``.
+        error, EncNet's SE-loss, and zero for networks without one. Without ``return_loss`` in
+        training, MFNet's enters through the backward pass, times its ``loss_weight``. ``masks``,
+        int64 ``(B, H, W)``, are for the losses that need them (``encoding``).
 
         Raises:
             TypeError: x is not of a floating-point type.
-            ValueError: x is not ``(B, 3, H, W)`` or is smaller than 33 x 33.
+            ValueError: x is not ``(B, 3, H, W)`` or is smaller than 33 x 33; a loss that needs
+                masks gets none, or of another shape.
         """
         _check_images(x)
         low, high = self.backbone(x)
         if return_loss and isinstance(self.context, LossContext):
-            context, loss = self.context(high, return_loss=True)
+            labels = {"masks": masks} if self.context.needs_masks else {}
+            context, loss = self.context(high, return_loss=True, **labels)
         else:
             context, loss = self.context(high), x.new_zeros((), dtype=torch.float32)
         logits = upsample(self.decoder(context, low), x.shape[-2:])
@@ -106,11 +111,13 @@ def create_model(
             :class:`mfnet.backbone.Backbone`.
         context: another context in place of the network's own, by its name in
             :data:`mfnet.contexts.CONTEXTS`: ``"mf"`` (mfnet's), ``"em"`` (emanet's), ``"aspp"``
-            (deeplabv3plus's), ``"aspp_separable"``, ``"none"``. mfnet is thus deeplabv3plus with
+            (deeplabv3plus's), ``"aspp_separable"``, ``"ppm"`` (PSPNet's), ``"encoding"``
+            (EncNet's), ``"nonlocal"``, ``"none"``. mfnet is thus deeplabv3plus with
             ``context="mf"``.
         **kwargs: options of the network's context. mf: ``rank=64``,
             ``context_size=(33, 33)`` (the stride-16 feature grid Z belongs to: 513 x 513 images
-            have 33 x 33) and ``loss_weight=0.1``. em: ``bases=64`` and ``steps=3``.
+            have 33 x 33) and ``loss_weight=0.1``. em: ``bases=64`` and ``steps=3``. encoding:
+            ``codewords=32``.
 
     Raises:
         ValueError: unknown model, backbone or context, a value out of range, weights that do not
@@ -130,11 +137,13 @@ def create_model(
     options = list(inspect.signature(build_context).parameters)[2:]  # after in_, out_channels
     for keyword in kwargs:
         if keyword not in options:
-            choices = ["num_classes", "backbone", "backbone_weights", "context", *options]
+            own = ["num_classes", "backbone", "backbone_weights", "context"]
             raise TypeError(
                 f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
-                f"choose from {', '.join(choices)}"
+                f"choose from {', '.join(dict.fromkeys([*own, *options]))}"
             )
+    if "num_classes" in options:
+        kwargs["num_classes"] = num_classes
     trunk = Backbone(backbone, backbone_weights)
     decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
     return SegmentationNetwork(

@@ -45,6 +45,9 @@ LABELS = {
     "em": "EM",
     "aspp": "ASPP",
     "aspp_separable": "ASPP, separable",
+    "ppm": "PPM",
+    "encoding": "Encoding",
+    "nonlocal": "non-local",
     "none": "none",
 }
 
@@ -139,7 +142,8 @@ def test_parameter_groups(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_any_context_in_any_network(name: str, context: str) -> None:
     model = small(name, context=context).train()
-    logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True)
+    masks = torch.randint(3, (2, 65, 65))
+    logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True, masks=masks)
     (logits.square().mean() + loss).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -209,6 +213,8 @@ def test_bad_images(x: torch.Tensor, error: type[Exception], message: str) -> No
         ("mfnet", {"rnk": 3}, TypeError, "'rnk' for model 'mfnet' .*num_classes.* rank, context"),
         ("deeplabv3plus", {"rank": 3}, TypeError, "context 'aspp': .*backbone_weights, context$"),
         ("mfnet", {"context": "em", "rank": 3}, TypeError, "context 'em': .*, bases, steps$"),
+        ("mfnet", {"context": "encoding", "k": 3}, TypeError, "from num_c.*context, codewords$"),
+        ("mfnet", {"context": "ppm", "bins": 3}, TypeError, "'ppm': .*backbone_weights, context$"),
         ("mfnet", {"context": "pyramid"}, ValueError, "unknown context 'pyramid': .*mf, em, aspp"),
         ("emanet", {"rank": 3}, TypeError, "choose from .*, bases, steps$"),
         ("emanet", {"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
