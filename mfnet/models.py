@@ -38,21 +38,26 @@ class SegmentationNetwork(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, return_loss: bool = False, masks: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits in x's resolution or, with ``return_loss``, ``(logits, loss)``.
 
         ``loss`` is the context's own, unweighted, as a float32 scalar: MFNet's reconstruction
-        error, and zero for networks without one. Without ``return_loss`` in training, MFNet's
-        enters through the backward pass, times its ``loss_weight``.
+        error, EncNet's SE-loss, and zero for networks without one. Without ``return_loss`` in
+        training, MFNet's enters through the backward pass, times its ``loss_weight``. ``masks``,
+        int64 ``(B, H, W)``, are for the losses that need them (``encoding``).
 
         Raises:
             TypeError: x is not of a floating-point type.
-            ValueError: x is not ``(B, 3, H, W)`` or is smaller than 33 x 33.
+            ValueError: x is not ``(B, 3, H, W)`` or is smaller than 33 x 33; a loss that needs
+                masks gets none, or of another shape.
         """
         _check_images(x)
         low, high = self.backbone(x)
         if return_loss and isinstance(self.context, LossContext):
-            context, loss = self.context(high, return_loss=True)
+            labels = {"masks": masks} if self.context.needs_masks else {}
+            context, loss = self.context(high, return_loss=True, **labels)
         else:
             context, loss = self.context(high), x.new_zeros((), dtype=torch.float32)
         logits = upsample(self.decoder(context, low), x.shape[-2:])
@@ -93,6 +98,7 @@ def create_model(
     backbone: str = "resnet50",
     backbone_weights: str | Path | None = None,
     context: str | None = None,
+    factorizer: str | None = None,
     **kwargs: Any,
 ) -> SegmentationNetwork:
     """Build a segmentation network at output stride 16.
@@ -105,12 +111,18 @@ def create_model(
             or the path of a torchvision or timm state-dict file; see
             :class:`mfnet.backbone.Backbone`.
         context: another context in place of the network's own, by its name in
-            :data:`mfnet.contexts.CONTEXTS`: ``"mf"`` (mfnet's), ``"em"`` (emanet's), ``"aspp"``
-            (deeplabv3plus's), ``"aspp_separable"``, ``"none"``. mfnet is thus deeplabv3plus with
+            :data:`mfnet.contexts.CONTEXTS`: ``"mf"`` (mfnet's), ``"em"`` (emanet's), ``"nmf"``,
+            ``"vq"``, ``"cd"`` (Hamburger's), ``"double_attention"`` (A2-Net's), ``"aspp"``
+            (deeplabv3plus's), ``"aspp_separable"``, ``"ppm"`` (PSPNet's), ``"encoding"``
+            (EncNet's), ``"nonlocal"``, ``"none"``. mfnet is thus deeplabv3plus with
             ``context="mf"``.
+        factorizer: where the factors of mf come from: ``"learned"``, as in the paper, or, from the
+            image, ``"em"``, ``"nmf"``, ``"vq"``, ``"cd"``, ``"double_attention"``.
         **kwargs: options of the network's context. mf: ``rank=64``,
             ``context_size=(33, 33)`` (the stride-16 feature grid Z belongs to: 513 x 513 images
-            have 33 x 33) and ``loss_weight=0.1``. em: ``bases=64`` and ``steps=3``.
+            have 33 x 33), ``loss_weight=0.1`` and ``steps`` of a factorizer that has them. em:
+            ``bases=64`` and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``.
+            double_attention: ``rank=64``. encoding: ``codewords=32``.
 
     Raises:
         ValueError: unknown model, backbone or context, a value out of range, weights that do not
@@ -128,13 +140,17 @@ def create_model(
         raise ValueError(f"unknown context '{context}': choose from {', '.join(CONTEXTS)}")
     build_context = CONTEXTS[context]
     options = list(inspect.signature(build_context).parameters)[2:]  # after in_, out_channels
+    if factorizer is not None:
+        kwargs["factorizer"] = factorizer
     for keyword in kwargs:
         if keyword not in options:
-            choices = ["num_classes", "backbone", "backbone_weights", "context", *options]
+            own = ["num_classes", "backbone", "backbone_weights", "context"]
             raise TypeError(
                 f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
-                f"choose from {', '.join(choices)}"
+                f"choose from {', '.join(dict.fromkeys([*own, *options]))}"
             )
+    if "num_classes" in options:
+        kwargs["num_classes"] = num_classes
     trunk = Backbone(backbone, backbone_weights)
     decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
     return SegmentationNetwork(

@@ -43,8 +43,8 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
 class SegmentationTask(L.LightningModule):
     """Cross entropy, plus a network's own auxiliary loss, by SGD with polynomial decay.
 
-    The loss is ``CE + reconstruction_weight * auxiliary``; for the first
-    ``reconstruction_warmup`` epochs it is CE alone. CE is the mean over the pixels that are not
+    The loss is ``CE + reconstruction_weight * auxiliary``, the weight being 0 for the first
+    ``reconstruction_warmup`` epochs. CE is the mean over the pixels that are not
     ignored (255) in the batches of all ranks together, so that n processes with batch b take the
     step of one process with batch n b; a batch without any such pixel has CE 0.
 
@@ -63,7 +63,8 @@ class SegmentationTask(L.LightningModule):
         momentum: SGD's momentum.
         weight_decay: SGD's weight decay.
         power: the rates are multiplied by ``(1 - step / steps) ** power`` at every step.
-        reconstruction_weight: weight of the auxiliary loss (the paper's lambda).
+        reconstruction_weight: weight of the auxiliary loss (the paper's lambda; EncNet's SE-loss
+            has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
     """
 
@@ -124,14 +125,17 @@ class SegmentationTask(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, masks = batch
         if isinstance(self.network, SegmentationNetwork):
-            logits, auxiliary = self.network(images, return_loss=True)
+            logits, auxiliary = self.network(images, return_loss=True, masks=masks)
         else:
             logits, auxiliary = self.network(images), None
         total, pixels = self._cross_entropy(self._checked(logits, images), masks)
         ce = total / _mean_over_ranks(pixels).clamp(min=1)
         loss = ce
-        if auxiliary is not None and self.current_epoch >= self.reconstruction_warmup:
-            loss = ce + self.reconstruction_weight * auxiliary
+        if auxiliary is not None:
+            # Weighted by 0 rather than left out: parameters that only this loss reaches would else
+            # have no gradient during the warm-up, which DistributedDataParallel does not accept.
+            warming_up = self.current_epoch < self.reconstruction_warmup
+            loss = ce + (0.0 if warming_up else self.reconstruction_weight) * auxiliary
 
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         per_epoch = {"train/loss": loss.detach(), "train/ce": ce.detach()}

@@ -31,8 +31,8 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    device = x.device.type
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Switches autocast off on a type of device."""
     return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
@@ -160,7 +160,7 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
     rows, start = _prepare_bases(x, y0, method, steps)
     backend = select(rows, y0.shape[-1], method)
     final = METHODS[method].final_coefficients
-    with _no_autocast(rows):
+    with without_autocast(rows.device.type):
         with torch.no_grad():
             y, z = backend.iterate(rows, start, method, steps, _tf32(rows))
         z = final(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
@@ -171,6 +171,6 @@ def solve(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tenso
     """X' = Y Z, mse and Y of `factorize` with "em" or "nmf", from kernels for all of it."""
     rows, start = _prepare_bases(x, y0, method, steps)
     backend = select(rows, y0.shape[-1], method)
-    with _no_autocast(rows):
+    with without_autocast(rows.device.type):
         x_hat, mse, y = Solve.apply(rows, start, method, steps, backend.name, _tf32(rows))
     return _as_features(x_hat, x), mse, y

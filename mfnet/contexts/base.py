@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -12,8 +13,11 @@ class LossContext(nn.Module, ABC):
 
     ``context(x)`` returns the features, as any context does, and is free to let its loss act
     through the backward pass; ``context(x, return_loss=True)`` returns ``(features, loss)`` with
-    the unweighted loss, a float32 scalar, and injects nothing.
+    the unweighted loss, a float32 scalar, and injects nothing. One with ``needs_masks`` takes the
+    images' labels as well: ``context(x, return_loss=True, masks=masks)``.
     """
+
+    needs_masks: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]: ...

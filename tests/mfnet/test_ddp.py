@@ -74,8 +74,10 @@ def test_cpu_layer_is_batchnorm(kind: type[nn.BatchNorm2d], group_of_one: None) 
     torch.testing.assert_close(converted.eval()(x), expected.eval()(x))
 
 
-def train(folder: Path, name: str, processes: int) -> tuple[dict[str, torch.Tensor], dict]:
-    """Two steps of two images per process; returns the weights and the validation scores."""
+def train(
+    folder: Path, name: str, context: str, processes: int
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Two steps of four images; returns the weights and the validation scores."""
     script = folder / "train.py"
     script.write_text(SCRIPT)
     run = folder / f"{name}-{processes}"
@@ -88,6 +90,7 @@ def train(folder: Path, name: str, processes: int) -> tuple[dict[str, torch.Tens
         "trainer.enable_progress_bar": "false",
         "trainer.default_root_dir": run,
         "model.network.name": name,
+        "model.network.context": context,
         "model.network.backbone": "resnet18",
         "model.reconstruction_warmup": 0,
         "data": "mfnet.data.Synthetic",
@@ -108,10 +111,14 @@ def train(folder: Path, name: str, processes: int) -> tuple[dict[str, torch.Tens
     return checkpoint["state_dict"], json.loads((run / "scores.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["mfnet", "emanet"])
-def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path, name: str) -> None:
-    one, scores_of_one = train(tmp_path, name, 1)
-    two, scores_of_two = train(tmp_path, name, 2)
+@pytest.mark.parametrize(
+    ("name", "context"), [("mfnet", "null"), ("emanet", "null"), ("emanet", "encoding")]
+)
+def test_two_processes_equal_one_with_the_double_batch(
+    tmp_path: Path, name: str, context: str
+) -> None:
+    one, scores_of_one = train(tmp_path, name, context, 1)
+    two, scores_of_two = train(tmp_path, name, context, 2)
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5, msg=key)

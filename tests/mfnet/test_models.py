@@ -43,8 +43,15 @@ def test_the_papers_table(name: str, parameters: int, gflops: float) -> None:
 LABELS = {
     "mf": "MF",
     "em": "EM",
+    "nmf": "NMF (Hamburger)",
+    "vq": "VQ (Hamburger)",
+    "cd": "CD (Hamburger)",
+    "double_attention": "double attention",
     "aspp": "ASPP",
     "aspp_separable": "ASPP, separable",
+    "ppm": "PPM",
+    "encoding": "Encoding",
+    "nonlocal": "non-local",
     "none": "none",
 }
 
@@ -58,6 +65,25 @@ def test_the_table_of_contexts_in_networks(context: str) -> None:
         with torch.device("meta"):
             model = create_model(network, context=context)
         assert f"{count_flops(model, (513, 513)) / 1e9:.2f}" == printed.strip()
+
+
+@pytest.mark.parametrize("factorizer", ["em", "nmf", "vq", "cd", "double_attention"])
+def test_mfnet_takes_factors_of_the_image(factorizer: str) -> None:
+    model = small("mfnet", factorizer=factorizer)
+    for height, width in ((33, 33), (65, 48)):
+        logits, loss = model.train()(torch.randn(2, 3, height, width), return_loss=True)
+        assert logits.shape == (2, 3, height, width)
+        (logits.square().mean() + loss).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    images = torch.randn(1, 3, 65, 48)
+    assert torch.equal(model.eval()(images), model(images))
+
+
+def test_a_factorizer_belongs_to_mf() -> None:
+    with pytest.raises(TypeError, match="unknown keyword 'factorizer' for model 'emanet' with"):
+        small("emanet", factorizer="em")
+    with pytest.raises(ValueError, match="factorizer: expected one of learned, double_attention"):
+        small("mfnet", factorizer="svd")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,7 +165,8 @@ def test_parameter_groups(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_any_context_in_any_network(name: str, context: str) -> None:
     model = small(name, context=context).train()
-    logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True)
+    masks = torch.randint(3, (2, 65, 65))
+    logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True, masks=masks)
     (logits.square().mean() + loss).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -209,7 +236,9 @@ def test_bad_images(x: torch.Tensor, error: type[Exception], message: str) -> No
         ("mfnet", {"rnk": 3}, TypeError, "'rnk' for model 'mfnet' .*num_classes.* rank, context"),
         ("deeplabv3plus", {"rank": 3}, TypeError, "context 'aspp': .*backbone_weights, context$"),
         ("mfnet", {"context": "em", "rank": 3}, TypeError, "context 'em': .*, bases, steps$"),
-        ("mfnet", {"context": "pyramid"}, ValueError, "unknown context 'pyramid': .*mf, em, aspp"),
+        ("mfnet", {"context": "encoding", "k": 3}, TypeError, "from num_c.*context, codewords$"),
+        ("mfnet", {"context": "ppm", "bins": 3}, TypeError, "'ppm': .*backbone_weights, context$"),
+        ("mfnet", {"context": "pyramid"}, ValueError, "unknown context 'pyramid': .*mf, em, nmf, vq, cd, double_attention, aspp"),
         ("emanet", {"rank": 3}, TypeError, "choose from .*, bases, steps$"),
         ("emanet", {"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
         ("mfnet", {"backbone": "resnet19"}, ValueError, "unknown backbone 'resnet19'"),

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from mfnet import SegmentationNetwork, create_model
-from mfnet.contexts.mf import MFContext
+from mfnet.contexts import EncodingContext, MFContext
 from mfnet.decoder import DeepLabDecoder
 from mfnet.task import SegmentationTask, segmentation_scores
 
@@ -119,6 +119,29 @@ def test_reconstruction_loss_counts_after_the_warm_up() -> None:
     assert second["train/loss"] == pytest.approx(
         second["train/ce"] + 0.25 * second["train/reconstruction"]
     )
+
+
+def test_a_loss_that_needs_masks_gets_them_and_no_parameter_waits_for_the_warm_up() -> None:
+    class Gradients(Callback):
+        def __init__(self) -> None:
+            self.epochs: list[Tensor] = []
+
+        def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            # As DistributedDataParallel would wait for them.
+            assert all(p.grad is not None for p in pl_module.parameters())
+            self.epochs.append(pl_module.network.context.classify.weight.grad.clone())
+
+    context = EncodingContext(8, 8, num_classes=len(CLASSES), codewords=3)
+    network = SegmentationNetwork(TinyBackbone(), context, DeepLabDecoder(8, 8, len(CLASSES)))
+    gradients = Gradients()
+    fit = trainer(max_epochs=2, callbacks=[gradients])
+    fit.fit(SegmentationTask(network, CLASSES, reconstruction_warmup=1), batches(2, 2))
+
+    first, second = gradients.epochs
+    assert not first.any()
+    assert second.any()
+    # Not yet learned: about log 2 for each class, all of which occur in every mask.
+    assert fit.callback_metrics["train/reconstruction"] == pytest.approx(0.69, abs=0.4)
 
 
 def test_a_batch_without_labels_gives_no_nan() -> None:

@@ -1,0 +1,49 @@
+"""Pooled features, spread over their image again: the branch that ASPP and PPM share."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import ASPPPooling
+
+
+class ImagePooling(ASPPPooling):
+    """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``, through ``bins`` x ``bins`` means.
+
+    Adaptive average pooling, 1x1 convolution, BatchNorm, ReLU, bilinear upsampling (corners
+    aligned): torchvision's ``ASPPPooling``, parameters and state dict included, for any number of
+    bins. On a grid smaller than the bins these overlap, and the "upsampling" picks among them.
+
+    Of one image and one bin, BatchNorm gets a single value per channel: there is no variance to
+    normalise by, and torch raises. Such a batch is normalised with the running statistics, which
+    it leaves as they are: as in evaluation, gradient included. All others, and a
+    ``SyncBatchNorm`` that gathers several ranks, behave as in torchvision.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bins: int = 1) -> None:
+        super().__init__(in_channels, out_channels)
+        self[0] = nn.AdaptiveAvgPool2d(bins)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool, conv, norm, activation = self
+        pooled = conv(pool(x))
+        one_value = pooled.shape[0] * pooled.shape[2] * pooled.shape[3] == 1
+        if norm.training and one_value and not _gathers_ranks(norm):
+            pooled = F.batch_norm(
+                pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            )
+        else:
+            pooled = norm(pooled)
+        return F.interpolate(
+            activation(pooled), size=x.shape[-2:], mode="bilinear", align_corners=True
+        )
+
+
+def _gathers_ranks(norm: nn.Module) -> bool:
+    return (
+        isinstance(norm, nn.SyncBatchNorm)
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size(norm.process_group) > 1
+    )
