@@ -12,7 +12,8 @@ from PIL import Image
 from repository import folder, page, picture, points, results, section
 
 from benchmarks import rows
-from benchmarks.bench_op import FORWARD, Case
+from benchmarks.bench_op import Case
+from benchmarks.kernels import FORWARD
 from benchmarks.questions import (
     CONTEXTS,
     COPY,

@@ -7,7 +7,8 @@ from made_up_rows import GPU, RUN
 from repository import NEWER, cells, document, folder, picture, points, section
 
 from benchmarks import rows
-from benchmarks.bench_op import BOTH, FORWARD, GPU_SHAPES, Case
+from benchmarks.bench_op import GPU_SHAPES, Case
+from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,

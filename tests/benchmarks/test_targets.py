@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 
 from benchmarks import bench_op
-from benchmarks.bench_op import BOTH, FORWARD, GPU_SHAPES, PASSES, Case
+from benchmarks.bench_op import GPU_SHAPES, Case
+from benchmarks.kernels import BOTH, FORWARD, PASSES
+from benchmarks.kernels import Figure as KernelFigure
 from benchmarks.questions import COMPILE, EAGER, NATIVE, TRITON
 from benchmarks.report import targets
 from benchmarks.report.targets import BANDWIDTH_SHAPES, Figure, Target
@@ -21,7 +23,7 @@ def figure(
     case: Case = CASE, which: str = BOTH, of_copy: float = 0.5, extra: int = 0, **ratios: float
 ) -> list[Row]:
     """Native takes a second, the others so many times that."""
-    columns = bench_op.Figure(case, which).columns() | {"skipped": ""}
+    columns = KernelFigure(case, which).columns() | {"skipped": ""}
     native = {
         "rival": NATIVE,
         "over_copy": str(1 / of_copy),
