@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rows
-from benchmarks import bench_factorizers
+from benchmarks import bench_factorizers, rows
 from benchmarks.bench_op import Case
 from benchmarks.kernels import BOTH, FORWARD, LAYOUTS, PASSES
 from benchmarks.kernels import Figure as KernelFigure

@@ -113,9 +113,7 @@ def test_a_round_too_few_is_wrong(method, dtype, monkeypatch):
     expected = bench_factorizers.expected_results(own, inputs)
     monkeypatch.setitem(STEPS, method, STEPS[method] - 1)
     with pytest.raises(RuntimeError, match="is wrong: relative error"):
-        kernels.assert_right(
-            CAREFUL[method], inputs, expected, bench_factorizers.TOLERANCE[dtype]
-        )
+        kernels.assert_right(CAREFUL[method], inputs, expected, bench_factorizers.TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("method", STEPS)
