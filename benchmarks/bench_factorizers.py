@@ -213,6 +213,7 @@ class Inputs:
 
     outputs: ClassVar = ("X'", "Y", "mse")
 
+    case: Case
     x: Tensor
     y0: Tensor
     grad_x_hat: Tensor | None
@@ -230,6 +231,15 @@ class Inputs:
             return ()
         return torch.autograd.grad(outputs[0], self.x, self.grad_x_hat)
 
+    def expected(self) -> dict[str, Tensor]:
+        x, y0 = self.x.detach().float(), self.y0.float()
+        y, z, slope, x_hat, mse = reference.solve(x, y0, self.case.method, self.case.steps)
+        found = {"X'": x_hat, "Y": y, "mse": mse}
+        if self.grad_x_hat is not None:
+            upstream = self.grad_x_hat.float()
+            found["dX"] = reference.nmf_backward(upstream, None, x, y, z, slope)
+        return found
+
 
 def make_inputs(case: Case, device: str) -> Inputs:
     """Standard normal features (nmf: their positive part, as behind a ReLU), bases as at first."""
@@ -238,31 +248,16 @@ def make_inputs(case: Case, device: str) -> Inputs:
     y0 = method.noise(channels, rank, device=torch.device(device))
     x = case.features(device)
     return Inputs(
+        case=case,
         x=(x.relu() if method.nonnegative else x).requires_grad_(),
         y0=y0.to(x.dtype),
         grad_x_hat=case.features(device) if case.has_gradient else None,
     )
 
 
-def expected_results(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    x, y0 = inputs.x.detach().float(), inputs.y0.float()
-    y, z, slope, x_hat, mse = reference.solve(x, y0, case.method, case.steps)
-    found = {"X'": x_hat, "Y": y, "mse": mse}
-    if inputs.grad_x_hat is not None:
-        found["dX"] = reference.nmf_backward(inputs.grad_x_hat.float(), None, x, y, z, slope)
-    return found
-
-
 @functools.lru_cache(maxsize=1)  # the passes over one case follow each other
 def prepare(case: Case, bench: Bench) -> Prepared:
-    device = bench.machine.device
-    return kernels.prepare(
-        lambda: make_inputs(case, device),
-        lambda inputs: expected_results(case, inputs),
-        lambda: ops(case, device, bench.small),
-        TOLERANCE[case.dtype],
-        bench,
-    )
+    return kernels.prepare(case, bench, make_inputs, ops, TOLERANCE)
 
 
 def measure(figure: Figure, bench: Bench) -> Measured:

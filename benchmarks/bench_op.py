@@ -162,6 +162,13 @@ class Inputs:
         upstream = self.grad_x_hat, self.grad_mse[outputs[1].dtype]
         return torch.autograd.grad(outputs, self.leaves, upstream)
 
+    def expected(self) -> dict[str, Tensor]:
+        exact = [t.detach().float() for t in self.leaves]
+        upstream = self.grad_x_hat.float(), self.grad_mse[torch.float32]
+        grads = reference.reconstruct_backward(*upstream, *exact, True, True, True)
+        results = *reference.reconstruct(*exact), *grads
+        return dict(zip((*self.outputs, *self.grads), results, strict=True))
+
 
 def make_inputs(case: Case, device: str) -> Inputs:
     batch, channels, rank, pixels = case.shape
@@ -178,24 +185,9 @@ def make_inputs(case: Case, device: str) -> Inputs:
     )
 
 
-def expected_results(inputs: Inputs) -> dict[str, Tensor]:
-    exact = [t.detach().float() for t in inputs.leaves]
-    upstream = inputs.grad_x_hat.float(), inputs.grad_mse[torch.float32]
-    grads = reference.reconstruct_backward(*upstream, *exact, True, True, True)
-    results = *reference.reconstruct(*exact), *grads
-    return dict(zip((*inputs.outputs, *inputs.grads), results, strict=True))
-
-
 @functools.lru_cache(maxsize=1)  # the passes over one case follow each other
 def prepare(case: Case, bench: Bench) -> Prepared:
-    device = bench.machine.device
-    return kernels.prepare(
-        lambda: make_inputs(case, device),
-        expected_results,
-        lambda: ops(case, device, bench.small),
-        TOLERANCE[case.dtype],
-        bench,
-    )
+    return kernels.prepare(case, bench, make_inputs, ops, TOLERANCE)
 
 
 def measure(figure: Figure, bench: Bench) -> Measured:

@@ -91,6 +91,8 @@ class Inputs(Protocol):
 
     def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
 
+    def expected(self) -> dict[str, Tensor]: ...  # by the reference in float32
+
 
 def on_channels_last(x: Tensor) -> bool:
     return x.stride(-1) != 1 and x.stride(-2) == 1
@@ -139,29 +141,31 @@ def assert_right(op: Op, inputs: Inputs, expected: dict[str, Tensor], tolerance:
 class Prepared:
     """A case's rotating inputs, the rivals that are right, and why others take no part."""
 
-    sets: list[Any]  # Inputs
+    sets: list[Inputs]
     ops: dict[str, Op]
     skipped: dict[str, str]
 
 
 def prepare(
-    make_inputs: Callable[[], Inputs],
-    expected_results: Callable[[Any], dict[str, Tensor]],
-    ops: Callable[[], dict[str, Op]],
-    tolerance: float,
+    case: Case,
     bench: Bench,
+    make_inputs: Callable[[Any, str], Inputs],
+    ops: Callable[[Any, str, bool], dict[str, Op]],
+    tolerance: dict[str, float],
 ) -> Prepared:
+    """`make_inputs(case, device)`, `ops(case, device, small)`, the relative error of each dtype."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    sets = [make_inputs()]
+    device = bench.machine.device
+    sets = [make_inputs(case, device)]
     size = storage_bytes(sets[0].leaves)
     while len(sets) < (2 if bench.small else bench.machine.sets(size)):
-        sets.append(make_inputs())
-    expected = expected_results(sets[0])
+        sets.append(make_inputs(case, device))
+    expected = sets[0].expected()
     right, skipped = {}, {}
-    for name, op in ops().items():
+    for name, op in ops(case, device, bench.small).items():
         try:
-            assert_right(op, sets[0], expected, tolerance)
+            assert_right(op, sets[0], expected, tolerance[case.dtype])
             right[name] = op
         except Exception as error:  # a rival that breaks must not take the others with it
             unavailable = "cannot run this call" in str(error)

@@ -97,7 +97,7 @@ def test_every_rival_is_right(method, layout, dtype):
     torch.manual_seed(0)
     inputs = bench_factorizers.make_inputs(own, "cpu")
     assert inputs.x.stride()[1:] == ((1, 60) if layout == "channels_last" else (200, 1))
-    expected = bench_factorizers.expected_results(own, inputs)
+    expected = inputs.expected()
     assert expected.keys() == {"X'", "Y", "mse", *inputs.grads}
     for op in (TEXTBOOK[method], CAREFUL[method], on_backend("reference", method)):
         kernels.assert_right(op, inputs, expected, bench_factorizers.TOLERANCE[dtype])
@@ -110,7 +110,7 @@ def test_a_round_too_few_is_wrong(method, dtype, monkeypatch):
     own = Case((1, 512, 64, 1089), dtype, "contiguous", method)
     torch.manual_seed(0)
     inputs = bench_factorizers.make_inputs(own, "cpu")
-    expected = bench_factorizers.expected_results(own, inputs)
+    expected = inputs.expected()
     monkeypatch.setitem(STEPS, method, STEPS[method] - 1)
     with pytest.raises(RuntimeError, match="is wrong: relative error"):
         kernels.assert_right(CAREFUL[method], inputs, expected, bench_factorizers.TOLERANCE[dtype])

@@ -86,7 +86,7 @@ def test_every_rival_is_right(layout, factors):
     case = Case(CASE.shape, "bfloat16", layout, factors)
     inputs = bench_op.make_inputs(case, "cpu")
     assert inputs.x.stride()[1:] == ((1, 6) if layout == "channels_last" else (20, 1))
-    expected = bench_op.expected_results(inputs)
+    expected = inputs.expected()
     for name, op in bench_op.ops(case, "cpu", small=True).items():
         if name != TRITON:
             kernels.assert_right(op, inputs, expected, bench_op.TOLERANCE["bfloat16"])
