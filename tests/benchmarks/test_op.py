@@ -78,6 +78,10 @@ def test_moved_bytes_are_those_of_each_operators_tensors():
     with kernels.MovedBytes() as moved:
         torch.add(a, torch.ones(1, 4).expand(10, 4))  # ones written, then 4 numbers of it read
     assert moved.total == 16 + 160 + 16 + 160
+    x, y = torch.ones(2, 10, 4), torch.ones(2, 4, 5)
+    with kernels.MovedBytes() as moved:
+        x @ y
+    assert moved.total == 4 * (2 * 10 * 4 + 2 * 4 * 5 + 2 * 10 * 5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
