@@ -14,7 +14,7 @@ help:
 	@echo "make demo    train MFNet on generated images, print its metrics, draw its predictions"
 	@echo "make test    the test suite"
 	@echo "make bench   measure on this machine: rows for benchmarks/results (benchmarks/README.md)"
-	@echo "make bench-check  a short run: has the op become slower than its rivals?"
+	@echo "make bench-check  a short run: have the op and the factorizers become slower?"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build for it, test, measure (docs/gpu.md)"
 	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
 	@echo "make install only the virtual environment, $(VENV)"
@@ -60,11 +60,14 @@ gpu-build:
 gpu-test:
 	$(GPU_PYTHON) -m pytest -m gpu --continue-on-collection-errors
 
-# Figures that the seconds do not suffice for are left out, by name. Networks take longer than that
-# to compile: docs/gpu.md.
+# Figures that the seconds do not suffice for are left out, by name; the factorizers have seconds of
+# their own. Networks take longer than that to compile: docs/gpu.md. pytest ends with 5 where BENCH
+# selects nothing of a part.
 gpu-bench:
-	$(GPU_PYTHON) -m pytest $(addprefix benchmarks/bench_,ceilings.py op.py host.py contexts.py) \
-	    --budget 240 $(BENCH)
+	@status=0; for part in "ceilings op host contexts" factorizers; do \
+	    $(GPU_PYTHON) -m pytest $$(printf 'benchmarks/bench_%s.py ' $$part) --budget 240 $(BENCH) \
+	        || [ $$? -eq 5 ] || status=1; \
+	done; exit $$status
 
 # Without torch's own allocator every tensor is an allocation that memcheck knows the end of.
 gpu-sanitize:

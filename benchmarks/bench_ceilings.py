@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bench_op import DTYPES, copy_turn
 from benchmarks.harness import Turn, take_turns, times
+from benchmarks.kernels import DTYPES, copy_turn
 from benchmarks.measure import Bench, Measured, pairs, playback
 from benchmarks.questions import CEILINGS, COPY
 

@@ -15,8 +15,9 @@ import pytest
 from torch import Tensor
 
 import mfops
-from benchmarks.bench_op import Case, Op, make_inputs, on_backend, textbook
+from benchmarks.bench_op import Case, make_inputs, on_backend, textbook
 from benchmarks.harness import Turn, WallClock, first_line, take_turns, times
+from benchmarks.kernels import Op
 from benchmarks.measure import Bench, Measured, pairs, playback
 from benchmarks.questions import EAGER, HOST, TRITON
 

@@ -1,4 +1,4 @@
-"""Has the op become slower than its rivals? `make bench-check`, minutes on two processor cores.
+"""Have the op and the factorizers become slower? `make bench-check`, minutes on two cores.
 
     python -m benchmarks.check [--results DIR]
 
@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_contexts, bench_op, rows
+from benchmarks import bench_contexts, bench_factorizers, bench_op, kernels, rows
 from benchmarks.harness import Effort
 from benchmarks.machine import Machine, processors
 from benchmarks.measure import Bench, Measured
-from benchmarks.questions import CONTEXTS, EAGER, NATIVE, OP, TRITON
+from benchmarks.questions import CONTEXTS, EAGER, FACTORIZERS, NATIVE, OP, TRITON
 
 ALLOWED = 1.15  # a ratio over the one in the rows
 TRIES = 3
@@ -60,14 +60,15 @@ class Guard:
 
 
 def guards(device: str) -> list[Guard]:
-    """The op over contiguous features; contexts of ours, forward, at 33 x 33.
+    """The op and the factorizers over contiguous features; contexts of ours, forward, at 33 x 33.
 
     Backward alone is not watched, but as a part of forward + backward: it varies the most.
     """
     found = [
-        Guard(OP, figure, bench_op.measure, (NATIVE, TRITON), EAGER)
-        for figure in bench_op.figures(device, small=False)
-        if figure.case.layout == "contiguous" and figure.which != bench_op.BACKWARD
+        Guard(question, figure, bench.measure, (NATIVE, TRITON), EAGER)
+        for question, bench in ((OP, bench_op), (FACTORIZERS, bench_factorizers))
+        for figure in bench.figures(device, small=False)
+        if figure.case.layout == "contiguous" and figure.which != kernels.BACKWARD
     ]
     place = bench_contexts.figures(device, small=False)[0]
     return [*found, Guard(CONTEXTS, place, bench_contexts.measure, ("mf", "em"), "aspp")]

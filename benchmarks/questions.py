@@ -19,6 +19,14 @@ OP = Question(
     bases=(NATIVE, TRITON, EAGER, COPY),
 )
 
+# From X to X' by the methods that find the factors on each image.
+FACTORIZERS = Question(
+    "factorizers",
+    figure=("method", "steps", "shape", "dtype", "layout", "pass"),
+    measures=OP.measures,
+    bases=(NATIVE, TRITON, EAGER, BEST, COMPILE, COPY),
+)
+
 # Time from call to return, of one call on small tensors.
 HOST = Question("host", figure=("shape", "dtype", "mode"), bases=(EAGER,))
 

@@ -56,6 +56,15 @@ SECTIONS = (
         tables.op,
         "roofline",
     ),
+    Section(
+        "Factorizers",
+        "From X to X' = Y Z by the methods that find the factors on each image, T rounds. mfops's "
+        "figures include the reconstruction error, which the published lines do not compute. "
+        "Floor, bytes and extra memory as above; the floor reads X once, whatever T is. With "
+        "backward: the gradient of X' that reaches X, nmf's alone.",
+        tables.factorizers,
+        "factorizers",
+    ),
     Section("Host", "Microseconds from call to return, on small tensors.", tables.host),
     Section(
         "Contexts",

@@ -14,7 +14,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from benchmarks.bench_op import FORWARD
+from benchmarks.kernels import FORWARD
 from benchmarks.questions import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, TRITON
 from benchmarks.report import load
 

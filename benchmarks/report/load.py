@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.bench_op import BOTH, FORWARD
+from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,
@@ -18,6 +18,7 @@ from benchmarks.questions import (
     COMPILE_GRAPHS,
     CONTEXTS,
     EAGER,
+    FACTORIZERS,
     HOST,
     MODELS,
     NATIVE,
@@ -27,7 +28,17 @@ from benchmarks.questions import (
 )
 from benchmarks.rows import PROVENANCE, TIMES, Question, Row, number
 
-QUESTIONS = (CEILINGS, OP, HOST, CONTEXTS, MODELS, TRAINING, ACCURACY, ACCURACY_COST)
+QUESTIONS = (
+    CEILINGS,
+    OP,
+    FACTORIZERS,
+    HOST,
+    CONTEXTS,
+    MODELS,
+    TRAINING,
+    ACCURACY,
+    ACCURACY_COST,
+)
 TEXTS = {"network", "backbone", "size", "input"}  # measures that are no numbers
 
 # What rivals are called; others by the name in their rows.
@@ -40,6 +51,10 @@ NAMES = {
     COMPILE_GRAPHS: "torch.compile, CUDA graphs",
     "mf": "MF",
     "em": "EM",
+    "nmf": "NMF (Hamburger)",
+    "vq": "VQ",
+    "cd": "CD",
+    "double_attention": "Double attention",
     "aspp": "ASPP",
     "aspp_separable": "ASPP, separable",
     "ppm": "PPM",

@@ -13,10 +13,12 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.bench_op import BOTH, FORWARD
+from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.questions import (
     CEILINGS,
     COPY,
+    EAGER,
+    FACTORIZERS,
     MODELS,
     OP,
     TRAINING,
@@ -25,7 +27,7 @@ from benchmarks.report import draw, load
 from benchmarks.report.draw import Content
 from benchmarks.report.load import OURS, PAPER, PAPER_BACKBONE, PAPER_SIZE, Results
 from benchmarks.report.tables import PARTS, accuracy_title, training_title
-from benchmarks.rows import number
+from benchmarks.rows import Row, number
 
 MARK = "rows drawn, sha256 "  # of a picture's description
 
@@ -200,6 +202,48 @@ def contexts(results: Results) -> Picture | str:
     return Picture(title, alt, content, draw.bars)
 
 
+def factorizers(results: Results) -> Picture | str:
+    """Over the published lines, for the shape, dtype and layout that come first."""
+    first: list[str] | None = None
+    passes: dict[str, dict[str, Row]] = {}
+    for (method, steps, *case, which, _), found in results.plain(FACTORIZERS).items():
+        known = {row["rival"]: row for row in load.measured(found) if row["rival"] != COPY}
+        first = first or case
+        if case == first and EAGER in known:
+            backward = "" if which == FORWARD else ",\nwith backward"
+            passes[f"{method}, T = {steps}{backward}"] = known
+    # Of a rival with CUDA graphs no memory is counted.
+    shown = [
+        rival
+        for rival in (next(iter(passes.values())) if passes else ())
+        if all(known.get(rival, {}).get("peak_bytes") for known in passes.values())
+    ]
+    if not first or not shown:
+        return f"factorizers, {EAGER} among them"
+
+    def panel(title: str, over_published: list[float]) -> Content:
+        return {"title": title, "values": [_round(v) for v in over_published], "one": True}
+
+    panels = [
+        panel(f"time: {title}", [float(known[rival][f"over_{EAGER}"]) for rival in shown])
+        for title, known in passes.items()
+    ]
+    title, known = list(passes.items())[-1]
+    peaks = {rival: float(known[rival]["peak_bytes"]) for rival in shown}
+    panels.append(panel(f"memory: {title}", [peak / peaks[EAGER] for peak in peaks.values()]))
+    content = {
+        "names": [load.name(rival) for rival in shown],
+        "ours": [rival in OURS for rival in shown],
+        "panels": panels,
+    }
+    shape, dtype, layout = first
+    case = f"({', '.join(shape.split())}), {dtype}, {layout}"
+    title = f"Factors of an image, over the published lines: {case}"
+    alt = "Bars for each way to run em and nmf: time, and peak memory, over that of the published "
+    alt += "lines."
+    return Picture(title, alt, content, draw.bars)
+
+
 def training(results: Results) -> Picture | str:
     panels = []
     for key, found in results.plain(TRAINING).items():
@@ -250,6 +294,7 @@ def roofline(results: Results) -> Picture | str:
 PLOTS: dict[str, Callable[[Results], Picture | str]] = {
     "pareto": pareto,
     "contexts": contexts,
+    "factorizers": factorizers,
     "roofline": roofline,
     "paper": paper,
     "training": training,

@@ -11,14 +11,25 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.bench_op import BOTH, FORWARD
-from benchmarks.questions import ACCURACY, COMPILE, COPY, EAGER, NATIVE, OP, TRITON
+from benchmarks.kernels import BOTH, FORWARD
+from benchmarks.questions import (
+    ACCURACY,
+    BEST,
+    COMPILE,
+    COPY,
+    EAGER,
+    FACTORIZERS,
+    NATIVE,
+    OP,
+    TRITON,
+)
 from benchmarks.report import load
 from benchmarks.report.load import Figures, Results
 from benchmarks.report.plots import PLOTS, Picture
 from benchmarks.report.tables import (
     CONTEXT,
     GFLOPS,
+    METHOD,
     NAME,
     OVER_NATIVE,
     PARAMETERS,
@@ -33,6 +44,7 @@ from benchmarks.report.tables import (
     of,
     paper,
     paragraph,
+    share,
     source,
     table,
     text,
@@ -164,6 +176,30 @@ def _huge_pages(found: list[Row]) -> list[str]:
     ]
 
 
+def _factorizers(results: Results, document: Path) -> list[str]:
+    """A line of ours for each figure: time over rivals', memory over the published lines'."""
+    figures = results.plain(FACTORIZERS)
+    found = []
+    for rows in figures.values():
+        by_rival = {row["rival"]: row for row in rows}
+        ours = next((row for row in load.measured(rows) if row["rival"] in (NATIVE, TRITON)), None)
+        row = ours or by_rival.get(NATIVE)
+        if row:
+            published = by_rival.get(EAGER, {}).get("peak_bytes", "")
+            found.append({**row, "published_bytes": published})
+    if not found:
+        return []
+    columns = [SHAPE, label("dtype"), label("layout"), METHOD, PASS, NAME]
+    columns.append(Column("ms", of("median_s", 1e3)))
+    bases = {"published": EAGER, "its best": BEST, "torch.compile": COMPILE}
+    columns += [
+        Column(f"time / {title}", of(f"over_{base}", form=".2f")) for title, base in bases.items()
+    ]
+    columns += [PEAK, Column("peak / published", share("peak_bytes", "published_bytes", ".2f"))]
+    measured = [row for rows in figures.values() for row in load.measured(rows)]
+    return [*table(found, columns), *_notes(f"{line}." for line in source(measured))]
+
+
 def _contexts(results: Results, document: Path) -> list[str]:
     """A line for each size and context, with the ratios of both passes."""
     ratios = [(which, base) for which in (FORWARD, BOTH) for base in ("aspp", "em")]
@@ -211,6 +247,7 @@ def _pictures(results: Results, document: Path) -> list[str]:
 
 REGIONS: dict[str, Callable[[Results, Path], list[str]]] = {
     "op": _op,
+    "factorizers": _factorizers,
     "contexts": _contexts,
     "paper": _paper,
     "accuracy": _accuracy,

@@ -11,6 +11,7 @@ from benchmarks.questions import (
     CONTEXTS,
     COPY,
     EAGER,
+    FACTORIZERS,
     HOST,
     MODELS,
     NATIVE,
@@ -19,7 +20,7 @@ from benchmarks.questions import (
 )
 from benchmarks.report import load, targets
 from benchmarks.report.load import PAPER, QUESTIONS, Results, Score
-from benchmarks.rows import PROVENANCE, Row, number
+from benchmarks.rows import PROVENANCE, Question, Row, number
 
 MIB = 2**-20
 PARTS = {  # of a training step
@@ -100,6 +101,7 @@ CONTEXT = Column("context", name, measured=False)
 NETWORK = Column("network", name, measured=False)
 SHAPE = Column("(B, C, K, N)", lambda row: f"({', '.join(row['shape'].split())})", measured=False)
 PASS = label("pass")
+METHOD = Column("method", lambda row: f"{row['method']}, T = {row['steps']}", measured=False)
 SETTING = label("setting")
 MS = Column("ms", milliseconds)
 OVER_NATIVE = Column("time / mfops", of(f"over_{NATIVE}", form=".2f"))
@@ -208,45 +210,65 @@ def ceilings(results: Results) -> list[str]:
     return table(found, [label("dtype"), *_where(found), what, Column("rate", rate), MS])
 
 
-def op(results: Results) -> list[str]:
-    """A table, folded, for each dtype, layout, kind of factors and environment.
+def _of_copy(row: Row) -> str:
+    over_copy = number(row, f"over_{COPY}")
+    return show(None if over_copy is None else 1 / over_copy, ".0%")
 
-    Above them what a GPU has to reach: it alone is measured in bfloat16.
-    """
 
-    def of_copy(row: Row) -> str:
-        over_copy = number(row, f"over_{COPY}")
-        return show(None if over_copy is None else 1 / over_copy, ".0%")
+OPERATION = [  # what is measured of rivals in turns with a copy
+    PASS,
+    NAME,
+    MS,
+    OVER_NATIVE,
+    Column("of the copy", _of_copy),
+    Column("bytes / floor", share("moved_bytes", "floor_bytes", ".2f")),
+    PEAK,
+    Column("extra, of X", share("extra_bytes", "x_bytes", ".1%")),
+]
 
-    columns = [
-        SHAPE,
-        PASS,
-        NAME,
-        MS,
-        OVER_NATIVE,
-        Column("of the copy", of_copy),
-        Column("bytes / floor", share("moved_bytes", "floor_bytes", ".2f")),
-        PEAK,
-        Column("extra, of X", share("extra_bytes", "x_bytes", ".1%")),
-    ]
-    groups: dict[str, list[Row]] = {}
-    for (_, dtype, layout, factors, _, environment), found in results.figures(OP).items():
-        title = f"{dtype}, {layout}, {factors} factors{_under(environment)}"
-        groups.setdefault(title, []).extend(found)
-    lines = _late(results)
-    plain = results.plain(OP)
-    if any(dtype == "bfloat16" for _, dtype, *_ in plain):
-        lines += targets.table(targets.targets(plain.values(), results.plain(HOST).values()))
-        lines.append("")
+
+def _folded(groups: dict[str, list[Row]], columns: list[Column]) -> list[str]:
+    """A table for each title, folded."""
+    lines = []
     for title, found in groups.items():
         lines += ["<details>", f"<summary>{text(title)}</summary>", ""]
         lines += [*table(found, columns), "", "</details>"]
     return lines
 
 
-def _late(results: Results) -> list[str]:
+def op(results: Results) -> list[str]:
+    """A table, folded, for each dtype, layout, kind of factors and environment.
+
+    Above them what a GPU has to reach: it alone is measured in bfloat16.
+    """
+    groups: dict[str, list[Row]] = {}
+    for (_, dtype, layout, factors, _, environment), found in results.figures(OP).items():
+        title = f"{dtype}, {layout}, {factors} factors{_under(environment)}"
+        groups.setdefault(title, []).extend(found)
+    lines = _late(results, OP)
+    plain = results.plain(OP)
+    if any(dtype == "bfloat16" for _, dtype, *_ in plain):
+        lines += targets.table(targets.targets(plain.values(), results.plain(HOST).values()))
+        lines.append("")
+    return [*lines, *_folded(groups, [SHAPE, *OPERATION])]
+
+
+def factorizers(results: Results) -> list[str]:
+    """A table, folded, for each dtype, layout and environment, below what has to be reached."""
+    groups: dict[str, list[Row]] = {}
+    for key, found in results.figures(FACTORIZERS).items():
+        _, _, _, dtype, layout, _, environment = key
+        groups.setdefault(f"{dtype}, {layout}{_under(environment)}", []).extend(found)
+    if not groups:
+        return []
+    required = targets.table(targets.factorizers(results.plain(FACTORIZERS).values()))
+    lines = [*_late(results, FACTORIZERS), *required, ""]
+    return [*lines, *_folded(groups, [SHAPE, METHOD, *OPERATION])]
+
+
+def _late(results: Results, question: Question) -> list[str]:
     """Calls of a GPU in whose time the host's own may be."""
-    figures = [load.measured(found) for found in results.figures(OP).values()]
+    figures = [load.measured(found) for found in results.figures(question).values()]
     late = sum(number(found[0], "late") or 0 for found in figures if found)
     calls = sum(number(row, "rounds") or 0 for found in figures for row in found)
     words = f"{late:.0f} of {calls:.0f} calls were not queued when the GPU came to them."

@@ -1,4 +1,4 @@
-"""What the GPU's figures have to reach: each target, required and measured, from rows.
+"""What figures have to reach: each target, required and measured, from rows.
 
 A rival's name begins with its family, "compile" or "eager"; a family's figure is that of its
 fastest member. Ratios are times over mfops native's.
@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.bench_op import BACKWARD, BOTH, FACTORS, FORWARD, GPU_SHAPES, LAYOUTS, Case
+from benchmarks import bench_factorizers, kernels
+from benchmarks.bench_op import FACTORS, GPU_SHAPES, Case
+from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS
 from benchmarks.questions import COPY, EAGER, NATIVE, TRITON
 from benchmarks.rows import Row, number
 
@@ -20,6 +22,7 @@ BANDWIDTH_TARGETS = {FORWARD: 0.85, BACKWARD: 0.65}
 SPEED_TARGETS = {"compile": 1.8, "eager": 3.0}
 MEMORY_TARGET = 0.01
 TRITON_TARGET = 1.3
+FACTORIZER_TARGETS = {EAGER: 5.0, "compile": 3.0}  # on a GPU
 DTYPES = ("bfloat16", "float32")
 MFOPS = "mfops"  # whichever backend the automatic choice takes
 
@@ -30,20 +33,24 @@ OVER_NATIVE, OVER_COPY, OVER_EAGER = (f"over_{base}" for base in (NATIVE, COPY, 
 class Figure:
     """One pass over one case: the rows of the rivals that were measured, by name."""
 
-    case: Case
+    case: kernels.Case
     which: str
     rivals: dict[str, Row]
 
     @classmethod
-    def of(cls, rows: list[Row]) -> Figure:
+    def of(cls, rows: list[Row], case: type[kernels.Case], more: str) -> Figure:
+        """`more`: the column that such a case has beside shape, dtype and layout."""
         first = rows[0]
-        b, c, k, n = map(int, first["shape"].split())
-        case = Case((b, c, k, n), first["dtype"], first["layout"], first["factors"])
-        return cls(case, first["pass"], {r["rival"]: r for r in rows if not r["skipped"]})
+        shape = tuple(map(int, first["shape"].split()))
+        own = case(shape, first["dtype"], first["layout"], first[more])
+        return cls(own, first["pass"], {r["rival"]: r for r in rows if not r["skipped"]})
+
+    def members(self, family: str) -> list[Row]:
+        return [row for name, row in self.rivals.items() if name.startswith(family)]
 
     def over_native(self, family: str) -> float | None:
         """The fastest member's time over native's, None where one of them was not measured."""
-        members = [row for name, row in self.rivals.items() if name.startswith(family)]
+        members = self.members(family)
         if not members:
             return None
         return number(min(members, key=lambda row: float(row["median_s"])), OVER_NATIVE)
@@ -58,6 +65,13 @@ class Figure:
         row = self.rivals.get(NATIVE, {})
         extra, x = number(row, "extra_bytes"), number(row, "x_bytes")
         return None if extra is None or not x else extra / x
+
+    def peak_over(self, family: str) -> float | None:
+        """Native's peak memory over that of the family's most sparing member."""
+        own = number(self.rivals.get(NATIVE, {}), "peak_bytes")
+        peaks = [number(row, "peak_bytes") for row in self.members(family)]
+        known = [peak for peak in peaks if peak]
+        return None if own is None or not known else own / min(known)
 
 
 @dataclass
@@ -206,7 +220,7 @@ def _host(figures: Iterable[list[Row]]) -> list[Target]:
 
 def targets(op: Iterable[list[Row]], host: Iterable[list[Row]]) -> list[Target]:
     """One by one, from the rows of every figure of the op and of the host."""
-    figures = [Figure.of(rows) for rows in op]
+    figures = [Figure.of(rows, Case, "factors") for rows in op]
     return [
         *_bandwidth(figures),
         *_speed(figures),
@@ -214,6 +228,54 @@ def targets(op: Iterable[list[Row]], host: Iterable[list[Row]]) -> list[Target]:
         _memory(figures),
         _triton(figures),
         *_host(host),
+    ]
+
+
+def _several_times_faster(figures: list[Figure], method: str) -> list[Target]:
+    """The lowest ratio over layouts and passes, for each shape and family, in bfloat16."""
+    targets = []
+    for shape in bench_factorizers.GPU_SHAPES:
+        for family, required in FACTORIZER_TARGETS.items():
+            name, wanted = f"{method} {shape}, bfloat16, against {family}", f">= {required}x"
+            here = [f for f in figures if (f.case.shape, f.case.dtype) == (shape, "bfloat16")]
+            ratios = _known(here, lambda f, family=family: f.over_native(family))
+            if not ratios:
+                why = f"no figure of {NATIVE} and {family}"
+                targets.append(Target.missing(name, wanted, why))
+                continue
+            lowest = min(ratios, key=lambda pair: pair[1])
+            ratio = lowest[1]
+            measured = f"{ratio:.2f}x{_missed_by(ratio, required)} ({_where(lowest)}), the lowest "
+            measured += f"of {len(ratios)}"
+            targets.append(Target(name, wanted, measured, ratio >= required))
+    return targets
+
+
+def _no_slower_and_smaller(figures: list[Figure], method: str) -> list[Target]:
+    """Against the fastest of the textbook lines, and against those that need the least memory."""
+    slower, larger = f"{method}: never slower than eager", f"{method}: less peak memory than eager"
+    ratios = _known(figures, lambda f: f.over_native("eager"))
+    peaks = _known(figures, lambda f: f.peak_over("eager"))
+    if not ratios or not peaks:
+        why = f"no figure of {NATIVE} and eager"
+        return [Target.missing(slower, ">= 1x", why), Target.missing(larger, "< 1x", why)]
+    lowest, highest = (pick(of, key=lambda pair: pair[1])
+                       for pick, of in ((min, ratios), (max, peaks)))  # fmt: skip
+    return [
+        Target(slower, ">= 1x", f"{lowest[1]:.2f}x ({_where(lowest)})", lowest[1] >= 1),
+        Target(larger, "< 1x", f"{highest[1]:.2f}x ({_where(highest)})", highest[1] < 1),
+    ]
+
+
+def factorizers(found: Iterable[list[Row]]) -> list[Target]:
+    """Those of a GPU, which alone is measured in bfloat16, or those of a CPU."""
+    figures = [Figure.of(rows, bench_factorizers.Case, "method") for rows in found]
+    gpu = any(f.case.dtype == "bfloat16" for f in figures)
+    evaluate = _several_times_faster if gpu else _no_slower_and_smaller
+    return [
+        target
+        for method in bench_factorizers.STEPS
+        for target in evaluate([f for f in figures if f.case.method == method], method)
     ]
 
 

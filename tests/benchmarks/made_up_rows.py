@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rows
-from benchmarks.bench_op import BOTH, FORWARD, LAYOUTS, PASSES, Case
-from benchmarks.bench_op import Figure as OpFigure
+from benchmarks import bench_factorizers, rows
+from benchmarks.bench_op import Case
+from benchmarks.kernels import BOTH, FORWARD, LAYOUTS, PASSES
+from benchmarks.kernels import Figure as KernelFigure
 from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,
@@ -17,6 +18,7 @@ from benchmarks.questions import (
     CONTEXTS,
     COPY,
     EAGER,
+    FACTORIZERS,
     HOST,
     MODELS,
     NATIVE,
@@ -73,7 +75,7 @@ def op_figure(
     """Rivals' extra memory is a tenth of X, ours a thousandth."""
     x, floor = case.x_bytes(), case.floor_bytes(which)
     flops = 2 * case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
-    found = figure(OP, OpFigure(case, which).columns(), seconds)
+    found = figure(OP, KernelFigure(case, which).columns(), seconds)
     for row in found:
         row |= {"x_bytes": x, "floor_bytes": floor, **more}
         if row["rival"] != COPY:
@@ -94,8 +96,38 @@ def op(dtype: str = "float32", shapes: tuple = (SHAPE,), **more: Any) -> list[di
                     seconds = {NATIVE: 0.007, EAGER: 0.035, BEST: 0.014, COMPILE: 0.0105}
                     seconds = {k: place * v for k, v in (seconds | {COPY: 0.0056}).items()}
                     found += op_figure(case, which, seconds, **more)
-                    skip = OpFigure(case, which).columns() | {"rival": TRITON, **RUN, **more}
+                    skip = KernelFigure(case, which).columns() | {"rival": TRITON, **RUN, **more}
                     found.append(skip | {"skipped": "backend 'triton' cannot run this call"})
+    return found
+
+
+def factorizers(
+    dtype: str = "float32",
+    shapes: tuple = ((4, 512, 64, 1089),),
+    ours: float | None = 0.02,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Ours in so many seconds, or skipped; the published lines take 0.1 and twice X, at least."""
+    found = []
+    for shape in shapes:
+        for layout in LAYOUTS:
+            for method, passes in bench_factorizers.PASSES.items():
+                case = bench_factorizers.Case(shape, dtype, layout, method)
+                for place, which in enumerate(passes, start=1):
+                    columns = KernelFigure(case, which).columns()
+                    seconds = {EAGER: 0.1, BEST: 0.08, COMPILE: 0.05, COPY: 0.004}
+                    seconds = ({} if ours is None else {NATIVE: ours}) | seconds
+                    seconds = {rival: place * own for rival, own in seconds.items()}
+                    for row in figure(FACTORIZERS, columns, seconds):
+                        row |= {"x_bytes": case.x_bytes(), "floor_bytes": case.floor_bytes(which)}
+                        if row["rival"] != COPY:
+                            sparing = row["rival"] == NATIVE
+                            row |= {"peak_bytes": case.x_bytes() * (1 if sparing else 2 * place)}
+                            row |= {"extra_bytes": 1000, "moved_bytes": case.floor_bytes(which)}
+                        found.append(row | more)
+                    for rival in (TRITON,) if ours else (NATIVE, TRITON):
+                        why = f"backend '{rival.split()[1]}' cannot run this call: no kernels"
+                        found.append({**RUN, **columns, "rival": rival, "skipped": why} | more)
     return found
 
 
@@ -212,6 +244,7 @@ def write(results: Path) -> Path:
     cpu, gpu = results / CPU, results / GPU
     rows.append(CEILINGS, cpu, ceilings("float32"))
     rows.append(OP, cpu, op())
+    rows.append(FACTORIZERS, cpu, factorizers())
     rows.append(HOST, cpu, host())
     rows.append(CONTEXTS, cpu, contexts())
     rows.append(MODELS, cpu, models())

@@ -23,7 +23,9 @@ def make(root: Path) -> Path:
     """A repository with rows of every question, and with every region in both documents."""
     made_up_rows.write(root / "benchmarks" / "results")
     (root / "docs").mkdir()
-    regions = "\n".join(map(region, ("op", "contexts", "paper", "accuracy", "pictures")))
+    regions = "\n".join(
+        map(region, ("op", "factorizers", "contexts", "paper", "accuracy", "pictures"))
+    )
     (root / "README.md").write_text(f"# Title\n\nBefore.\n\n{regions}\nAfter.\n")
     (root / "docs" / "paper.md").write_text(region("paper") + region("pictures"))
     return root

@@ -106,8 +106,9 @@ def test_the_fastest_setting_is_the_one_with_the_shortest_call():
         raise ValueError("no such\nthing")
 
     candidates = {
-        "slow at first": make(9.0, 1.0, 0.5, 1.0),  # the first call never counts
-        "steady": make(0.6, 0.6, 0.6, 0.6),
+        "slow at first": make(9.0, 0.4, 0.2, 0.4),  # the first call never counts
+        "steady": make(0.3, 0.3, 0.3, 0.3),
+        "long": make(0.6, 0.6),  # is not tried again
         "broken": broken,
     }
     name, failed = harness.fastest(candidates, Scripted())

@@ -73,6 +73,30 @@ def test_flops_of_the_papers_context_by_hand(bench):
     assert counted == 2 * 33 * 33 * (2048 * 2048 + 2048 * 64 + 2048 * 256)
 
 
+@torch.no_grad()
+def test_attention_has_the_flops_of_its_products():
+    q, k, v = torch.randn(2, 1, 50, 16), torch.randn(2, 1, 70, 16), torch.randn(2, 1, 70, 16)
+    attention = nn.functional.scaled_dot_product_attention
+    assert measure.count_flops(lambda: attention(q, k, v)) == 2 * 2 * (2 * 50 * 70 * 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "products", "of_bases"),
+    [  # 1x1 convolutions; products with X; those that K x K matrices come from and go into
+        ("em", 2, 3 * 2 + 1, 0),
+        ("nmf", 3, 1 + 7 * 2 + 2, 7 * 2 + 1),
+    ],
+)
+def test_flops_of_the_contexts_that_find_their_factors(name, convolutions, products, of_bases):
+    with FakeTensorMode(), torch.no_grad():
+        module = CONTEXTS[name](2048, 256).eval()
+        x = torch.empty(1, 2048, 33, 33)
+        counted = measure.count_flops(lambda: module(x))
+    n, c, k = 33 * 33, 512, 64
+    around = 9 * 2048 * c + convolutions * c * c + 9 * c * 256
+    assert counted == 2 * (n * around + products * c * k * n + of_bases * k * k * (c + n))
+
+
 @pytest.mark.parametrize(
     ("name", "side", "gflops"),
     [

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import mfops
-from benchmarks import bench_op, machine
-from benchmarks.bench_op import BACKWARD, BOTH, FACTORS, FORWARD, LAYOUTS, PASSES, Case, Figure
-from benchmarks.harness import Effort, EventClock
+from benchmarks import bench_op, kernels, machine
+from benchmarks.bench_op import FACTORS, Case
+from benchmarks.harness import Effort, EventClock, Turn
+from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS, PASSES, Figure
 from benchmarks.questions import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, OP, TRITON
 
 CASE = Case((2, 6, 3, 20), "float32", "contiguous", "shared")
@@ -71,12 +72,16 @@ def test_rows_hold_what_was_counted_and_timed(bench, which):
 
 def test_moved_bytes_are_those_of_each_operators_tensors():
     a, b = torch.ones(10, 4), torch.ones(10, 4)
-    with bench_op.MovedBytes() as moved:
+    with kernels.MovedBytes() as moved:
         (a + b).view(40).neg_()  # two read, one written; a view; one read and written in place
     assert moved.total == 3 * 160 + 2 * 160
-    with bench_op.MovedBytes() as moved:
+    with kernels.MovedBytes() as moved:
         torch.add(a, torch.ones(1, 4).expand(10, 4))  # ones written, then 4 numbers of it read
     assert moved.total == 16 + 160 + 16 + 160
+    x, y = torch.ones(2, 10, 4), torch.ones(2, 4, 5)
+    with kernels.MovedBytes() as moved:
+        x @ y
+    assert moved.total == 4 * (2 * 10 * 4 + 2 * 4 * 5 + 2 * 10 * 5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,10 +90,10 @@ def test_every_rival_is_right(layout, factors):
     case = Case(CASE.shape, "bfloat16", layout, factors)
     inputs = bench_op.make_inputs(case, "cpu")
     assert inputs.x.stride()[1:] == ((1, 6) if layout == "channels_last" else (20, 1))
-    expected = bench_op.expected_results(inputs)
+    expected = inputs.expected()
     for name, op in bench_op.ops(case, "cpu", small=True).items():
         if name != TRITON:
-            bench_op.assert_right(op, inputs, expected, bench_op.TOLERANCE["bfloat16"])
+            kernels.assert_right(op, inputs, expected, bench_op.TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("factors", FACTORS)
@@ -140,7 +145,7 @@ def test_backward_is_timed_without_forward():
         (BACKWARD, ["forward", "cache"], []),
         (BOTH, [], ["forward"]),
     ]:
-        turn = bench_op.turn(op, which, sets, lambda: calls.append("cache"))
+        turn = kernels.turn(op, which, sets, lambda: calls.append("cache"))
         state = turn.prepare(0)
         assert calls == before
         calls.clear()
@@ -150,12 +155,12 @@ def test_backward_is_timed_without_forward():
         if which != FORWARD:
             grads = result if which == BACKWARD else result[1]
             assert [g.shape for g in grads] == [leaf.shape for leaf in sets[0].leaves]
-    dropped = bench_op.dropping(turn)
+    dropped = kernels.dropping(turn)
     assert dropped.run(dropped.prepare(0)) is None
 
 
 def test_copy_moves_half_of_the_bytes():
-    turn = bench_op.copy_turn(100, 3, "cpu")
+    turn = kernels.copy_turn(100, 3, "cpu")
     assert [turn.prepare(i) for i in range(4)] == [0, 1, 2, 0]
     assert turn.run(1).numel() == 50
 
@@ -167,8 +172,8 @@ def test_memory_leaves_out_what_is_returned(bench):
         scratch = torch.ones(4 << 20)  # 16 MiB
         return kept + scratch[: 1 << 20]
 
-    turn = bench_op.Turn(lambda number: number, run)
-    found = bench_op.memory(turn, bench)
+    turn = Turn(lambda number: number, run)
+    found = kernels.memory(turn, bench)
     # Linux counts a process's pages in batches: half a MiB may be missing.
     assert 19.5 <= found["peak_bytes"] / 2**20 < 24
     assert 15.5 <= found["extra_bytes"] / 2**20 < 20

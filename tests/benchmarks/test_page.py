@@ -18,7 +18,8 @@ from repository import (
 )
 
 from benchmarks import rows
-from benchmarks.bench_op import BOTH, FORWARD, Case
+from benchmarks.bench_op import Case
+from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.questions import (
     ACCURACY,
     COMPILE,

@@ -12,10 +12,13 @@ from PIL import Image
 from repository import folder, page, picture, points, results, section
 
 from benchmarks import rows
-from benchmarks.bench_op import FORWARD, Case
+from benchmarks.bench_op import Case
+from benchmarks.kernels import FORWARD
 from benchmarks.questions import (
     CONTEXTS,
     COPY,
+    EAGER,
+    FACTORIZERS,
     MODELS,
     NATIVE,
 )
@@ -57,6 +60,35 @@ def test_context_bars(root):
     assert content["names"][:3] == ["MF", "EM", "ASPP"]
     assert content["ours"] == [True, False, False, False, False]
     assert [panel["values"][0] for panel in content["panels"]] == [5, 10.5, 0.6, 0.6]
+
+
+def test_factorizer_bars(root):
+    content = picture(root, "factorizers")
+    assert content["names"] == [
+        "mfops (native)",
+        "eager, as published",
+        "eager, at its best",
+        "torch.compile",
+    ]
+    assert content["ours"] == [True, False, False, False]
+    assert [panel["values"] for panel in content["panels"]] == [
+        [0.2, 1, 0.8, 0.5],  # em, nmf, nmf with backward
+        [0.2, 1, 0.8, 0.5],
+        [0.2, 1, 0.8, 0.5],
+        [0.25, 1, 1, 1],  # and its memory
+    ]
+
+
+def test_factorizer_bars_without_ours_or_without_the_published_lines(root):
+    path = folder(root) / "factorizers.csv"
+    path.unlink()
+    rows.append(FACTORIZERS, folder(root), made_up_rows.factorizers(ours=None))
+    assert picture(root, "factorizers")["names"][0] == "eager, as published"
+    path.unlink()
+    others = [row for row in made_up_rows.factorizers() if row["rival"] != EAGER]
+    rows.append(FACTORIZERS, folder(root), others)
+    why = "factorizers, eager, as published among them"
+    assert PLOTS["factorizers"](results(root)) == why
 
 
 def test_roofline(root):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import made_up_rows
 from made_up_rows import GPU, RUN
-from repository import NEWER, cells, document, folder, picture, points, section
+from repository import NEWER, cells, document, folder, page, picture, points, section
 
-from benchmarks import rows
-from benchmarks.bench_op import BOTH, FORWARD, GPU_SHAPES, Case
+from benchmarks import bench_factorizers, rows
+from benchmarks.bench_op import GPU_SHAPES, Case
+from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,
@@ -15,6 +16,7 @@ from benchmarks.questions import (
     CONTEXTS,
     COPY,
     EAGER,
+    FACTORIZERS,
     HOST,
     NATIVE,
     OP,
@@ -95,6 +97,67 @@ def test_a_gpu_has_its_targets(root):
     assert cells(text, "host time per call, no gradients")[1:] == ["0.80x", "met"]
 
 
+def test_factorizers_show_the_medians_and_ratios_of_their_rows(root):
+    text = section(root, "Factorizers")
+    table = text.split("<summary>float32, contiguous</summary>")[1].split("</details>")[0]
+    case = ("(4, 512, 64, 1089)", "nmf, T = 6", "forward")
+    # X has 4 * 512 * 1089 floats, 8.51 MiB; the copy takes 4 ms.
+    native = ["20.0 [18.0, 22.0]", "1.00", "20%", "1.00", "8.51", "0.0%"]
+    assert cells(table, *case, "mfops (native)") == native
+    published = ["100 [90.0, 110]", "5.00", "4%", "1.00", "17.0", "0.0%"]
+    assert cells(table, *case, "eager, as published") == published
+    assert cells(table, *case, "mfops (Triton)")[0].startswith("not measured: backend 'triton'")
+    assert "error, which the published lines do not compute" in " ".join(text.split())
+
+
+def test_what_the_factorizers_have_to_reach_on_a_cpu(root):
+    text = section(root, "Factorizers")
+    required, measured, verdict = cells(text, "nmf: never slower than eager")
+    assert (required, measured.split()[0], verdict) == (">= 1x", "4.00x", "met")
+    required, measured, verdict = cells(text, "em: less peak memory than eager")
+    assert (required, measured.split()[0], verdict) == ("< 1x", "0.50x", "met")
+
+
+def test_what_the_factorizers_have_to_reach_on_a_gpu(root):
+    assert "### Factorizers" not in page(root).split(f"## {GPU}")[1]
+    shapes = tuple(bench_factorizers.GPU_SHAPES)
+    found = made_up_rows.factorizers("bfloat16", shapes, device="A GPU", late=2)
+    rows.append(FACTORIZERS, folder(root, GPU), found)
+    text = section(root, "Factorizers", GPU)
+    where = "bfloat16, against"
+    assert cells(text, f"em (16, 512, 64, 1089), {where} eager, as published")[::2] == [
+        ">= 5.0x",
+        "met",
+    ]
+    required, measured, verdict = cells(text, f"nmf (16, 512, 64, 4225), {where} compile")
+    assert (required, verdict) == (">= 3.0x", "MISSED")
+    assert measured.startswith("2.50x (short by 20%) (forward, nmf, 6 rounds, ")
+    assert measured.endswith("the lowest of 4")
+    # 12 figures of 5 rivals and 10 rounds
+    assert "24 of 600 calls were not queued" in text
+
+
+def test_a_document_says_what_of_the_published_lines_is_left(root):
+    readme = document(root, "README.md")
+    case = ("(4, 512, 64, 1089)", "float32", "channels_last", "nmf, T = 6", "forward + backward")
+    ours = ["40.0", "0.20", "0.25", "0.40", "8.51", "0.25"]
+    assert cells(readme, *case, "mfops (native)") == ours
+
+
+def test_a_document_says_why_none_of_ours_was_measured(root):
+    (folder(root) / "factorizers.csv").unlink()
+    assert "benchmarks: factorizers -->\n\nNo rows yet.\n" in document(root, "README.md")
+    assert "- Factorizers: no rows yet" in section(root, "Not here yet")
+    rows.append(FACTORIZERS, folder(root), made_up_rows.factorizers(ours=None))
+    case = ("(4, 512, 64, 1089)", "float32", "contiguous", "em, T = 3", "forward", "mfops (native)")
+    why = "not measured: backend 'native' cannot run this call: no kernels"
+    assert cells(document(root, "README.md"), *case) == [why, *"-----"]
+    assert cells(section(root, "Factorizers"), "em: never slower than eager")[1:] == [
+        "not evaluated: no figure of mfops native and eager",
+        "-",
+    ]
+
+
 def test_host_is_in_microseconds(root):
     case = ("(2, 64, 16, 100)", "float32", "no gradients")
     assert cells(section(root, "Host"), *case, "mfops") == ["20.0", "0.80"]
@@ -132,6 +195,29 @@ def test_accuracy_is_a_mean_with_a_sample_deviation(root):
     none = ["0.570 (0.026)", "0.770 (0.026)", "0.820 (0.026)", "16,000,000", "11.10", "110", "0.55"]
     assert cells(text, "none", "3") == none
     assert cells(document(root, "README.md"), "none", "3") == none
+
+
+def test_some_contexts_alone_are_trained(root):
+    """Costs are of every network there is, scores of those that were trained."""
+    (folder(root) / "accuracy.csv").unlink()
+    few = [row for row in made_up_rows.accuracy() if row["rival"] in ("mf", "none")]
+    rows.append(ACCURACY, folder(root), few)
+    text = section(root, "Accuracy")
+    assert cells(text, "MF", "3")[-2:] == ["160", "0.80"]  # ASPP's time is there, its score not
+    assert "| ASPP |" not in text
+    assert [set(points(panel)) for panel in picture(root, "pareto")["panels"]] == [
+        {"MF", "none"},
+        {"MF", "none"},
+    ]
+
+
+def test_a_context_that_came_later_has_no_cost_yet(root):
+    new = {"rival": "nmf", "mIoU": 0.7, "fwIoU": 0.9, "accuracy": 0.95}
+    rows.append(ACCURACY, folder(root), [made_up_rows.accuracy()[0] | new])
+    assert cells(section(root, "Accuracy"), "NMF (Hamburger)", "1")[-2:] == ["-", "-"]
+    by_flops, by_latency = picture(root, "pareto")["panels"]
+    assert "NMF (Hamburger)" in points(by_flops)
+    assert "NMF (Hamburger)" not in points(by_latency)
 
 
 def test_latency_is_that_of_the_same_data_recipe_and_flags(root):

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 
-from benchmarks import bench_op
-from benchmarks.bench_op import BOTH, FORWARD, GPU_SHAPES, PASSES, Case
+from benchmarks import bench_factorizers, bench_op
+from benchmarks.bench_op import GPU_SHAPES, Case
+from benchmarks.kernels import BOTH, FORWARD, PASSES
+from benchmarks.kernels import Figure as KernelFigure
 from benchmarks.questions import COMPILE, EAGER, NATIVE, TRITON
 from benchmarks.report import targets
 from benchmarks.report.targets import BANDWIDTH_SHAPES, Figure, Target
@@ -21,7 +23,7 @@ def figure(
     case: Case = CASE, which: str = BOTH, of_copy: float = 0.5, extra: int = 0, **ratios: float
 ) -> list[Row]:
     """Native takes a second, the others so many times that."""
-    columns = bench_op.Figure(case, which).columns() | {"skipped": ""}
+    columns = KernelFigure(case, which).columns() | {"skipped": ""}
     native = {
         "rival": NATIVE,
         "over_copy": str(1 / of_copy),
@@ -51,7 +53,7 @@ def test_a_gpu_is_measured_on_every_combination_once():
 
 
 def test_a_familys_figure_is_its_fastest_members():
-    f = Figure.of(figure(**{EAGER: 4.0, BEST: 3.0, COMPILE: 2.0}))
+    f = Figure.of(figure(**{EAGER: 4.0, BEST: 3.0, COMPILE: 2.0}), Case, "factors")
     assert f.over_native("eager") == 3.0
     assert f.over_native("compile") == 2.0
     assert f.over_native(TRITON) is None
@@ -60,7 +62,7 @@ def test_a_familys_figure_is_its_fastest_members():
 def test_a_rival_that_was_not_measured_is_in_no_figure():
     rows = figure(**{EAGER: 4.0})
     rows.append({**rows[0], "rival": COMPILE, "median_s": "", "skipped": "failed: no compiler"})
-    f = Figure.of(rows)
+    f = Figure.of(rows, Case, "factors")
     assert f.over_native("compile") is None
     assert list(f.rivals) == [NATIVE, EAGER]
 
@@ -105,7 +107,7 @@ def test_slower_nowhere_names_the_worst_case():
     figures = six([1.1, 1.2, 0.9, 1.3, 1.4, 1.5])
     target = find(figures, "forward + backward, per image: slower nowhere")
     assert target.met is False
-    assert str(Figure.of(figures[2]).case) in target.measured
+    assert str(Figure.of(figures[2], Case, "factors").case) in target.measured
     assert "slower in 1 of 6" in target.measured
     # A shared factor's figures, or forward alone, are no part of it.
     others = [
@@ -140,5 +142,48 @@ def test_host_target(ratio, met):
     assert find([], "host time per call, no gradients", [rows[:1]]).met is None
 
 
+def factorizer(
+    case: bench_factorizers.Case, peak: float = 0.5, which: str = FORWARD, **ratios: float
+) -> list[Row]:
+    """Native takes a second and so much of a kilobyte, the others a kilobyte."""
+    columns = KernelFigure(case, which).columns() | {"skipped": "", "shape": "16 512 64 1089"}
+    rows = [{"rival": NATIVE, "peak_bytes": str(1000 * peak)}]
+    rows += [{"rival": name, "peak_bytes": "1000"} for name in ratios]
+    times = [1.0, *ratios.values()]
+    return [
+        {**columns, **row, "median_s": str(t), f"over_{NATIVE}": str(t)}
+        for row, t in zip(rows, times, strict=True)
+    ]
+
+
+EM = bench_factorizers.Case((16, 512, 64, 1089), "bfloat16", "contiguous", "em")
+EM_LAST = dataclasses.replace(EM, layout="channels_last")
+
+
+def find_factorizer(figures: list[list[Row]], name: str) -> Target:
+    return next(t for t in targets.factorizers(figures) if t.name.startswith(name))
+
+
+@pytest.mark.parametrize(("ratio", "met"), [(5.0, True), (4.9, False)])
+def test_on_a_gpu_the_lowest_ratio_over_the_published_lines_counts(ratio, met):
+    figures = [factorizer(EM, **{EAGER: 9.0, BEST: 4.0}), factorizer(EM_LAST, **{EAGER: ratio})]
+    target = find_factorizer(figures, "em (16, 512, 64, 1089), bfloat16, against eager")
+    assert target.met is met
+    assert "channels_last" in target.measured
+    assert target.measured.endswith("the lowest of 2")
+    for name in ("em (16, 512, 64, 1089), bfloat16, against compile", "em (16, 512, 64, 4225)"):
+        assert find_factorizer(figures, name).met is None
+    assert find_factorizer(figures, "nmf").met is None
+
+
+@pytest.mark.parametrize(("ratio", "peak", "met"), [(1.0, 0.9, True), (0.9, 1.0, False)])
+def test_on_a_cpu_neither_time_nor_memory_is_more_than_the_best_lines(ratio, peak, met):
+    case = dataclasses.replace(EM, dtype="float32")
+    figures = [factorizer(case, peak, **{EAGER: 2.0, BEST: ratio})]
+    assert find_factorizer(figures, "em: never slower than eager").met is met
+    assert find_factorizer(figures, "em: less peak memory").met is met
+
+
 def test_nothing_measured_meets_nothing():
     assert {t.met for t in targets.targets([], [])} == {None}
+    assert {t.met for t in targets.factorizers([])} == {None}

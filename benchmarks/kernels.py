@@ -1,0 +1,303 @@
+"""What the figures of operations share: cases, rivals that are right, bytes, memory, rows.
+
+A file of such figures names its cases and its rivals and makes their inputs; `compare` does the
+rest. What is counted in bytes, and why backward begins with a cold cache, is in README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.harness import Turn, first_line, take_turns, times
+from benchmarks.measure import Bench, Measured, count_flops
+from benchmarks.questions import COMPILE_GRAPHS, COPY, EAGER
+from benchmarks.rows import Question
+
+FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
+LAYOUTS = ("contiguous", "channels_last")
+DTYPES = {"cuda": ("bfloat16", "float32"), "cpu": ("float32",)}
+
+Op = Callable[..., tuple[Tensor, ...]]  # of the leaves of inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """(B, C, K, N), the dtype, the layout of X; what else there is belongs to a subclass."""
+
+    shape: tuple[int, int, int, int]
+    dtype: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype} {self.layout}"
+
+    def columns(self) -> dict[str, Any]:
+        """What a row says of the case."""
+        shape = " ".join(map(str, self.shape))
+        return {"shape": shape, "dtype": self.dtype, "layout": self.layout}
+
+    def bytes(self, *elements: int) -> int:
+        """Of so many elements in the case's dtype."""
+        return sum(elements) * getattr(torch, self.dtype).itemsize
+
+    def x_bytes(self) -> int:
+        batch, channels, _, pixels = self.shape
+        return self.bytes(batch * channels * pixels)
+
+    def floor_bytes(self, which: str) -> int:
+        """Bytes that a pass has to move: each input read once, each output written once."""
+        raise NotImplementedError
+
+    def features(self, device: str) -> Tensor:
+        """Standard normal, of X's shape, dtype and layout."""
+        batch, channels, _, pixels = self.shape
+        dtype = getattr(torch, self.dtype)
+        if self.layout == "channels_last":
+            return torch.randn(batch, pixels, channels, device=device, dtype=dtype).mT
+        return torch.randn(batch, channels, pixels, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One pass over a case."""
+
+    case: Case
+    which: str
+
+    def __str__(self) -> str:
+        return f"{self.case}: {self.which}"
+
+    def columns(self) -> dict[str, Any]:
+        return {**self.case.columns(), "pass": self.which}
+
+
+class Inputs(Protocol):
+    """What a pass takes, and the names of what an op gives: first outputs, then gradients."""
+
+    outputs: ClassVar[tuple[str, ...]]
+
+    @property
+    def grads(self) -> tuple[str, ...]: ...
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]: ...
+
+    def gradients(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
+
+    def expected(self) -> dict[str, Tensor]: ...  # by the reference in float32
+
+
+def on_channels_last(x: Tensor) -> bool:
+    return x.stride(-1) != 1 and x.stride(-2) == 1
+
+
+# Rivals under torch.compile.
+
+
+def compiled(op: Op) -> Op:
+    return torch.compile(op, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def compiled_with_graphs(op: Op) -> Op:
+    graphs = torch.compile(op, mode="max-autotune", dynamic=False)
+
+    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return graphs(*leaves)
+
+    return run
+
+
+# What is timed is what was asked for.
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    exact = exact.expand(value.shape)  # X' of shared factors
+    return ((value.float() - exact).norm() / exact.norm()).item()
+
+
+def assert_right(op: Op, inputs: Inputs, expected: dict[str, Tensor], tolerance: float) -> None:
+    """One forward and backward pass against the results expected, by relative error (Frobenius).
+
+    An op may leave out the last of the outputs.
+    """
+    outputs = op(*inputs.leaves)
+    results = dict(zip(inputs.outputs, outputs, strict=False))
+    results |= zip(inputs.grads, inputs.gradients(outputs), strict=True)
+    for name, value in results.items():
+        error = relative_error(value.detach(), expected[name])
+        if not error <= tolerance:
+            raise RuntimeError(f"{name} is wrong: relative error {error:.3g}")
+
+
+@dataclass
+class Prepared:
+    """A case's rotating inputs, the rivals that are right, and why others take no part."""
+
+    sets: list[Inputs]
+    ops: dict[str, Op]
+    skipped: dict[str, str]
+
+
+def prepare(
+    case: Case,
+    bench: Bench,
+    make_inputs: Callable[[Any, str], Inputs],
+    ops: Callable[[Any, str, bool], dict[str, Op]],
+    tolerance: dict[str, float],
+) -> Prepared:
+    """`make_inputs(case, device)`, `ops(case, device, small)`, the relative error of each dtype."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    device = bench.machine.device
+    sets = [make_inputs(case, device)]
+    size = storage_bytes(sets[0].leaves)
+    while len(sets) < (2 if bench.small else bench.machine.sets(size)):
+        sets.append(make_inputs(case, device))
+    expected = sets[0].expected()
+    right, skipped = {}, {}
+    for name, op in ops(case, device, bench.small).items():
+        try:
+            assert_right(op, sets[0], expected, tolerance[case.dtype])
+            right[name] = op
+        except Exception as error:  # a rival that breaks must not take the others with it
+            unavailable = "cannot run this call" in str(error)
+            skipped[name] = str(error) if unavailable else f"failed: {first_line(error)}"
+    return Prepared(sets, right, skipped)
+
+
+# What ends a batched `@` is a view, too, though torch does not say so.
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+
+
+class MovedBytes(TorchDispatchMode):
+    """Bytes of every operator's tensors: each read or written once by each operator.
+
+    A view moves nothing, an expanded tensor is as large as its memory. What an operator reads
+    again inside is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not UNSAFE_VIEW:
+            self.total += storage_bytes([args, kwargs]) + storage_bytes(result)
+        return result
+
+
+def storage_bytes(tree: Any) -> int:
+    """Memory behind the tensors, what they share counted once."""
+    sizes: dict[int, int] = {}
+    for tensor in tree_leaves(tree):
+        if isinstance(tensor, Tensor):
+            elements = 1
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+                elements *= size if stride else min(size, 1)
+            own = elements * tensor.element_size()
+            sizes[tensor.data_ptr()] = max(own, sizes.get(tensor.data_ptr(), 0))
+    return sum(sizes.values())
+
+
+def turn(op: Op, which: str, sets: list[Inputs], empty_cache: Callable[[], None]) -> Turn:
+    """A pass over rotating inputs; backward the cache is emptied of what forward left there."""
+
+    def pick(number: int) -> Inputs:
+        return sets[number % len(sets)]
+
+    def after_forward(number: int) -> tuple[tuple[Tensor, ...], Inputs]:
+        inputs = pick(number)
+        outputs = op(*inputs.leaves)
+        empty_cache()
+        return outputs, inputs
+
+    def both(inputs: Inputs) -> object:
+        outputs = op(*inputs.leaves)
+        return outputs, inputs.gradients(outputs)
+
+    prepare, run = {
+        FORWARD: (pick, lambda inputs: op(*inputs.leaves)),
+        BACKWARD: (after_forward, lambda state: state[1].gradients(state[0])),
+        BOTH: (pick, both),
+    }[which]
+    return Turn(prepare, run)
+
+
+def dropping(turn: Turn) -> Turn:
+    """The same, for results in memory that the next call takes back."""
+
+    def run(state: Any) -> None:
+        turn.run(state)
+
+    return Turn(turn.prepare, run)
+
+
+def copy_turn(size: int, number_of_sets: int, device: str) -> Turn:
+    """Moves `size` bytes, half of them read and half written, from one tensor to another."""
+    source = torch.empty(number_of_sets, size // 2, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return Turn(lambda number: number % number_of_sets, lambda i: target[i].copy_(source[i]))
+
+
+def moved_bytes(turn: Turn) -> int:
+    """Bytes the operators of one call move (`MovedBytes`)."""
+    state = turn.prepare(0)
+    with MovedBytes() as moved:
+        turn.run(state)
+    return moved.total
+
+
+def memory(turn: Turn, bench: Bench) -> dict[str, int]:
+    """Peak memory of one call, and what of it is neither results nor gradients."""
+    state = turn.prepare(0)
+    kept: list[Any] = []
+    peak = bench.machine.peak_bytes(lambda: kept.append(turn.run(state)))
+    return {"peak_bytes": peak, "extra_bytes": max(0, peak - storage_bytes(kept))}
+
+
+def compare(question: Question, figure: Figure, ready: Prepared, bench: Bench) -> Measured:
+    """The rows of a figure: the rivals that are right, and a copy of as many bytes as it moves."""
+    case, which, machine = figure.case, figure.which, bench.machine
+    turns = {}
+    for name, op in ready.ops.items():
+        own = turn(op, which, ready.sets, machine.empty_cache)
+        turns[name] = dropping(own) if name == COMPILE_GRAPHS else own
+    turns[COPY] = copy_turn(case.floor_bytes(which), len(ready.sets), machine.device)
+    clock = machine.clock()
+    seconds = take_turns(turns, clock, bench.effort, keep=len(ready.sets))
+
+    shared = {"x_bytes": case.x_bytes(), "floor_bytes": case.floor_bytes(which)}
+    state = turns[EAGER].prepare(0)
+    flops = count_flops(lambda: turns[EAGER].run(state))
+    rows = [
+        {
+            **figure.columns(),
+            "rival": name,
+            **times(seconds, name, question.bases),
+            "late": clock.late,
+            **shared,
+        }
+        for name in turns
+    ]
+    for row in rows:
+        name = row["rival"]
+        if name == COPY:
+            continue
+        row["flops"] = flops
+        if name != COMPILE_GRAPHS:
+            row |= memory(turns[name], bench)
+        if not name.startswith("compile") or bench.small:
+            row["moved_bytes"] = moved_bytes(turns[name])
+    rows += [
+        {**figure.columns(), "rival": name, "skipped": why} for name, why in ready.skipped.items()
+    ]
+    return Measured(rows, seconds)
