@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rows
 from benchmarks.harness import Effort, Turn, fastest
@@ -140,16 +140,8 @@ def contend(
     return Contender(network, "; ".join([setting, *notes]), ready(setting))
 
 
-def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-# torch 2.14 knows the attention kernels of GPUs alone, and counts the CPU's as nothing.
-UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
 def count_flops(call: Callable[[], Any]) -> int:
     """FLOPs of the convolutions and matrix products of a call, 2 for a multiply-add."""
-    with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
