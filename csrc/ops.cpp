@@ -1,6 +1,7 @@
 // Registers the kernels at the dispatcher's keys. The schemas are in mfops/ops.py.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/factorize.h"
 #include "cpu/factorized.h"
 #ifdef MFOPS_WITH_CUDA
 #include "cuda/factorized.h"
@@ -10,6 +11,9 @@ STABLE_TORCH_LIBRARY_IMPL(mfops, CPU, m) {
     m.impl("reconstruct", TORCH_BOX(&mfops::cpu::reconstruct));
     m.impl("mse", TORCH_BOX(&mfops::cpu::mse));
     m.impl("reconstruct_backward", TORCH_BOX(&mfops::cpu::reconstruct_backward));
+    m.impl("iterate", TORCH_BOX(&mfops::cpu::iterate));
+    m.impl("solve", TORCH_BOX(&mfops::cpu::solve));
+    m.impl("nmf_backward", TORCH_BOX(&mfops::cpu::nmf_backward));
 }
 
 #ifdef MFOPS_WITH_CUDA

@@ -1,8 +1,5 @@
 #include "factorized.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -13,6 +10,7 @@
 
 #include "elementwise.h"
 #include "matrix.h"
+#include "memory.h"
 
 namespace mfops::cpu {
 
@@ -26,21 +24,11 @@ constexpr int64_t kForwardTileCols = 8192;
 constexpr int64_t kBackwardTileCols = 2048;
 constexpr int64_t kMinTileRows = 16;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-std::unique_ptr<float[]> uninitialized(int64_t n) {
-    return std::unique_ptr<float[]>(new float[static_cast<size_t>(n)]);
-}
-
-Tensor as_float(const Tensor& t) {
-    return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-}
-
 // X as `batch` matrices of rows by cols with unit column stride, X' = A B. Contiguous features are
 // X = Y Z with pixels innermost; channels_last ones are the same problem transposed, X^T = Z^T Y^T.
 struct Problem {
     Problem(const Tensor& x_, const Tensor& y_, const Tensor& z_, int64_t max_tile_cols)
-        : transpose(x_.stride(2) != 1 && x_.stride(1) == 1),
+        : transpose(channels_innermost(x_)),
           y(as_float(y_)),
           z(as_float(z_)),
           x(x_, transpose),
@@ -70,35 +58,6 @@ struct Problem {
     int64_t products;
     int64_t tile_rows, tile_cols;
 };
-
-// Large outputs are mapped afresh at every call, and taking the page faults 4 KiB at a time costs
-// more than computing them. Asks for huge pages where the system grants them on request.
-void advise_huge_pages(const Tensor& t) {
-#ifdef __linux__
-    constexpr uintptr_t kHugePage = 2 << 20;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t last = end / kHugePage * kHugePage;
-    // A hint: where it is refused, nothing is lost.
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-// New memory of the given shape (.., C, N), laid out as the features are.
-Tensor empty_like_features(const Problem& problem, std::vector<int64_t> shape, ScalarType dtype) {
-    const size_t d = shape.size() - 2;
-    if (problem.transpose) std::swap(shape[d], shape[d + 1]);
-    Tensor memory = torch::stable::empty(shape, dtype);
-    advise_huge_pages(memory);
-    return problem.transpose ? torch::stable::transpose(memory, -1, -2) : memory;
-}
-
-Tensor scalar(double value) {
-    Tensor t = torch::stable::empty({}, ScalarType::Float);
-    *static_cast<float*>(t.data_ptr()) = static_cast<float>(value);
-    return t;
-}
 
 // Writes X' where there is a place for it; returns the mean squared error.
 Tensor forward(const Problem& problem, const Batch* x_hat) {
@@ -138,17 +97,12 @@ Tensor forward(const Problem& problem, const Batch* x_hat) {
 
 // How a product's rows and columns are dealt out to threads backward. Each row group has its own
 // share of B's gradient and each column group its own share of A's; the shares are added in order.
-// Their number is bounded so that all shares of one factor take at most a quarter of X's memory.
 struct Groups {
     explicit Groups(const Problem& problem) {
-        const int64_t threads = torch::stable::get_num_threads();
-        const int64_t wanted = threads / std::gcd(threads, problem.products);
-        const auto bounded = [&](int64_t n, int64_t extent) {
-            return std::clamp<int64_t>(n, 1, std::max<int64_t>(1, extent / (4 * problem.rank)));
-        };
+        const int64_t wanted = groups_for_threads(problem.products);
         // Rows first: threads that share rows share memory pages, and X's gradient is new memory.
-        rows = bounded(wanted, problem.rows);
-        cols = bounded(ceil_div(wanted, rows), problem.cols);
+        rows = bounded_groups(wanted, problem.rows, problem.rank);
+        cols = bounded_groups(ceil_div(wanted, rows), problem.cols, problem.rank);
     }
     int64_t rows, cols;
 };
@@ -182,17 +136,6 @@ struct Shares {
     Tensor memory;
     Batch batch;
 };
-
-// out = a b the first time, out += a b after that.
-void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out, bool first, float* scratch) {
-    if (first) return multiply(a, b, out);
-    if (out.col_stride != 1) {
-        return multiply_add(b.transposed(), a.transposed(), out.transposed(), first, scratch);
-    }
-    const Matrix term{scratch, out.rows, out.cols, out.cols, 1};
-    multiply(a, b, term);
-    for (int64_t r = 0; r < out.rows; ++r) add(out.row(r), term.row(r), out.cols);
-}
 
 struct Tile {
     int64_t row, n_rows, col, n_cols;
@@ -266,7 +209,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const T
     const Problem problem(x, y, z, kForwardTileCols);
     std::vector<int64_t> shape{x.size(1), x.size(2)};
     if (y.dim() == 3 || z.dim() == 3) shape.insert(shape.begin(), x.size(0));
-    const Tensor x_hat = empty_like_features(problem, shape, x.scalar_type());
+    const Tensor x_hat = empty_features(shape, x.scalar_type(), problem.transpose);
     const Batch out(x_hat, problem.transpose);
     return {x_hat, forward(problem, &out)};
 }
@@ -285,9 +228,9 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
     const bool need_b = problem.transpose ? need_y : need_z;
     // An operator's outputs may not share memory, empty or not.
     const auto none = [&] { return torch::stable::empty({0}, x.scalar_type()); };
-    const Tensor grad_x =
-        need_x ? empty_like_features(problem, {x.size(0), x.size(1), x.size(2)}, x.scalar_type())
-               : none();
+    const Tensor grad_x = need_x ? empty_features({x.size(0), x.size(1), x.size(2)},
+                                                  x.scalar_type(), problem.transpose)
+                                 : none();
 
     const Groups groups(problem);
     const Shares grad_y(y, problem, problem.transpose ? groups.rows : groups.cols, need_y);

@@ -7,6 +7,8 @@
 #include <array>
 #include <utility>
 
+#include "elementwise.h"
+
 namespace mfops::cpu {
 
 namespace {
@@ -31,6 +33,16 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
     TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned handle, to release it
+}
+
+void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out, bool first, float* scratch) {
+    if (first) return multiply(a, b, out);
+    if (out.col_stride != 1) {
+        return multiply_add(b.transposed(), a.transposed(), out.transposed(), first, scratch);
+    }
+    const Matrix term{scratch, out.rows, out.cols, out.cols, 1};
+    multiply(a, b, term);
+    for (int64_t r = 0; r < out.rows; ++r) add(out.row(r), term.row(r), out.cols);
 }
 
 Batch::Batch(const Tensor& tensor, bool transpose)

@@ -28,6 +28,9 @@ struct Matrix {
 // out = a b, through torch's own matrix product. Runs on the calling thread inside parallel_for.
 void multiply(const Matrix& a, const Matrix& b, const Matrix& out);
 
+// out = a b the first time, out += a b after that. `scratch` has room for `out`.
+void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out, bool first, float* scratch);
+
 // A batch of matrices (batch, rows, cols) of any dtype and strides, read and written by tiles. A
 // tensor of two dimensions is the same matrix for every b. `transpose` swaps rows and columns.
 class Batch {

@@ -1,0 +1,65 @@
+#include "memory.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+namespace mfops::cpu {
+
+namespace {
+
+// Large outputs are mapped afresh at every call, and taking the page faults 4 KiB at a time costs
+// more than computing them. Asks for huge pages where the system grants them on request.
+void advise_huge_pages(const Tensor& t) {
+#ifdef __linux__
+    constexpr uintptr_t kHugePage = 2 << 20;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+    const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t last = end / kHugePage * kHugePage;
+    // A hint: where it is refused, nothing is lost.
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+std::unique_ptr<float[]> uninitialized(int64_t n) {
+    return std::unique_ptr<float[]>(new float[static_cast<size_t>(n)]);
+}
+
+Tensor as_float(const Tensor& t) {
+    return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+}
+
+Tensor scalar(double value) {
+    Tensor t = torch::stable::empty({}, ScalarType::Float);
+    *static_cast<float*>(t.data_ptr()) = static_cast<float>(value);
+    return t;
+}
+
+bool channels_innermost(const Tensor& x) { return x.stride(2) != 1 && x.stride(1) == 1; }
+
+Tensor empty_features(std::vector<int64_t> shape, ScalarType dtype, bool transpose) {
+    const size_t d = shape.size() - 2;
+    if (transpose) std::swap(shape[d], shape[d + 1]);
+    Tensor memory = torch::stable::empty(shape, dtype);
+    advise_huge_pages(memory);
+    return transpose ? torch::stable::transpose(memory, -1, -2) : memory;
+}
+
+int64_t groups_for_threads(int64_t products) {
+    const int64_t threads = torch::stable::get_num_threads();
+    return threads / std::gcd(threads, products);
+}
+
+int64_t bounded_groups(int64_t groups, int64_t extent, int64_t rank) {
+    return std::clamp<int64_t>(groups, 1, std::max<int64_t>(1, extent / (4 * rank)));
+}
+
+}  // namespace mfops::cpu

@@ -1,0 +1,44 @@
+// Memory that the kernels work in and return, and how work on it is shared out to threads.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace mfops::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::unique_ptr<float[]> uninitialized(int64_t n);
+
+Tensor as_float(const Tensor& t);
+
+Tensor scalar(double value);
+
+// Whether x (B, C, N) lies in memory as channels_last images do.
+bool channels_innermost(const Tensor& x);
+
+// New memory of the given shape (.., C, N): pixels innermost or, transposed, channels.
+Tensor empty_features(std::vector<int64_t> shape, ScalarType dtype, bool transpose);
+
+// How many items, of so many multiply-adds each, a thread gets at least: with less to do than some
+// ten microseconds it is not worth waking.
+inline int64_t grain(int64_t multiply_adds) {
+    return std::max<int64_t>(1, (1 << 20) / multiply_adds);
+}
+
+// Into how many groups to split each of `products` so that all threads have as much to do.
+int64_t groups_for_threads(int64_t products);
+
+// As many of `groups` as `extent` rows or columns of X allow: each has a share of its own of a
+// factor's gradient or update, and all of them take at most a quarter of X's memory.
+int64_t bounded_groups(int64_t groups, int64_t extent, int64_t rank);
+
+}  // namespace mfops::cpu

@@ -1,0 +1,136 @@
+"""The operators that find Y and Z as torch sees them, and what the CPU's kernels depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYOUTS
+from factor_cases import check, make
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfops import dispatch, reference
+from mfops.dispatch import BACKENDS
+from mfops.methods import METHODS
+
+OPS = torch.ops.mfops
+NATIVE = BACKENDS["native"]
+FUSED = ("em", "nmf")
+# More than one tile an image, and more than one group of tiles where there are several threads.
+TILED = [(1, 2500, 2, 200), (1, 30, 5, 14000)]
+needs_extension = pytest.mark.skipif(
+    dispatch.EXTENSION_ERROR is not None, reason=str(dispatch.EXTENSION_ERROR)
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(method, layout, dtype):
+    for shared in (True, False):
+        case = make((2, 6, 3, 20), layout, dtype, method, shared)
+        torch.library.opcheck(OPS.iterate.default, (case.x, case.y0, method, 2))
+        if method in FUSED:
+            torch.library.opcheck(OPS.solve.default, (case.x, case.y0, method, 2))
+    if method != "nmf":
+        return
+    factors = OPS.solve(case.x, case.y0, method, 2)[:3]
+    for upstream in [
+        (case.grad_x_hat, case.grad_mse),
+        (None, case.grad_mse),
+        (case.grad_x_hat, None),
+    ]:
+        torch.library.opcheck(OPS.nmf_backward.default, (*upstream, case.x, *factors))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_are_those_of_the_products_in_the_reference(method):
+    case = make((3, 8, 5, 25), "contiguous", torch.float32, method)
+
+    def flops(run, *args) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run(*args)
+        return counter.get_total_flops()
+
+    for steps in (1, 4):
+        arguments = case.x, case.y0, method, steps
+        expected = flops(reference.iterate, *arguments)
+        assert flops(OPS.iterate, *arguments) == expected > 0
+        if method in FUSED:
+            assert flops(OPS.solve, *arguments) == flops(reference.solve, *arguments) > expected
+    if method != "nmf":
+        return
+    factors = reference.solve(case.x, case.y0, method, 2)[:3]
+    for upstream in [
+        (case.grad_x_hat, case.grad_mse),
+        (None, case.grad_mse),
+        (case.grad_x_hat, None),
+    ]:
+        arguments = *upstream, case.x, *factors
+        expected = flops(reference.nmf_backward, *arguments)
+        assert flops(OPS.nmf_backward, *arguments) == expected > 0
+
+
+@pytest.fixture(params=[1, 3, 8])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", TILED, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_threads(method, shape, threads):
+    for layout, dtype in [("contiguous", torch.float32), ("channels_last", torch.bfloat16)]:
+        check(NATIVE, make(shape, layout, dtype, method), method, steps=2)
+
+
+@needs_extension
+@pytest.mark.parametrize("method", FUSED)
+def test_same_bits_every_run_with_tiles_and_threads(method, threads):
+    case = make((3, 2500, 3, 400), "contiguous", torch.float32, method)
+    first = NATIVE.solve(case.x, case.y0, method, 3)
+    for _ in range(10):
+        again = NATIVE.solve(case.x, case.y0, method, 3)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_gradients_in_other_layouts(layout):
+    case = make((2, 6, 3, 20), layout, torch.float32, "nmf")
+    factors = NATIVE.solve(case.x, case.y0, "nmf", 2)[:3]
+    other = case.grad_x_hat.mT.contiguous().mT if layout == "contiguous" else case.grad_x_hat
+    for upstream in (
+        other.contiguous() if layout == "channels_last" else other,
+        torch.ones(()).expand_as(case.x),
+        torch.ones(6, 1).expand_as(case.x),
+    ):
+        arguments = upstream, case.grad_mse, case.x, *factors
+        expected = reference.nmf_backward(*arguments)
+        actual = NATIVE.nmf_backward(*arguments)
+        torch.testing.assert_close(actual, expected)
+        assert actual.stride() == case.x.stride()
+
+
+@needs_extension
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_of_any_strides(method):
+    case = make((2, 6, 3, 20), "contiguous", torch.float32, method)
+    expected = NATIVE.iterate(case.x, case.y0, method, 2)
+    for y0 in (
+        case.y0.mT.contiguous().mT,
+        case.y0.expand(2, -1, -1),
+        torch.stack([case.y0, case.y0], -1)[..., 0],
+    ):
+        torch.testing.assert_close(NATIVE.iterate(case.x, y0, method, 2), expected)
+
+
+@needs_extension
+def test_a_method_without_kernels_is_refused_by_name():
+    x, y0 = torch.rand(1, 4, 5), torch.rand(4, 2)
+    with pytest.raises(RuntimeError, match="expected em, nmf, vq or cd, got pca"):
+        OPS.iterate(x, y0, "pca", 1)
+    with pytest.raises(RuntimeError, match="expected em or nmf, got vq"):
+        OPS.solve(x, y0, "vq", 1)
