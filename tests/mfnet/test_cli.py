@@ -105,8 +105,20 @@ def test_paper_config_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
     assert (model["reconstruction_weight"], model["reconstruction_warmup"]) == (0.1, 10)
 
 
-@pytest.mark.parametrize("config", ["paper_voc", "modern_voc", "camvid", "demo"])
-def test_shipped_configs_train(config: str, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "factorizer"),
+    [
+        *((config, None) for config in ("paper_voc", "modern_voc", "camvid", "demo")),
+        ("paper_voc", "em"),
+        ("modern_voc", "nmf"),
+        ("camvid", "vq"),
+        ("camvid", "double_attention"),
+        ("demo", "cd"),
+    ],
+)
+def test_shipped_configs_train(
+    config: str, factorizer: str | None, images: Path, tmp_path: Path
+) -> None:
     flags = ["--data.root", str(images)]
     if config.endswith("voc"):
         (tmp_path / "VOCdevkit").mkdir()
@@ -114,6 +126,8 @@ def test_shipped_configs_train(config: str, images: Path, tmp_path: Path) -> Non
         flags = ["--data.root", str(tmp_path), "--model.network.backbone_weights", "null"]
     elif config == "demo":
         flags = ["--data.cache_dir", str(tmp_path), "--data.train=2", "--data.val=1"]
+    if factorizer is not None:
+        flags.append(f"--model.network.factorizer={factorizer}")
     main([
         "fit", "--config", config, *flags, "--model.network.backbone=resnet18",
         "--data.crop_size=33", "--data.batch_size=2", "--data.num_workers=0",
@@ -340,3 +354,5 @@ def test_reports_name_the_context_that_stands_in_a_network() -> None:
     assert _network_names(network) == ("deeplabv3plus (none)", "resnet18")
     arguments.context = None
     assert _network_names(network) == ("deeplabv3plus", "resnet18")
+    arguments.factorizer = "em"
+    assert _network_names(network) == ("deeplabv3plus (em)", "resnet18")
