@@ -44,7 +44,7 @@ MIN_CAPABILITY = (8, 0)
 MAX_NATIVE_CUDA_RANK = 256
 # The methods whose rounds have kernels; any other runs on the reference.
 NATIVE_METHODS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ()}
-TRITON_METHODS: tuple[str, ...] = ()
+TRITON_METHODS: tuple[str, ...] = ("em", "nmf", "vq", "cd")
 
 
 def _cuda_error() -> str | None:

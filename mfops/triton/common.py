@@ -31,6 +31,11 @@ class Problem(NamedTuple):
         return self.y.shape[-1]
 
     @property
+    def gram_precision(self) -> str:
+        """Of products of K x K matrices, which stay float32: their range may be beyond float16."""
+        return "ieee" if self.x.dtype == torch.float32 and self.precision == "ieee" else "tf32"
+
+    @property
     def one_product(self) -> bool:
         """Whether all images have the same X'."""
         return self.y.dim() == 2 and self.z.dim() == 2
@@ -111,6 +116,15 @@ def operand(tile, PRECISION: tl.constexpr):
 def dot(a, b, total, PRECISION: tl.constexpr):
     """total + a b, of operands."""
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def dot_values(tile, values, total, PRECISION: tl.constexpr):
+    """total + a tile in x's dtype times float32 values, which that dtype may not hold."""
+    if tile.dtype == tl.float16:  # TF32 holds a float16 as it is, and the range of float32
+        return dot(tile.to(tl.float32), operand(values, "tf32"), total, "tf32")
+    values = to_dtype(values, tile.dtype)
+    return dot(operand(tile, PRECISION), operand(values, PRECISION), total, PRECISION)
 
 
 @triton.jit

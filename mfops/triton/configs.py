@@ -86,6 +86,17 @@ def backward_configs(problem: Problem) -> list[Config]:
     return [Config(own, across, k, warps, 2) for own, across, warps in shapes]
 
 
+def round_configs(problem: Problem) -> list[Config]:
+    rank, float32 = problem.rank, problem.x.dtype == torch.float32
+    k = min(max(16, triton.next_power_of_2(rank)), 128)
+    return [Config(128, 32, k, 4, 2)]
+
+
+def finish_configs(problem: Problem) -> list[Config]:
+    k = min(max(16, triton.next_power_of_2(problem.rank)), 128)
+    return [Config(64, 32, k, 4, 2)]
+
+
 _chosen: dict[Hashable, Config] = {}
 
 
