@@ -59,7 +59,7 @@ def means_kernel(
 def launch_means(x: Tensor, shares: Tensor, sums: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """Y of em, vq or cd (B, C, K), and what X is multiplied by in the next round, in x's dtype."""
     batch, rows, rank = x.shape[0], x.shape[1], shares.shape[-1]
-    mean, unit = shares.new_empty(2, batch, rows, rank)
+    mean, unit = (shares.new_empty(batch, rows, rank) for _ in range(2))
     rounded = torch.empty_like(unit, dtype=x.dtype)
     block_k = 8
     means_kernel[(batch, ceil_div(rank, block_k))](
@@ -103,7 +103,7 @@ def launch_ratios(
     batch, rows, rank = x.shape[0], x.shape[1], shares.shape[-1]
     new = shares.new_empty(batch, rows, rank)
     rounded = torch.empty_like(new, dtype=x.dtype)
-    tile_rows, block_k = 64, 32
+    tile_rows, block_k = 32, 32
     row_tiles = ceil_div(rows, tile_rows)
     ratios_kernel[(batch * row_tiles, ceil_div(rank, block_k))](
         shares, *shares.stride(), sums, *sums.stride(), y, *strides(y), new, *new.stride(),

@@ -26,7 +26,7 @@ from mfops.triton.common import (
     to_dtype,
 )
 from mfops.triton.configs import Config, choose, finish_configs
-from mfops.triton.rounds import chunk, gram_product, scores
+from mfops.triton.rounds import gram_product, scores
 
 _EPS = tl.constexpr(EPS)
 
@@ -89,9 +89,7 @@ def finish_kernel(
             left = operand(load_tile(y, image, row0, rows, 0, rank, ROWS, BLOCK_K), PRECISION)
             p = dot(left, right, None, PRECISION)
         else:
-            p = product(
-                y, z, image, row0, rows, col0, cols, rank, ROWS, COLS, BLOCK_K, PRECISION
-            )
+            p = product(y, z, image, row0, rows, col0, cols, rank, ROWS, COLS, BLOCK_K, PRECISION)
         store_tile(p, x_hat, image, row0, rows, col0, cols, ROWS, COLS)
         error = tile.to(tl.float32) - p
         # Beyond the edges X' may be 0 times an infinity.
@@ -114,13 +112,14 @@ def launch_finish(
             slope, *slope.stride(), z, *z.stride(), x_hat, *x_hat.stride(),
             errors, 1.0 / x.numel(), rows, cols, problem.rank, col_tiles,
             PRECISION=problem.precision, GRAM_PRECISION=problem.gram_precision,
-            WHOLE_K=problem.rank <= config.block_k, CHUNK=chunk(x), ROWS=config.block_m,
+            WHOLE_K=problem.rank <= config.block_k, CHUNK=problem.chunk, ROWS=config.block_m,
             COLS=config.block_n, BLOCK_K=config.block_k, STAGES=config.stages,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
         return errors.sum()  # in an order that depends on their number only
 
-    return launch(choose(problem, ("finish",), finish_configs, launch))
+    with torch.cuda.device_of(x):
+        return launch(choose(problem, ("finish",), finish_configs, launch))
 
 
 @triton.jit
@@ -242,4 +241,5 @@ def launch_nmf_backward(
         )  # fmt: skip
 
     traits = "nmf_backward", grad_x_hat is not None, grad_mse is not None
-    launch(choose(problem, traits, finish_configs, launch))
+    with torch.cuda.device_of(x):
+        launch(choose(problem, traits, finish_configs, launch))

@@ -30,6 +30,7 @@ from mfops.triton.common import (
     operand,
     store_tile,
     strides,
+    to_dtype,
 )
 from mfops.triton.configs import Config, choose, round_configs
 
@@ -62,9 +63,15 @@ def scores(
 
 
 @triton.jit
-def _bases(tile, k0, rank, other, BLOCK_K: tl.constexpr):
-    """`other` in place of the rows of bases that do not exist."""
-    return tl.where((k0 + tl.arange(0, BLOCK_K))[:, None] < rank, tile, other)
+def _exp(s, top, k0, rank, BLOCK_K: tl.constexpr):
+    """exp(s - top); 0 for bases that do not exist."""
+    exists = (k0 + tl.arange(0, BLOCK_K))[:, None] < rank
+    return tl.exp(tl.where(exists, s, float("-inf")) - top[None, :])
+
+
+@triton.jit
+def _largest(s, k0, rank, BLOCK_K: tl.constexpr):
+    return tl.max(tl.where((k0 + tl.arange(0, BLOCK_K))[:, None] < rank, s, float("-inf")), 0)
 
 
 @triton.jit
@@ -75,9 +82,8 @@ def _softmax_terms(
 ):  # fmt: skip
     """Of each column of Y^T X the largest element, and the sum of exp(element - largest)."""
     if WHOLE_K:  # s is all of it
-        s = _bases(s, 0, rank, float("-inf"), BLOCK_K)
-        top = tl.max(s, 0)
-        total = tl.sum(tl.exp(s - top[None, :]), 0)
+        top = _largest(s, 0, rank, BLOCK_K)
+        total = tl.sum(_exp(s, top, 0, rank, BLOCK_K), 0)
     else:
         top = tl.full((COLS,), float("-inf"), tl.float32)
         total = tl.zeros((COLS,), tl.float32)
@@ -86,9 +92,8 @@ def _softmax_terms(
                 x, y, image, rows, col0, cols, k0, rank,
                 COSINE, PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
             )  # fmt: skip
-            s = _bases(s, k0, rank, float("-inf"), BLOCK_K)
-            higher = tl.maximum(top, tl.max(s, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher[None, :]), 0)
+            higher = tl.maximum(top, _largest(s, k0, rank, BLOCK_K))
+            total = total * tl.exp(top - higher) + tl.sum(_exp(s, higher, k0, rank, BLOCK_K), 0)
             top = higher
     return top, total
 
@@ -107,12 +112,11 @@ def gram_product(
                 x, y, image, rows, col0, cols, j0, rank,
                 False, PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
             )  # fmt: skip
-            right = _bases(tl.exp(s - top[None, :]) / total[None, :], j0, rank, 0.0, BLOCK_K)
+            right = _exp(s, top, j0, rank, BLOCK_K) / total[None, :]
         else:
             right = load_tile(old, image, j0, rank, col0, cols, BLOCK_K, COLS)
         left = load_tile(gram, image, k0, rank, j0, rank, BLOCK_K, BLOCK_K)
-        left, right = operand(left, GRAM_PRECISION), operand(right, GRAM_PRECISION)
-        product = dot(left, right, product, GRAM_PRECISION)
+        product = dot_values(left, right, product, GRAM_PRECISION)
     return product
 
 
@@ -155,14 +159,13 @@ def round_kernel(
                 s, x, y, image, rows, at, col1, rank,
                 COSINE, PRECISION, WHOLE_K, CHUNK, COLS, BLOCK_K, STAGES,
             )  # fmt: skip
-            values = _bases(tl.exp(s - top[None, :]) / total[None, :], k0, rank, 0.0, BLOCK_K)
+            values = _exp(s, top, k0, rank, BLOCK_K) / total[None, :]
         else:
             values = load_tile(old, image, k0, rank, at, col1, BLOCK_K, COLS)
         if NMF:
             if WHOLE_K:
                 left = load_tile(gram, image, 0, rank, 0, rank, BLOCK_K, BLOCK_K)
-                left, right = operand(left, GRAM_PRECISION), operand(values, GRAM_PRECISION)
-                below = dot(left, right, None, GRAM_PRECISION)
+                below = dot_values(left, values, None, GRAM_PRECISION)
             else:
                 if not FIRST:
                     top, total = 0.0, 0.0
@@ -179,8 +182,8 @@ def round_kernel(
         tile = load_tile(x, image, row0, rows, at, col1, ROWS, COLS)
         products = dot_values(tile, tl.trans(values), products, PRECISION)
         if NMF and WHOLE_K:
-            left = operand(values, GRAM_PRECISION)
-            squares = dot(left, tl.trans(left), squares, GRAM_PRECISION)
+            left = to_dtype(values, gram[0].dtype.element_ty)
+            squares = dot_values(left, tl.trans(values), squares, GRAM_PRECISION)
         if not NMF:
             weights += tl.sum(values, 1, keep_dims=True)
     shares = (shares, share, share_row, share_k)
@@ -192,56 +195,43 @@ def round_kernel(
         store_tile(weights, sums, unit, k0, written, 0, 1, BLOCK_K, 1)
 
 
-class Ranges(NamedTuple):
-    """How the columns of an image are cut up: `count` ranges of `cols` columns."""
-
-    count: int
-    cols: int
-
-    @classmethod
-    def of(cls, problem: Problem, config: Config) -> Ranges:
-        batch, rows, cols = problem.x.shape
-        # The float32 shares of X Z^T may take half of X's memory.
-        least = ceil_div(8 * problem.rank, problem.x.element_size())
-        others = batch * ceil_div(rows, config.block_m) * ceil_div(problem.rank, config.block_k)
-        most = max(1, PROGRAMS // others)
-        each = min(max(least, ceil_div(cols, most)), cols)
-        each = ceil_div(each, config.block_n) * config.block_n
-        return cls(ceil_div(cols, each), each)
-
-
-def chunk(x: Tensor) -> int:
-    """Rows of X that are multiplied at a time: 128 bytes where channels are innermost."""
-    return 128 // x.element_size()
+def cut_columns(problem: Problem, config: Config) -> tuple[int, int]:
+    """How many ranges the columns of an image are cut into, and of how many columns each."""
+    batch, rows, cols = problem.x.shape
+    # The float32 shares of X Z^T may take half of X's memory.
+    least = ceil_div(8 * problem.rank, problem.x.element_size())
+    others = batch * ceil_div(rows, config.block_m) * ceil_div(problem.rank, config.block_k)
+    most = max(1, PROGRAMS // others)
+    each = min(max(least, ceil_div(cols, most)), cols)
+    each = ceil_div(each, config.block_n) * config.block_n
+    return ceil_div(cols, each), each
 
 
 def launch_round(
-    problem: Problem, config: Config, gram: Tensor | None, old: Tensor | None, cosine: bool,
-    write: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    problem: Problem, config: Config, method: str, gram: Tensor, old: Tensor | None, write: bool
+) -> tuple[Tensor, Tensor]:
     """Shares of X Z^T (B R, C, K), R ranges of columns, and of the sums that the bases need.
 
-    `gram` is Y^T Y, of nmf alone, `old` its Z, if this is not the first round. Sums are those of
-    the rows of Z (B R, K, 1); of nmf Z Z^T (B R, K, K), one share for each image where a program
-    does not hold all bases. Writes problem.z if told to.
+    Those are the row sums of Z (B R, K, 1); of nmf Z Z^T (B R, K, K), but (B, K, K) where a
+    program does not hold all bases. nmf takes `gram`, Y^T Y, and, after the first round, the `old`
+    Z. The new one is written to problem.z if told to; nmf with blocks of bases needs it there.
     """
     x, y, z = problem.x, problem.y, problem.z
     batch, rows, cols = x.shape
-    rank, nmf = problem.rank, gram is not None
-    ranges = Ranges.of(problem, config)
+    rank, nmf = problem.rank, method == "nmf"
+    ranges, range_cols = cut_columns(problem, config)
     parts = ceil_div(rows, config.block_m)
     whole_k = rank <= config.block_k
-    shares = torch.empty(batch * ranges.count, rows, rank, dtype=torch.float32, device=x.device)
-    sums = shares.new_empty(batch * ranges.count, rank, rank if nmf else 1)
-    grams = shares if gram is None else gram
+    shares = torch.empty(batch * ranges, rows, rank, dtype=torch.float32, device=x.device)
+    sums = shares.new_empty(batch * ranges, rank, rank if nmf else 1)
     before = z if old is None else old
-    round_kernel[(batch * ranges.count * parts, ceil_div(rank, config.block_k))](
-        x, *x.stride(), y, *strides(y), grams, *strides(grams), before, *strides(before),
+    round_kernel[(batch * ranges * parts, ceil_div(rank, config.block_k))](
+        x, *x.stride(), y, *strides(y), gram, *strides(gram), before, *strides(before),
         z, *strides(z), shares, *shares.stride(), sums, *sums.stride(),
-        rows, cols, rank, parts, ranges.count, ranges.cols,
-        NMF=nmf, COSINE=cosine, FIRST=old is None, WRITE=write,
+        rows, cols, rank, parts, ranges, range_cols,
+        NMF=nmf, COSINE=method in ("vq", "cd"), FIRST=old is None, WRITE=write,
         PRECISION=problem.precision, GRAM_PRECISION=problem.gram_precision, WHOLE_K=whole_k,
-        CHUNK=chunk(x), ROWS=config.block_m, COLS=config.block_n, BLOCK_K=config.block_k,
+        CHUNK=problem.chunk, ROWS=config.block_m, COLS=config.block_n, BLOCK_K=config.block_k,
         STAGES=config.stages,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -250,35 +240,36 @@ def launch_round(
         sums = exact @ exact.mT
     return shares, sums
 
+
 class Found(NamedTuple):
     y: Tensor  # float32
     rounded: Tensor  # the same in x's dtype; of vq over the lengths of its columns
-    gram: Tensor | None  # Y^T Y of nmf
+    gram: Tensor  # Y^T Y of nmf
 
 
 def find(x: Tensor, y0: Tensor, method: str, steps: int, z: Tensor, tf32: bool) -> Found:
-    """`steps` rounds from y0; Z of the last one goes to z, of any dtype."""
-    nmf, cosine = method == "nmf", method in ("vq", "cd")
+    """`steps` rounds from y0. Z of the last one goes to z, of any dtype."""
+    nmf = method == "nmf"
     start = normalize_columns(y0) if method == "vq" else y0
     problem = Problem.of(x, start.to(x.dtype), z, tf32)
-    gram = y0.mT @ y0 if nmf else None
+    gram = (y0.mT @ y0).to(problem.gram_dtype) if nmf else y0
+    y, old = y0, None
 
     def launch(config: Config) -> None:
-        launch_round(problem, config, gram, None, cosine, nmf)
+        launch_round(problem, config, method, gram, old, nmf)
 
     with torch.cuda.device_of(x):
-        config = choose(problem, ("round", nmf, cosine), round_configs, launch)
-        y, old = y0, None
+        traits = "round", nmf, method in ("vq", "cd")
+        config = choose(problem, traits, lambda p: round_configs(p, nmf), launch)
         for step in range(steps):
             last = step == steps - 1
-            if nmf and not last:
-                problem = problem._replace(z=torch.empty_like(z, dtype=torch.float32))
-            else:
-                problem = problem._replace(z=z)
-            shares, sums = launch_round(problem, config, gram, old, cosine, nmf or last)
+            # Between rounds Z of nmf is float32; in the last one it goes where it is wanted.
+            new = torch.empty_like(z, dtype=torch.float32) if nmf and not last else z
+            problem = problem._replace(z=new)
+            shares, sums = launch_round(problem, config, method, gram, old, nmf or last)
             if nmf:
                 y, rounded = launch_ratios(x, shares, sums, y, problem.gram_precision)
-                gram, old = y.mT @ y, problem.z
+                gram, old = (y.mT @ y).to(problem.gram_dtype), new
             else:
                 y, rounded = launch_means(x, shares, sums, method)
             problem = problem._replace(y=rounded)
