@@ -43,11 +43,9 @@ EXTENSION_ERROR = extension_error()
 MIN_CAPABILITY = (8, 0)
 MAX_NATIVE_CUDA_RANK = 256
 # The methods whose rounds have kernels; any other runs on the reference.
-NATIVE_METHODS: dict[str, tuple[str, ...]] = {
-    "cpu": ("em", "nmf", "vq", "cd"),
-    "cuda": (),
-}
-TRITON_METHODS: tuple[str, ...] = ()
+METHODS_WITH_KERNELS = ("em", "nmf", "vq", "cd")
+NATIVE_METHODS = {"cpu": METHODS_WITH_KERNELS, "cuda": ()}
+TRITON_METHODS = METHODS_WITH_KERNELS
 
 
 def _cuda_error() -> str | None:

@@ -6,12 +6,15 @@ run, slowly, on the CPU.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mfops import ops
 from mfops.triton.backward import launch_backward
 from mfops.triton.common import Problem
+from mfops.triton.finish import launch_finish, launch_nmf_backward
 from mfops.triton.forward import launch_forward
+from mfops.triton.rounds import find
 
 
 def reconstruct(x: Tensor, y: Tensor, z: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
@@ -46,3 +49,42 @@ def reconstruct_backward(
         problem, grad_x_hat, grad_mse, grad_x if need_x else None, need_y, need_z
     )
     return grad_x, grad_y, grad_z
+
+
+def iterate(
+    x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
+) -> tuple[Tensor, Tensor]:
+    z = x.new_empty(x.shape[0], y0.shape[-1], x.shape[2])
+    return find(x, y0, method, steps, z, tf32).y, z
+
+
+def solve(
+    x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z = x.new_empty(x.shape[0], y0.shape[-1], x.shape[2])
+    x_hat = ops.empty_like_x(x, list(x.shape))
+    if method == "em":
+        found = find(x, y0, method, steps, z, tf32)
+        mse = launch_forward(Problem.of(x, found.rounded, z, tf32), x_hat)
+        return found.y, z, x.new_empty(0), x_hat, mse
+    last = torch.empty_like(z, dtype=torch.float32)  # before the update that has a gradient
+    found = find(x, y0, method, steps, last, tf32)
+    slope = torch.empty_like(z)
+    problem = Problem.of(x, found.rounded, z, tf32)
+    mse = launch_finish(problem, found.gram, last, slope, x_hat)
+    return found.y, z, slope, x_hat, mse
+
+
+def nmf_backward(
+    grad_x_hat: Tensor | None,
+    grad_mse: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    slope: Tensor,
+    tf32: bool = False,
+) -> Tensor:
+    grad_x = ops.empty_like_x(x, list(x.shape))
+    problem = Problem.of(x, y.to(x.dtype), z, tf32)
+    launch_nmf_backward(problem, grad_x_hat, grad_mse, slope, grad_x)
+    return grad_x

@@ -31,6 +31,29 @@ class Problem(NamedTuple):
         return self.y.shape[-1]
 
     @property
+    def gram_dtype(self) -> torch.dtype:
+        """Of K x K matrices, whose range may be beyond float16."""
+        return torch.bfloat16 if self.x.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def gram_precision(self) -> str:
+        """Of products of K x K matrices: of those that stay float32 in TF32, but for float32 X."""
+        return self.precision if self.x.dtype == torch.float32 else "tf32"
+
+    @property
+    def chunk(self) -> int:
+        """Rows of X that Y^T X is summed over at a time: 128 bytes of them.
+
+        Float32 operands that do not round to TF32 lie in registers, which hold fewer.
+        """
+        size = self.x.element_size()
+        return (
+            64 // size
+            if self.x.dtype == torch.float32 and self.precision == "ieee"
+            else 128 // size
+        )
+
+    @property
     def one_product(self) -> bool:
         """Whether all images have the same X'."""
         return self.y.dim() == 2 and self.z.dim() == 2
@@ -101,7 +124,7 @@ def to_dtype(tile, DTYPE: tl.constexpr):
 @triton.jit
 def operand(tile, PRECISION: tl.constexpr):
     """A tile as an operand of a product."""
-    if PRECISION == "tf32":  # tensor cores cut off instead of rounding
+    if PRECISION == "tf32" and tile.dtype == tl.float32:  # tensor cores cut off, not round
         tile = _round_off(tile, 13)
     # The interpreter multiplies the bits of bfloat16 as integers.
     return tile.to(tl.float32) if INTERPRETED else tile
@@ -111,6 +134,15 @@ def operand(tile, PRECISION: tl.constexpr):
 def dot(a, b, total, PRECISION: tl.constexpr):
     """total + a b, of operands."""
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def dot_values(tile, values, total, PRECISION: tl.constexpr):
+    """total + a tile in x's dtype times float32 values, which float16 may not hold."""
+    if tile.dtype == tl.float16:  # TF32 holds a float16 as it is, and the range of float32
+        return dot(tile.to(tl.float32), operand(values, "tf32"), total, "tf32")
+    values = to_dtype(values, tile.dtype)
+    return dot(operand(tile, PRECISION), operand(values, PRECISION), total, PRECISION)
 
 
 @triton.jit

@@ -86,6 +86,45 @@ def backward_configs(problem: Problem) -> list[Config]:
     return [Config(own, across, k, warps, 2) for own, across, warps in shapes]
 
 
+def round_configs(problem: Problem, nmf: bool) -> list[Config]:
+    """block_m rows of Y, and of the sum X Z^T; block_n columns of a tile of X.
+
+    Beyond 64 bases nmf, which holds Z Z^T and Y^T Y too, takes them in blocks of 64; the others,
+    which compute Y^T X anew for each block, do so beyond 128.
+    """
+    rank, float32 = problem.rank, problem.x.dtype == torch.float32
+    k = min(max(16, triton.next_power_of_2(rank)), 64 if nmf else 128)
+    few = rank <= 64
+    if float32 and problem.precision == "ieee":
+        shapes = [(128, 16, 8)] if nmf else [(64, 16, 8)] if few else [(32, 16, 4)]
+    elif nmf and problem.x.dtype == torch.bfloat16:
+        shapes = [(128, 32, 8), (64, 16, 4)] if few else [(128, 32, 8)]
+    elif nmf:
+        shapes = [(128, 16, 8), (64, 16, 8)]
+    elif float32:
+        shapes = [(128, 32, 8), (64, 16, 8)] if few else [(64, 16, 8)]
+    else:
+        shapes = [(128, 32, 8), (256, 32, 8)] if few else [(64, 32, 8)]
+    return [Config(m, n, k, warps, 2) for m, n, warps in shapes]
+
+
+def finish_configs(problem: Problem) -> list[Config]:
+    """block_m rows at a time of the block_n columns that a program owns."""
+    rank, float32 = problem.rank, problem.x.dtype == torch.float32
+    k = min(max(16, triton.next_power_of_2(rank)), 64)
+    if float32 and problem.precision == "ieee":
+        shapes = [(32, 16, 4), (16, 16, 4)] if rank <= 64 else [(16, 16, 4)]
+    elif float32:
+        shapes = [(32, 16, 4), (32, 32, 8)] if rank <= 64 else [(32, 16, 4)]
+    elif rank <= 64:
+        shapes = [(64, 32, 4), (64, 64, 8)]
+    elif rank <= 128:
+        k, shapes = 128, [(32, 16, 4)]
+    else:
+        shapes = [(64, 32, 8), (32, 32, 4)]
+    return [Config(m, n, k, warps, 2) for m, n, warps in shapes]
+
+
 _chosen: dict[Hashable, Config] = {}
 
 

@@ -34,7 +34,10 @@ SHAPES = [
     (2, 300, 12, 31),
 ]
 STEPS = 3
-SAMPLES = 6
+# Enough for most cases. Where a basis of vq or cd is about to lose its last pixel, a rounding may
+# decide it, and few samples may all fall on one side: a result they do not explain is tried again
+# against many.
+SAMPLES, MANY_SAMPLES = 6, 100
 # Of the random perturbations' size, element by element and over all elements.
 SAFETY_HERE, SAFETY_ALL = 8.0, 4.0
 MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__}
@@ -119,11 +122,18 @@ def _assert_close(actual: Tensor, exact: Tensor, samples: list[Tensor], what: st
 def _check(names: tuple[str, ...], actual: Any, run: Any, operands: Operands, what: str) -> None:
     """`run` computes on float64 what `actual` is on a backend."""
     exact, samples = run(), []
-    for seed in range(SAMPLES):
-        with Roundings(operands, seed):
-            samples.append(run())
-    for i, name in enumerate(names):
-        _assert_close(actual[i], exact[i], [s[i] for s in samples], f"{what}: {name}")
+
+    def explain(count: int) -> None:
+        for seed in range(len(samples), count):
+            with Roundings(operands, seed):
+                samples.append(run())
+        for i, name in enumerate(names):
+            _assert_close(actual[i], exact[i], [s[i] for s in samples], f"{what}: {name}")
+
+    try:
+        explain(SAMPLES)
+    except AssertionError:
+        explain(MANY_SAMPLES)
 
 
 def check(run: Any, case: Case, method: str, operands: Operands = None, steps: int = STEPS) -> None:

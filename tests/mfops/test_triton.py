@@ -23,17 +23,31 @@ from triton.backends.compiler import GPUTarget
 import mfops.triton
 from mfops.triton import configs
 from mfops.triton.backward import backward_kernel
+from mfops.triton.bases import means_kernel, ratios_kernel
 from mfops.triton.common import Problem
 from mfops.triton.configs import Config
+from mfops.triton.finish import finish_kernel, nmf_backward_kernel
 from mfops.triton.forward import forward_kernel
+from mfops.triton.rounds import round_kernel
 
 HERE = Path(__file__).parent
 # The least shared memory a program may use: that of compute capability 8.6 and 8.9.
 SHARED_MEMORY = 99 * 1024
+KERNELS = (
+    forward_kernel,
+    backward_kernel,
+    round_kernel,
+    means_kernel,
+    ratios_kernel,
+    finish_kernel,
+    nmf_backward_kernel,
+)
 KINDS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("file", ["test_backends.py", "triton_interpreted.py"])
+@pytest.mark.parametrize(
+    "file", ["test_backends.py", "test_factor_backends.py", "triton_interpreted.py"]
+)
 def test_in_the_interpreter(file):
     """Those files' tests; Triton wants to be told about the interpreter before it is imported."""
     done = subprocess.run(
@@ -53,10 +67,10 @@ class AheadOfTime:
     def __init__(self, monkeypatch):
         self.compiled = []
         monkeypatch.setattr(triton.runtime.driver, "_active", self)
-        for kernel in (forward_kernel, backward_kernel):
+        for kernel in KERNELS:
             module = sys.modules[kernel.__module__]
             monkeypatch.setattr(module, kernel.fn.__name__, self.instead_of(kernel))
-            monkeypatch.setattr(module, "choose", self.choose)
+            monkeypatch.setattr(module, "choose", self.choose, raising=False)
         self.arch, self.config = 80, 0
 
     def instead_of(self, kernel):
@@ -85,10 +99,7 @@ class AheadOfTime:
     def __call__(self, shape, kind, channels_last, shared=(False, False)):
         """The compiled kernels of a forward and a backward pass."""
         batch, channels, rank, pixels = shape
-
-        def empty(*size):
-            return torch.empty(size, dtype=KINDS.get(kind, torch.float16), device="meta")
-
+        empty = self.empty(kind)
         x = empty(batch, pixels, channels).mT if channels_last else empty(batch, channels, pixels)
         y = empty(*([] if shared[0] else [batch]), channels, rank)
         z = empty(*([] if shared[1] else [batch]), rank, pixels)
@@ -100,6 +111,26 @@ class AheadOfTime:
         mfops.triton.reconstruct_backward(upstream, grad_mse, x, y, z, True, True, True, tf32)
         assert len(self.compiled) == 2
         return self.compiled
+
+    def rounds(self, shape, kind, channels_last, method):
+        """The compiled kernels, each once, of three rounds, what follows them, and its gradient."""
+        batch, channels, rank, pixels = shape
+        empty = self.empty(kind)
+        x = empty(batch, pixels, channels).mT if channels_last else empty(batch, channels, pixels)
+        y0 = torch.empty(channels, rank, device="meta")
+        grad_mse = torch.empty((), device="meta")
+        self.compiled.clear()
+        tf32 = kind == "tf32"
+        if method == "nmf":
+            y, z, slope, *_ = mfops.triton.solve(x, y0, method, 3, tf32)
+            mfops.triton.nmf_backward(torch.empty_like(x), grad_mse, x, y, z, slope, tf32)
+        else:
+            mfops.triton.iterate(x, y0, method, 3, tf32)
+        return list({kernel.hash: kernel for kernel in self.compiled}.values())
+
+    def empty(self, kind):
+        dtype = KINDS.get(kind, torch.float16)
+        return lambda *size: torch.empty(size, dtype=dtype, device="meta")
 
 
 @pytest.fixture
@@ -135,6 +166,58 @@ def test_compiles_ahead_of_time(ahead_of_time, arch, kind, channels_last, pixels
     if pixels % 16 == 0:  # and those of Z
         assert accesses(forward, "ld")[1] == 0
         assert accesses(backward, "ld")[1] == 2  # the gradient of the error, in two places
+
+
+def spilled(kernel, arch: int, folder: Path) -> int:
+    """Bytes of registers that the kernel keeps in memory."""
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(kernel.asm["ptx"])
+    done = subprocess.run(
+        [
+            triton.knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name=sm_{'90a' if arch == 90 else arch}",
+            *(str(ptx), "-o", str(folder / "kernel.cubin")),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kind", [*KINDS, "float16"])
+@pytest.mark.parametrize("method", ["nmf", "vq"])  # vq does more than em, and what cd does
+def test_rounds_compile_ahead_of_time(ahead_of_time, tmp_path, arch, kind, method):
+    ahead_of_time.arch = arch
+    kernels = ahead_of_time.rounds((2, 512, 64, 4096), kind, False, method)
+    assert len(kernels) == {"nmf": 5, "vq": 3}[method]  # nmf: two kinds of rounds, vq also
+    for kernel in kernels:
+        assert kernel.metadata.shared <= SHARED_MEMORY
+        tensor_cores = re.search(r"mma\.sync|wgmma\.mma_async", kernel.asm["ptx"])
+        assert bool(tensor_cores) == (kind != "float32" and kernel.name != "means_kernel")
+        assert not re.search(r"arith\.muli .*: (tensor<.*x)?i32", kernel.asm["ttir"])
+        assert spilled(kernel, arch, tmp_path) == 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_rounds_on_odd_grids(ahead_of_time, channels_last):
+    """They fit, and grids and batches share kernels."""
+    hashes = set()
+    for batch, pixels in [(2, 1089), (5, 129 * 97)]:
+        kernels = ahead_of_time.rounds((batch, 512, 64, pixels), "bfloat16", channels_last, "nmf")
+        hashes.add(tuple(kernel.hash for kernel in kernels))
+        for kernel in kernels:
+            assert kernel.metadata.shared <= SHARED_MEMORY
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["nmf", "vq"])
+def test_rounds_with_more_bases_than_a_program_holds(ahead_of_time, kind, method):
+    for kernel in ahead_of_time.rounds((2, 512, 300, 4096), kind, False, method):
+        assert kernel.metadata.shared <= SHARED_MEMORY
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import LAYOUTS, SHARING, check, make
+from factor_cases import make as make_factor_case
 
 import mfops
 from mfops import reference
 from mfops.dispatch import BACKENDS
+from mfops.methods import METHODS
 from mfops.triton import backward
 
 OPS = torch.ops.mfops
@@ -58,6 +60,47 @@ def test_gradients_through_the_public_function_compiled_and_not(layout, shared):
         out = run(*leaves)
         torch.testing.assert_close(out, exact)
         torch.testing.assert_close(torch.autograd.grad(out, leaves), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_opcheck_of_the_methods(layout, method):
+    case = make_factor_case((2, 6, 3, 20), layout, torch.float32, method)
+    arguments = case.x, case.y0, method, 2
+    torch.library.opcheck(OPS.triton_iterate.default, arguments)
+    if method not in ("em", "nmf"):
+        return
+    torch.library.opcheck(OPS.triton_solve.default, (*arguments, True))
+    if method == "em":
+        return
+    y, z, slope, *_ = OPS.triton_solve(*arguments)
+    for upstream, mse in [
+        (case.grad_x_hat, case.grad_mse),
+        (None, case.grad_mse),
+        (case.grad_x_hat, None),
+    ]:
+        torch.library.opcheck(OPS.triton_nmf_backward.default, (upstream, mse, case.x, y, z, slope))
+
+
+@pytest.mark.parametrize("method", ["em", "nmf"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_gradients_through_the_module_compiled_and_not(layout, method):
+    x = make_factor_case((2, 6, 3, 20), layout, torch.float32, method).x.requires_grad_()
+    context = mfops.FactorizedContext(6, 3, (4, 5), method).eval()
+
+    def step(x):
+        x_hat, mse = context(x, return_loss=True)
+        return x_hat.square().sum() + 10 * mse
+
+    with mfops.use_backend("reference"):
+        exact = step(x)
+        expected = torch.autograd.grad(exact, x)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for run in (step, compiled):
+        out = run(x)
+        torch.testing.assert_close(out, exact)
+        torch.testing.assert_close(torch.autograd.grad(out, x), expected)
 
 
 def test_compiled_graph_holds_the_operator():
