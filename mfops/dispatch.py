@@ -43,7 +43,7 @@ EXTENSION_ERROR = extension_error()
 MIN_CAPABILITY = (8, 0)
 MAX_NATIVE_CUDA_RANK = 256
 # The methods whose rounds have kernels; any other runs on the reference.
-NATIVE_METHODS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ()}
+NATIVE_METHODS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ("em", "nmf", "vq", "cd")}
 TRITON_METHODS: tuple[str, ...] = ()
 
 
