@@ -75,9 +75,9 @@ gpu-sanitize:
 	    echo "compute-sanitizer is not installed: nothing done"; exit; fi; \
 	status=0; for tool in memcheck racecheck; do \
 	    echo "compute-sanitizer --tool $$tool"; \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool $$tool \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 180 compute-sanitizer --tool $$tool \
 	        --kernel-name kns=mfops --report-api-errors no --error-exitcode 1 \
-	        $(GPU_PYTHON) -m pytest -q -m gpu tests/mfops/test_gpu.py -k sanitized \
+	        $(GPU_PYTHON) -m pytest -q -m gpu tests/mfops/test_gpu.py tests/mfops/test_gpu_factors.py -k sanitized \
 	        || status=1; \
 	done; exit $$status
 

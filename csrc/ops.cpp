@@ -5,6 +5,7 @@
 #include "cpu/factorized.h"
 #ifdef MFOPS_WITH_CUDA
 #include "cuda/factorized.h"
+#include "cuda/factors.h"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(mfops, CPU, m) {
@@ -21,5 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(mfops, CUDA, m) {
     m.impl("reconstruct", TORCH_BOX(&mfops::cuda::reconstruct));
     m.impl("mse", TORCH_BOX(&mfops::cuda::mse));
     m.impl("reconstruct_backward", TORCH_BOX(&mfops::cuda::reconstruct_backward));
+    m.impl("iterate", TORCH_BOX(&mfops::cuda::iterate));
+    m.impl("solve", TORCH_BOX(&mfops::cuda::solve));
+    m.impl("nmf_backward", TORCH_BOX(&mfops::cuda::nmf_backward));
 }
 #endif

@@ -44,8 +44,6 @@ MIN_CAPABILITY = (8, 0)
 MAX_NATIVE_CUDA_RANK = 256
 # The methods whose rounds have kernels; any other runs on the reference.
 METHODS_WITH_KERNELS = ("em", "nmf", "vq", "cd")
-NATIVE_METHODS = {"cpu": METHODS_WITH_KERNELS, "cuda": ()}
-TRITON_METHODS = METHODS_WITH_KERNELS
 
 
 def _cuda_error() -> str | None:
@@ -100,8 +98,8 @@ def _dtype_obstacle(x: Tensor) -> str | None:
     return None
 
 
-def _method_obstacle(method: str | None, known: tuple[str, ...]) -> str | None:
-    if method is None or method in known:
+def _method_obstacle(method: str | None) -> str | None:
+    if method is None or method in METHODS_WITH_KERNELS:
         return None
     return f"has no kernels for method {method!r}"
 
@@ -119,7 +117,7 @@ def _native_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | N
             return f"on CUDA it takes K <= {MAX_NATIVE_CUDA_RANK}, K is {rank}"
     elif not x.is_cpu:
         return f"runs on cpu and cuda, x is on {x.device.type}"
-    return _dtype_obstacle(x) or _method_obstacle(method, NATIVE_METHODS[x.device.type])
+    return _dtype_obstacle(x) or _method_obstacle(method)
 
 
 def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
@@ -132,7 +130,7 @@ def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | N
         obstacle = _gpu_obstacle(x.device.index)
         if obstacle is not None:
             return obstacle
-    return _dtype_obstacle(x) or _method_obstacle(method, TRITON_METHODS)
+    return _dtype_obstacle(x) or _method_obstacle(method)
 
 
 def _no_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:

@@ -1,27 +1,15 @@
 // Memory for the results, then the kernels, on torch's current stream.
 #include "cuda/factorized.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "cuda/device.h"
 #include "cuda/problem.h"
+#include "cuda/tensors.h"
 
 namespace mfops::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-// The last two dimensions as lines of elements, or the other way round.
-Lines lines_of(const Tensor& t, bool columns = false) {
-    const int64_t d = t.dim() - 2;
-    return {t.data_ptr(), d == 1 ? t.stride(0) : 0, t.stride(columns ? d + 1 : d),
-            t.stride(columns ? d : d + 1)};
-}
 
 // Whether every line starts on 16 bytes and its elements follow one another.
 bool on_16_bytes(const Lines& lines, const Tensor& x) {
@@ -30,32 +18,14 @@ bool on_16_bytes(const Lines& lines, const Tensor& x) {
            lines.line % granule == 0 && lines.batch % granule == 0;
 }
 
-Type type_of(const Tensor& x, bool tf32) {
-    switch (x.scalar_type()) {
-        case ScalarType::Float:
-            return tf32 ? Type::kTf32 : Type::kFloat32;
-        case ScalarType::BFloat16:
-            return Type::kBf16;
-        case ScalarType::Half:
-            return Type::kF16;
-        default:
-            throw std::runtime_error("mfops: the CUDA kernels take float32, bfloat16 and float16");
-    }
-}
-
 Problem problem_of(const Tensor& x, const Tensor& y, const Tensor& z, bool tf32) {
-    const int64_t rank = y.size(y.dim() - 1);
-    if (rank > kMaxRank) {
-        throw std::runtime_error("mfops: the CUDA kernels take K <= " + std::to_string(kMaxRank) +
-                                 ", got " + std::to_string(rank));
-    }
     Problem p;
     p.type = type_of(x, tf32);
-    p.transposed = x.stride(2) != 1 && x.stride(1) == 1;
+    p.transposed = channels_innermost(x);
     p.batch = x.size(0);
     p.rows = x.size(p.transposed ? 2 : 1);
     p.cols = x.size(p.transposed ? 1 : 2);
-    p.rank = static_cast<int>(rank);
+    p.rank = checked_rank(y.size(y.dim() - 1));
     p.x = lines_of(x, p.transposed);
     p.a = lines_of(y), p.b = lines_of(z);
     p.a_per_image = y.dim() == 3, p.b_per_image = z.dim() == 3;
@@ -75,10 +45,6 @@ Tensor empty_like_features(const Problem& p, const Tensor& x, bool batched) {
     if (batched) shape.insert(shape.begin(), p.batch);
     const Tensor memory = torch::stable::new_empty(x, shape);
     return p.transposed ? torch::stable::transpose(memory, -1, -2) : memory;
-}
-
-Tensor bytes(const Tensor& x, size_t count) {
-    return torch::stable::new_empty(x, {static_cast<int64_t>(count)}, ScalarType::Byte);
 }
 
 Tensor run_forward(const DeviceScope& device, const Problem& p, const Tensor& x, void* x_hat) {

@@ -24,19 +24,6 @@ constexpr size_t forward_shared_bytes(int rank, int stages) {
            (Tiles::A::elements(padded_rank(rank)) + stages * forward_stage_elements<Tiles>(rank));
 }
 
-// The block's sum of `value`, added in a fixed order, in thread 0. All shared memory is free.
-__device__ __forceinline__ double block_sum(double value) {
-    for (int offset = 16; offset > 0; offset /= 2) value += shuffle_down(value, offset);
-    double* sums = reinterpret_cast<double*>(shared_memory());
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
-    __syncthreads();
-    if (threadIdx.x != 0) return 0;
-    double total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp];
-    return total;
-}
-
 template <Type kType, bool kTransposed, bool kAligned, int kRows, int kCols, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     forward_kernel(const __grid_constant__ ForwardParams params) {

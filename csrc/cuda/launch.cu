@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/plan.h"
 #include "cuda/variants.h"
 
 namespace mfops::cuda {
@@ -22,12 +23,6 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const __grid_constant__ 
     sum = block_sum(sum);
     if (threadIdx.x == 0) *params.mse = static_cast<float>(sum / params.elements);
 }
-
-// What a block takes of shared memory besides what it asks for.
-constexpr int kReservedBytes = 1024;
-constexpr int kMaxStages = 4;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Variants variants(const Problem& problem) {
     switch (problem.type) {
@@ -75,14 +70,6 @@ Choice choose(const Shapes& shapes, const Limits& limits, int rank, SharedBytes 
                              " bytes of shared memory that a block has on this GPU");
 }
 
-unsigned checked_blocks(int64_t blocks) {
-    if (blocks > 0x7fffffff) {
-        throw std::runtime_error("mfops: x needs " + std::to_string(blocks) +
-                                 " blocks, more than the 2^31 - 1 of a launch");
-    }
-    return static_cast<unsigned>(blocks);
-}
-
 // Deals `tiles` tiles by strips out to about `blocks` blocks. A factor that differs from image to
 // image takes a chunk for each; otherwise images are split only where tiles do not suffice, since
 // each chunk computes the product anew.
@@ -127,6 +114,11 @@ void sum_shares(const Shares& shares, const float* from, void* to, void* stream)
 
 }  // namespace
 
+void mean_of(const double* parts, int64_t count, double elements, float* mse, void* stream) {
+    launch<mean_kernel>(1, kThreads, kWarps * sizeof(double), stream,
+                        MeanParams{parts, count, elements, mse});
+}
+
 ForwardPlan plan_forward(const Problem& p, const Limits& limits) {
     const auto shapes = variants(p).forward;
     const Choice choice = choose(shapes, limits, p.rank, [&](const ForwardVariant& v, int stages) {
@@ -151,9 +143,7 @@ void forward(const Problem& p, const ForwardPlan& plan, void* x_hat, float* mse,
     const unsigned blocks = checked_blocks(plan.work.blocks());
     variant.launch(blocks, plan.shared_bytes, stream,
                    ForwardParams{p, plan.work, plan.stages, x_hat, errors});
-    const double elements = static_cast<double>(p.batch) * p.rows * p.cols;
-    launch<mean_kernel>(1, kThreads, kWarps * sizeof(double), stream,
-                        MeanParams{errors, blocks, elements, mse});
+    mean_of(errors, blocks, static_cast<double>(p.batch) * p.rows * p.cols, mse, stream);
 }
 
 BackwardPlan plan_backward(const Problem& p, const Limits& limits, const Gradients& grad) {

@@ -75,6 +75,11 @@ __device__ __forceinline__ void store_shared(void* to, uint2 bits) {
                  "r"(bits.y)
                  : "memory");
 }
+__device__ __forceinline__ void store_shared(void* to, uint4 bits) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+}
 __device__ __forceinline__ void store_global(void* to, uint4 bits) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                  "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
@@ -149,6 +154,10 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
 // The value of the lane `offset` further up in the warp.
 __device__ __forceinline__ double shuffle_down(double v, int offset) {
     return __shfl_down_sync(0xffffffff, v, offset);
+}
+// The value of the lane whose number differs in the bits of `mask`.
+__device__ __forceinline__ float shuffle_xor(float v, int mask) {
+    return __shfl_xor_sync(0xffffffff, v, mask);
 }
 
 // The block's dynamic shared memory, 16-byte aligned.

@@ -221,7 +221,7 @@ class Accumulators {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = row + g + i % 2 * 8, kk = k + t + i / 2 * 4;
-                fa[m][i] = to_tf32(kAByK ? *a.at(r, kk) : *a.at(kk, r));
+                fa[m][i] = to_tf32(to_float(kAByK ? *a.at(r, kk) : *a.at(kk, r)));
             }
         }
 #pragma unroll

@@ -7,7 +7,6 @@ the library is made once a session.
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from types import SimpleNamespace
 
 import emulator
@@ -16,7 +15,6 @@ import torch
 from cases import LAYOUTS, SHAPES, SHARING, Case, assert_within, bounds, check, features, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from mfops import reference
 
@@ -34,18 +32,7 @@ KIB = 1024
 
 @pytest.fixture(scope="session")
 def run() -> SimpleNamespace:
-    flags = [
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        "-Wno-attributes",
-        *(f"-isystem{path}" for path in include_paths()),
-        *(f"-L{path}" for path in library_paths()),
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-ltorch_cpu",
-    ]
-    source = Path(emulator.HERE, "operators.cpp")
-    torch.ops.load_library(emulator.build(source, flags=tuple(flags)))
-    return torch.ops.mfops_emulated
+    return emulator.operators()
 
 
 def guarded(case: Case) -> Case:

@@ -27,23 +27,27 @@ THREADS = 256
 
 
 class Kernel(NamedTuple):
-    kind: str  # "forward" or "backward"
+    kind: str  # "forward", "backward", "round" or "nmf_backward"
     type: str
     transposed: bool
-    aligned: bool
+    aligned: bool  # knows that lines start on 16 bytes, or moves them there before it uses them
     blocks: int  # on a multiprocessor
 
     @classmethod
     def of(cls, mangled: str) -> Kernel | None:
         """The template arguments of a product kernel's mangled name; None for other kernels."""
         match = re.search(
-            r"(forward|backward)_kernelILNS0_4TypeE(\d)ELb(\d)ELb(\d)E\w*?Li(\d)EEEv", mangled
+            r"\d(forward|backward)_kernelILNS0_4TypeE(\d)ELb(\d)ELb(\d)E\w*?Li(\d)EEEv", mangled
         )
+        if match is not None:
+            kind, type_, transposed, aligned, blocks = match.groups()
+            flags = transposed == "1", aligned == "1"
+            return cls(kind, TYPES[int(type_)], *flags, int(blocks))
+        match = re.search(r"\d(round|nmf_backward)_kernelILNS0_4TypeE(\d)ELb(\d)E", mangled)
         if match is None:
             return None
-        kind, type_, transposed, aligned, blocks = match.groups()
-        flags = transposed == "1", aligned == "1"
-        return cls(kind, TYPES[int(type_)], *flags, int(blocks))
+        kind, type_, transposed = match.groups()
+        return cls(kind, TYPES[int(type_)], transposed == "1", True, 1)
 
 
 def cuobjdump() -> str:
@@ -112,6 +116,9 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
     kernels = [kernel for name in names if (kernel := Kernel.of(name))]
     variants = {(k.type, k.transposed, k.aligned) for k in kernels}
     assert len(variants) == len(TYPES) * 4
+    columns = {(k.type, k.transposed) for k in kernels}
+    for kind in ("round", "nmf_backward"):
+        assert {(k.type, k.transposed) for k in kernels if k.kind == kind} == columns
     for kind in ("forward", "backward"):
         assert {(k.type, k.transposed, k.aligned) for k in kernels if k.kind == kind} == variants
 

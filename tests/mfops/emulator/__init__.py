@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -62,6 +63,23 @@ def build(*sources: Path, flags: tuple[str, ...] = ()) -> str:
 
 def load(*sources: Path) -> ctypes.CDLL:
     return ctypes.CDLL(build(*sources))
+
+
+@functools.cache
+def operators() -> Any:
+    """csrc/cuda's operators on CPU tensors: torch.ops.mfops_emulated."""
+    flags = [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-Wno-attributes",
+        *(f"-isystem{path}" for path in include_paths()),
+        *(f"-L{path}" for path in library_paths()),
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
+    sources = (HERE / "operators.cpp", HERE / "factor_operators.cpp")
+    torch.ops.load_library(build(*sources, flags=tuple(flags)))
+    return torch.ops.mfops_emulated
 
 
 def call(function: Any, *arguments: torch.Tensor | int) -> None:

@@ -122,6 +122,10 @@ inline void store_shared(void* to, uint2 bits, Where where = Where::current()) {
     check_shared(to, sizeof(bits), "store_shared", where);
     std::memcpy(to, &bits, sizeof(bits));
 }
+inline void store_shared(void* to, uint4 bits, Where where = Where::current()) {
+    check_shared(to, sizeof(bits), "store_shared", where);
+    std::memcpy(to, &bits, sizeof(bits));
+}
 inline void check_global(const void* address, const char* operation, const Where& where) {
     if (reinterpret_cast<uintptr_t>(address) % 16 == 0) return;
     emulator::fail(std::string(operation) + ": an address that is no multiple of 16", where);
@@ -274,6 +278,24 @@ inline double shuffle_down(double v, int offset, Where where = Where::current())
                 Shuffle& to = *static_cast<Shuffle*>(lanes[lane]);
                 const int from = lane + to.offset;
                 if (from < 32) to.result = static_cast<Shuffle*>(lanes[from])->v;
+            }
+        },
+        &shuffle);
+    return shuffle.result;
+}
+
+inline float shuffle_xor(float v, int mask, Where where = Where::current()) {
+    struct Shuffle {
+        float v;
+        int mask;
+        float result;
+    } shuffle{v, mask, v};
+    emulator::wait(
+        "shuffle_xor", where,
+        [](void* const* lanes) {
+            for (int lane = 0; lane < 32; ++lane) {
+                Shuffle& to = *static_cast<Shuffle*>(lanes[lane]);
+                to.result = static_cast<Shuffle*>(lanes[lane ^ to.mask])->v;
             }
         },
         &shuffle);

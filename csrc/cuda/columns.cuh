@@ -1,0 +1,200 @@
+// What the kernels that go through X tile by tile of pixels share: the tables of tile shapes, what
+// lies where in shared memory, and the work of a block.
+//
+// A block owns up to `own` channels of an image and goes through a range of its tiles. Products
+// over all channels (Y^T X) need every chunk of `own` channels of a tile, its own one last;
+// products that leave something for each channel (X Z^T, Y Z) it computes for its own alone. With
+// more channels than one block owns the groups' blocks run side by side and find each other's
+// chunks in the L2.
+#pragma once
+
+#include "cuda/factorize.h"
+#include "cuda/strip.cuh"
+
+namespace mfops::cuda {
+
+// The first shape whose rank is large enough and that fits into shared memory is taken, one much
+// larger than the number of channels passed over. Reasons: X Z^T takes own x rank accumulators, 128
+// registers of a thread at most; every group computes Y^T X anew, so `own` is as large as those
+// allow. Small ones last, for GPUs with 99 KiB for a block.
+struct ColumnShape {
+    int own, rank, pixels;
+};
+template <size_t kElementBytes>
+struct ColumnShapes;
+template <>
+struct ColumnShapes<2> {
+    static constexpr ColumnShape kAll[] = {{512, 64, 32}, {128, 64, 32}, {128, 256, 16}};
+};
+template <>
+struct ColumnShapes<4> {
+    static constexpr ColumnShape kAll[] = {{256, 64, 32}, {128, 64, 32}, {64, 256, 16}};
+};
+
+inline constexpr int kGramRows = 64;  // rows of Z Z^T that a group owns
+
+__host__ __device__ constexpr int padded_16(int n) { return (n + 15) / 16 * 16; }
+
+// `own` channels of a tile of X, or of what is as large. It arrives by `fill` and is then settled:
+// lines that start anywhere within 16 bytes are moved to start on 16, as products take them.
+template <class T, bool kTransposed, int kOwn, int kPixels>
+struct ChunkTile {
+    static constexpr int kLength = kTransposed ? kOwn : kPixels;
+    static constexpr int kPitch = kLength + kGranule<T>;
+    static constexpr int kElements = (kTransposed ? kPixels : kOwn) * kPitch;
+
+    __device__ __forceinline__ static Tile<T, true> tile(int start) { return {start, kPitch}; }
+    __device__ __forceinline__ static const T* origin(const Lines& from, int64_t image,
+                                                      int64_t channel, int64_t pixel) {
+        return origin_of<T>(from, image, kTransposed ? pixel : channel,
+                            kTransposed ? channel : pixel);
+    }
+    // Of `channels` channels from `channel` on, and zeros up to a multiple of 16.
+    __device__ __forceinline__ static void load(int start, const Lines& from, int64_t image,
+                                                int64_t channel, int channels, int64_t pixel,
+                                                int64_t pixels) {
+        const T* const first = origin(from, image, channel, pixel);
+        const int padded = padded_16(channels);
+        fill<kThreads>(tile_of<false>(start, kPitch, from, first), from, first,
+                       kTransposed ? kPixels : padded, kTransposed ? padded : kPixels,
+                       kTransposed ? pixels - pixel : channels,
+                       kTransposed ? channels : pixels - pixel);
+    }
+    // Whether there was anything to do: the same for all threads.
+    __device__ __forceinline__ static bool settle(int start, const Lines& from, int64_t image,
+                                                  int64_t channel, int channels, int64_t pixel) {
+        const int padded = padded_16(channels);
+        const auto tile = tile_of<false>(start, kPitch, from, origin(from, image, channel, pixel));
+        if (tile.aligned()) return false;
+        settle_lines(tile, kTransposed ? kPixels : padded, kTransposed ? padded : kPixels);
+        return true;
+    }
+    // Writes the tile to the dense result `to` in X's memory order.
+    __device__ __forceinline__ static void store(int start, void* to, const FactorProblem& p,
+                                                 int64_t image, int64_t channel, int channels,
+                                                 int64_t pixel) {
+        const Tile<T, false> from{start, kPitch};
+        T* const first = static_cast<T*>(to) + image * p.channels * p.pixels;
+        if constexpr (kTransposed) {
+            write_back<kThreads>(from, first + pixel * p.channels + channel, p.channels, kPixels,
+                                 kOwn, p.pixels - pixel, channels);
+        } else {
+            write_back<kThreads>(from, first + channel * p.pixels + pixel, p.pixels, kOwn, kPixels,
+                                 channels, p.pixels - pixel);
+        }
+    }
+
+    // Each line by one thread, from its first granule to its last.
+    __device__ __forceinline__ static void settle_lines(const Tile<T, false>& tile, int lines,
+                                                        int length) {
+#pragma unroll 1
+        for (int line = threadIdx.x; line < lines; line += kThreads) {
+            const int bytes = tile.offset(line) * static_cast<int>(sizeof(T));
+            uint4 low, high;
+            load_shared(low, tile.granule(line, 0));
+#pragma unroll 1
+            for (int i = 0; i < length / kGranule<T>; ++i) {
+                load_shared(high, tile.granule(line, i + 1));
+                store_shared(tile.granule(line, i), window(low, high, bytes));
+                low = high;
+            }
+        }
+    }
+
+    // 16 of the 32 bytes, from `bytes` (even) on.
+    __device__ __forceinline__ static uint4 window(const uint4& low, const uint4& high, int bytes) {
+        uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        if (bytes & 8) {
+#pragma unroll
+            for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+        }
+        if (bytes & 4) {
+#pragma unroll
+            for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+        }
+        if (bytes & 2) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+        }
+        return {w[0], w[1], w[2], w[3]};
+    }
+};
+
+// Copies `lines` whole lines of `length` elements, both padded, from dense memory on 16 bytes.
+template <class T>
+__device__ __forceinline__ void load_dense(const Tile<T, true>& tile, const T* from, int lines,
+                                           int length, int valid_lines) {
+    fill<kThreads>(tile, Lines{from, 0, length, 1}, from, lines, length, valid_lines, length);
+}
+
+// The other way round.
+template <class T>
+__device__ __forceinline__ void store_dense(const Tile<T, true>& tile, T* to, int lines,
+                                            int length) {
+    const int per_line = length / kGranule<T>;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < lines * per_line; i += kThreads) {
+        const int line = i / per_line;
+        uint4 bits;
+        load_shared(bits, tile.granule(line, i - line * per_line));
+        store_global(to + i * kGranule<T>, bits);
+    }
+}
+
+// Y, line by line as a matrix of channels x bases; so are Z^T and Y^T Y.
+template <class T>
+__host__ __device__ constexpr int base_pitch(int padded) {
+    return padded + 16 / static_cast<int>(sizeof(T));
+}
+
+// A block's share.
+struct ColumnItem {
+    int group, range, first_tile, tiles;
+    int64_t image;
+    int own;       // first channel it owns
+    int channels;  // how many; 0: none
+};
+
+// One step of a block: a chunk of channels of a tile.
+struct ColumnStep {
+    int tile;
+    int64_t pixel;
+    int channel, channels;
+    bool first, last;  // of the tile's chunks
+};
+
+template <int kOwn, int kPixels>
+struct Columns {
+    __device__ __forceinline__ static ColumnItem item(const FactorProblem& p,
+                                                      const ColumnWork& work, unsigned index) {
+        ColumnItem item;
+        item.group = index % work.groups;
+        index /= work.groups;
+        item.range = index % work.ranges;
+        item.image = index / work.ranges;
+        const auto part = [&](int64_t i) { return static_cast<int>(work.tiles * i / work.ranges); };
+        item.first_tile = part(item.range);
+        item.tiles = part(item.range + 1) - item.first_tile;
+        item.own = item.group * kOwn;
+        item.channels = channels_of(p, item.group);
+        return item;
+    }
+    __device__ __forceinline__ static int channels_of(const FactorProblem& p, int chunk) {
+        const int64_t left = p.channels - static_cast<int64_t>(chunk) * kOwn;
+        return left < 0 ? 0 : within(left, kOwn);
+    }
+    __device__ __forceinline__ static ColumnStep step(const FactorProblem& p,
+                                                      const ColumnWork& work,
+                                                      const ColumnItem& item, int step) {
+        const int tile = step / work.chunks, i = step - tile * work.chunks;
+        const int chunk = (item.group + 1 + i) % work.chunks;
+        return {item.first_tile + tile,
+                static_cast<int64_t>(item.first_tile + tile) * kPixels,
+                chunk * kOwn,
+                channels_of(p, chunk),
+                i == 0,
+                i == work.chunks - 1};
+    }
+};
+
+}  // namespace mfops::cuda

@@ -1,0 +1,87 @@
+// What a call that finds factors on each image asks of the kernels, free of torch and of CUDA's
+// headers. Formulas: mfops/methods, mfops/reference.py.
+//
+// Unlike Problem's roles these do not depend on memory: X is (channels x pixels), Y (channels x
+// rank), Z (rank x pixels). Inside, Y is kept as lines of bases, one for each channel, Z as lines
+// of bases, one for each pixel, both in X's type and padded with zeros to whole 16s of bases.
+#pragma once
+
+#include "cuda/problem.h"
+
+namespace mfops::cuda {
+
+enum class Method { kEm, kVq, kCd, kNmf };
+
+struct FactorProblem {
+    Type type = Type::kFloat32;
+    bool transposed = false;  // channels innermost
+    int64_t batch = 0, channels = 0, pixels = 0;
+    int rank = 0;
+    Lines x;  // lines are channels, or pixels where transposed
+};
+
+// How blocks share the tiles of pixels of all images. A group owns `own` channels.
+struct ColumnWork {
+    int tiles = 0;   // of an image
+    int ranges = 1;  // of tiles
+    int groups = 1;  // of channels
+    int chunks = 1;  // the groups that there are channels for
+
+    int64_t blocks(int64_t batch) const { return batch * ranges * groups; }
+};
+
+struct ColumnPlan {
+    int shape = 0;  // index into the table of tile shapes
+    int stages = 1;
+    bool whole = false;  // all of Y (and of Y^T Y) lies in shared memory, for all tiles
+    ColumnWork work;
+    size_t shared_bytes = 0;
+};
+
+struct FactorPlan {
+    Method method = Method::kEm;
+    int steps = 0;
+    bool solve = false;  // not the rounds alone
+    int padded = 0;      // K in whole 16s
+    ColumnPlan round, last;
+    int slice = 0, slices = 0;  // channels whose bases one block updates, and their number
+    // Bytes from the beginning of the workspace.
+    size_t squares = 0, factors = 0, shares = 0, sums = 0, gram = 0, coefficients = 0, errors = 0;
+    size_t workspace_bytes = 0;
+};
+
+// Dense results. z, slope (B, K, N); y (B, C, K) in float32; null: not wanted.
+struct Factors {
+    float* y = nullptr;
+    void* bases = nullptr;  // Y in X's type, (B, C, padded)
+    void *z = nullptr, *slope = nullptr;
+    void* x_hat = nullptr;  // in X's memory order
+    float* mse = nullptr;
+};
+
+FactorPlan plan_factors(const FactorProblem&, const Limits&, Method, int steps, bool solve);
+
+// `y0` in float32: lines are channels. The rounds, and with `solve` what follows them: for nmf all
+// of it; for em the caller computes X' from z and the rounded bases.
+void find_factors(const FactorProblem&, const FactorPlan&, const Lines& y0, const Factors&,
+                  void* workspace, void* stream);
+
+struct NmfGradients {
+    Lines grad_x_hat;                 // lines as X's; data null: none
+    const float* grad_mse = nullptr;  // on the device; null: none
+    Lines y;                          // float32; lines are channels
+    Lines z, slope;                   // lines are bases
+    void* grad_x = nullptr;           // dense, in X's memory order
+};
+
+struct NmfGradientPlan {
+    ColumnPlan columns;
+    size_t workspace_bytes = 0;
+};
+
+NmfGradientPlan plan_nmf_gradient(const FactorProblem&, const Limits&, const NmfGradients&);
+
+void nmf_gradient(const FactorProblem&, const NmfGradientPlan&, const NmfGradients&,
+                  void* workspace, void* stream);
+
+}  // namespace mfops::cuda

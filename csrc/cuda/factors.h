@@ -1,0 +1,26 @@
+// The operators that find factors, on CUDA tensors. The formulas are those of mfops/reference.py;
+// shapes those of mfops/ops.py. Arguments were checked in Python.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace mfops::cuda {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> iterate(const Tensor& x, const Tensor& y0, std::string method,
+                                   int64_t steps, bool tf32);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(const Tensor& x, const Tensor& y0,
+                                                         std::string method, int64_t steps,
+                                                         bool tf32);
+
+Tensor nmf_backward(const std::optional<Tensor>& grad_x_hat, const std::optional<Tensor>& grad_mse,
+                    const Tensor& x, const Tensor& y, const Tensor& z, const Tensor& slope,
+                    bool tf32);
+
+}  // namespace mfops::cuda

@@ -1,0 +1,178 @@
+// The gradient of X through nmf's last update, in one pass over X and G'. With E = s (X - Y Z),
+// s = 2 g / elements, and D = G' - E it is E + Y (W * (Y^T D)).
+//
+// Every chunk of a tile's channels gives D and its part of Y^T D; the own chunk, the last, keeps E
+// in registers until Y (W * ..) is added to it.
+#pragma once
+
+#include "cuda/rounds.cuh"
+
+namespace mfops::cuda {
+
+struct NmfBackwardParams {
+    FactorProblem problem;
+    ColumnWork work;
+    int stages;
+    bool whole;
+    const void* bases;  // (B, C, padded)
+    Lines z, slope;     // lines are bases
+    Lines grad_x_hat;   // data null: none
+    const float* grad_mse;
+    double two_over_elements;
+    void* grad_x;
+};
+
+template <Type kType, bool kTransposed, int kOwn, int kPixels>
+struct NmfBackwardPlaces {
+    using T = Element<kType>;
+    using X = ChunkTile<T, kTransposed, kOwn, kPixels>;
+
+    int padded, stages, channels;
+    bool whole, two;  // two: X and G', not one of them
+
+    __host__ __device__ constexpr int pitch() const { return base_pitch<T>(padded); }
+    // Z and W as they come: lines are bases.
+    __host__ __device__ constexpr int coefficients() const {
+        return padded * (kPixels + kGranule<T>);
+    }
+    __host__ __device__ constexpr int bases() const { return 0; }
+    __host__ __device__ constexpr int stage(int slot) const {
+        return (whole ? padded_16(channels) * pitch() : 0) +
+               slot * ((two ? 2 : 1) * X::kElements + (whole ? 0 : kOwn * pitch()));
+    }
+    __host__ __device__ constexpr int grad(int slot) const {
+        return stage(slot) + (two ? X::kElements : 0);
+    }
+    __host__ __device__ constexpr int streamed(int slot) const { return grad(slot) + X::kElements; }
+    __host__ __device__ constexpr int z(int slot) const {
+        return stage(stages) + slot * 2 * coefficients();
+    }
+    __host__ __device__ constexpr int slope(int slot) const { return z(slot) + coefficients(); }
+    __host__ __device__ constexpr int weighted() const { return z(stages); }
+    __host__ __device__ constexpr int elements() const { return weighted() + kPixels * pitch(); }
+};
+
+template <Type kType, bool kTransposed, int kOwn, int kRank, int kPixels>
+__global__ void __launch_bounds__(kThreads, 1)
+    nmf_backward_kernel(const __grid_constant__ NmfBackwardParams params) {
+    using At = NmfBackwardPlaces<kType, kTransposed, kOwn, kPixels>;
+    using T = typename At::T;
+    using X = typename At::X;
+    // Coefficients: lines are bases, as channels are of features that are not transposed.
+    using Z = ChunkTile<T, false, kRank, kPixels>;
+    using C = Columns<kOwn, kPixels>;
+    const FactorProblem& p = params.problem;
+    const ColumnWork& work = params.work;
+    const bool has_grad = params.grad_x_hat.data != nullptr, has_error = params.grad_mse != nullptr;
+    const int padded = padded_16(p.rank);
+    const At at{padded, params.stages, static_cast<int>(p.channels), params.whole,
+                has_grad && has_error};
+    const ColumnItem item = C::item(p, work, blockIdx.x);
+    const T* const bases = static_cast<const T*>(params.bases) + item.image * p.channels * padded;
+
+    const float s =
+        has_error ? static_cast<float>(*params.grad_mse * params.two_over_elements) : 0.0f;
+    // Without G' the factor s is applied at the end, so that D does not vanish in float16.
+    const float inner = has_grad ? s : 1.0f, outer = has_grad ? 1.0f : s;
+
+    const auto bases_tile = [&](int step, const ColumnStep& c) {
+        return Tile<T, true>{
+            params.whole ? at.bases() + c.channel * at.pitch() : at.streamed(step % params.stages),
+            at.pitch()};
+    };
+
+    const auto load = [&](int step) {
+        const ColumnStep c = C::step(p, work, item, step);
+        const int slot = step % params.stages, z_slot = c.tile % params.stages;
+        if (has_error) {
+            X::load(at.stage(slot), p.x, item.image, c.channel, c.channels, c.pixel, p.pixels);
+        }
+        if (has_grad) {
+            X::load(at.grad(slot), params.grad_x_hat, item.image, c.channel, c.channels, c.pixel,
+                    p.pixels);
+        }
+        if (!params.whole || step < work.chunks) {
+            load_dense(bases_tile(step, c), bases + static_cast<int64_t>(c.channel) * padded,
+                       padded_16(c.channels), padded, c.channels);
+        }
+        if (!c.first) return;
+        Z::load(at.z(z_slot), params.z, item.image, 0, p.rank, c.pixel, p.pixels);
+        Z::load(at.slope(z_slot), params.slope, item.image, 0, p.rank, c.pixel, p.pixels);
+    };
+
+    constexpr int kLines = kTransposed ? kPixels : kOwn, kLength = kTransposed ? kOwn : kPixels;
+    Accumulators<kType, kLines, kLength, kWarps> features;
+    Accumulators<kType, kPixels, kRank, kWarps> scores;
+
+    const auto compute = [&](int step) {
+        const ColumnStep c = C::step(p, work, item, step);
+        const int slot = step % params.stages, z_slot = c.tile % params.stages;
+        const int pixels = within(p.pixels - c.pixel, kPixels), channels = padded_16(c.channels);
+        const int lines = kTransposed ? kPixels : channels;
+        const int length = kTransposed ? channels : kPixels;
+        bool moved = false;
+        if (has_error) {
+            moved |= X::settle(at.stage(slot), p.x, item.image, c.channel, c.channels, c.pixel);
+        }
+        if (has_grad) {
+            moved |= X::settle(at.grad(slot), params.grad_x_hat, item.image, c.channel, c.channels,
+                               c.pixel);
+        }
+        if (c.first) {
+            moved |= Z::settle(at.z(z_slot), params.z, item.image, 0, p.rank, c.pixel);
+            moved |= Z::settle(at.slope(z_slot), params.slope, item.image, 0, p.rank, c.pixel);
+            scores.zero();
+        }
+        if (moved) __syncthreads();
+
+        const auto x = X::tile(at.stage(slot)), d = X::tile(at.grad(slot));
+        const auto z = Z::tile(at.z(z_slot)), slope = Z::tile(at.slope(z_slot));
+        const auto y = bases_tile(step, c);
+        features.zero();
+        if (has_error) {
+            if constexpr (kTransposed) {
+                features.template add<false, true>(z, y, padded, lines, length);
+            } else {
+                features.template add<true, false>(y, z, padded, lines, length);
+            }
+        }
+        // E into the accumulators, D in the place of G' (or of X): only this thread reads there.
+        const int line_end = kTransposed ? pixels : c.channels;
+        const int end = kTransposed ? c.channels : pixels;
+        features.for_each_pair([&](int l, int e, float& v, float& w) {
+            if (l >= lines || e >= length) return;
+            if (has_error) {
+                const Pair<T> pair = read_pair(x, l, e);
+                v = l < line_end && e < end ? inner * (to_float(pair.first) - v) : 0;
+                w = l < line_end && e + 1 < end ? inner * (to_float(pair.second) - w) : 0;
+            }
+            Pair<T> pair{};
+            if (has_grad) pair = read_pair(d, l, e);
+            write_pair(d, l, e, to_float(pair.first) - v, to_float(pair.second) - w);
+        });
+        __syncthreads();
+        scores.template add<kTransposed, false>(d, y, channels, kPixels, padded);
+        if (!c.last) return;
+
+        const Tile<T, true> weighted{at.weighted(), at.pitch()};
+        scores.for_each_pair([&](int n, int k, float& v, float& w) {
+            if (k >= padded) return;
+            write_pair(weighted, n, k, n < pixels ? v * to_float(*slope.at(k, n)) : 0,
+                       n < pixels ? w * to_float(*slope.at(k + 1, n)) : 0);
+        });
+        __syncthreads();
+        if constexpr (kTransposed) {
+            features.template add<true, true>(weighted, y, padded, lines, length);
+        } else {
+            features.template add<true, true>(y, weighted, padded, lines, length);
+        }
+        features.for_each_pair([&](int l, int e, float& v, float& w) {
+            if (l < lines && e < length) write_pair(d, l, e, outer * v, outer * w);
+        });
+        __syncthreads();
+        X::store(at.grad(slot), params.grad_x, p, item.image, c.channel, c.channels, c.pixel);
+    };
+    pipeline(item.tiles * work.chunks, params.stages, load, compute);
+}
+
+}  // namespace mfops::cuda

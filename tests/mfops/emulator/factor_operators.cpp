@@ -1,0 +1,28 @@
+// The operators that find factors, added to those of operators.cpp.
+#include <torch/csrc/stable/library.h>
+
+// clang-format off: the emulator's primitives first
+#include "cuda/primitives.cuh"
+#include "cuda/factors.cpp"
+#include "cuda/factor_launch.cu"
+#include "cuda/factor_float32.cu"
+#include "cuda/factor_tf32.cu"
+#include "cuda/factor_bf16.cu"
+#include "cuda/factor_f16.cu"
+// clang-format on
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
+    m.def("iterate(Tensor x, Tensor y0, str method, int steps, bool tf32) -> (Tensor, Tensor)");
+    m.def(
+        "solve(Tensor x, Tensor y0, str method, int steps, bool tf32) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "nmf_backward(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, "
+        "Tensor slope, bool tf32) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mfops_emulated, CPU, m) {
+    m.impl("iterate", TORCH_BOX(&mfops::cuda::iterate));
+    m.impl("solve", TORCH_BOX(&mfops::cuda::solve));
+    m.impl("nmf_backward", TORCH_BOX(&mfops::cuda::nmf_backward));
+}

@@ -1,0 +1,145 @@
+"""csrc/cuda's operators that find Y and Z without a GPU, as test_cuda_emulated.py runs the others.
+
+A shape takes the emulator seconds; the table's are dealt out over types and methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from cases import LAYOUTS
+from factor_cases import SHAPES, Case, check, make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cuda_emulated import KIB, TYPES
+
+from mfops.methods import METHODS
+
+# From more bases than a block has rows of Z Z^T to all that the kernels take; channels for one
+# group of blocks, for several, for fewer groups than Z Z^T wants.
+RANK_SHAPES = [(1, 40, 256, 35), (1, 140, 128, 40), (1, 300, 70, 20), (1, 1100, 64, 33)]
+
+
+@pytest.fixture(scope="session")
+def run() -> Any:
+    return emulator.operators()
+
+
+def guarded(case: Case) -> Case:
+    """The inputs where a read or write beyond their end is a fault."""
+    tensors = {n: emulator.guarded(getattr(case, n)) for n in ("x", "y0", "grad_x_hat")}
+    return dataclasses.replace(case, **tensors)
+
+
+def results(run: Any, case: Case, method: str) -> list[torch.Tensor]:
+    found = list(run.iterate(case.x, case.y0, method, 2, False))
+    if method in ("em", "nmf"):
+        found += run.solve(case.x, case.y0, method, 2, False)
+    if method == "nmf":
+        y, z, slope = found[2:5]
+        for gradients in [(case.grad_x_hat, case.grad_mse), (None, case.grad_mse)]:
+            found.append(run.nmf_backward(*gradients, case.x, y, z, slope, False))
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64_reference(run, shape, layout, method):
+    i = SHAPES.index(shape) + LAYOUTS.index(layout) + list(METHODS).index(method)
+    small = shape[1] * shape[3] < 2000
+    for j, (dtype, operands) in enumerate(p.values for p in TYPES):
+        if small or (i + j) % 4 == 0:
+            check(run, guarded(make(shape, layout, dtype, method, j % 2 == 0)), method, operands)
+
+
+# 99, 163 and 227 KiB are what a block has on compute capability 8.6 and 8.9, 8.0, and 9.0.
+@pytest.mark.parametrize(("dtype", "operands"), TYPES)
+@pytest.mark.parametrize("kib", [99, 163, 227])
+@pytest.mark.parametrize("shape", RANK_SHAPES, ids=str)
+def test_every_rank_on_every_gpu(run, monkeypatch, shape, kib, dtype, operands):
+    monkeypatch.setenv("MFOPS_EMULATOR_SHARED_BYTES", str(kib * KIB))
+    i = RANK_SHAPES.index(shape) + kib // 60
+    for method in ("nmf", ("em", "vq", "cd")[i % 3]):
+        case = make(shape, LAYOUTS[i % 2], dtype, method)
+        check(run, case, method, operands, steps=2)
+
+
+# From one stage of the pipeline, where nothing is loaded ahead, to four, and with the bases of all
+# channels in shared memory or not.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kib", [60, 80, 120, 227])
+@pytest.mark.parametrize("shape", [(2, 130, 16, 135), (1, 264, 40, 72)], ids=str)
+def test_same_bits_in_any_order_of_threads(run, monkeypatch, shape, kib, dtype):
+    monkeypatch.setenv("MFOPS_EMULATOR_SHARED_BYTES", str(kib * KIB))
+    for layout, method in [("contiguous", "nmf"), ("channels_last", "nmf"), ("contiguous", "vq")]:
+        case = make(shape, layout, dtype, method)
+        first, *others = (
+            (monkeypatch.setenv("MFOPS_EMULATOR_ORDER", order), results(run, case, method))[1]
+            for order in ("ascending", "descending", "7")
+        )
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        monkeypatch.delenv("MFOPS_EMULATOR_ORDER")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 150, 80, 100))),
+    layout=st.sampled_from(LAYOUTS),
+    type_=st.sampled_from([p.values for p in TYPES]),
+    shared=st.booleans(),
+)
+def test_agrees_on_any_shape(run, method, shape, layout, type_, shared):
+    dtype, operands = type_
+    check(run, guarded(make(shape, layout, dtype, method, shared)), method, operands, steps=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_constant_and_zero_features_give_finite_factors(run, method):
+    y0 = METHODS[method].noise(6, 3)
+    for value in (0.0, 1.0, 3e4):
+        for result in run.iterate(torch.full((2, 6, 20), value), y0, method, 3, False):
+            assert result.isfinite().all(), value
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_image(run, method, value):
+    case = make((3, 6, 4, 20), "contiguous", torch.float32, method)
+    x = case.x.clone()
+    x[1, 2, 3] = value
+    clean, spoilt = (run.iterate(t, case.y0, method, 2, False) for t in (case.x, x))
+    for a, b in zip(clean, spoilt, strict=True):
+        assert b[1].isnan().any()
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+
+
+def test_small_gradients_do_not_vanish_in_float16(run):
+    case = make((2, 40, 4, 300), "contiguous", torch.float16, "nmf")
+    y, z, slope = run.solve(case.x, case.y0, "nmf", 3, False)[:3]
+    one = run.nmf_backward(None, torch.tensor(24000.0), case.x, y, z, slope, False)
+    tiny = run.nmf_backward(None, torch.tensor(24.0), case.x, y, z, slope, False)
+    torch.testing.assert_close(1000 * tiny.float(), one.float(), rtol=1e-2, atol=1e-3)
+
+
+def test_gradients_that_are_expanded_or_laid_out_otherwise(run):
+    case = make((2, 40, 4, 70), "channels_last", torch.float32, "nmf")
+    factors = run.solve(case.x, case.y0, "nmf", 2, False)[:3]
+    one = torch.ones(())
+    for upstream in (one.expand(2, 40, 70), torch.randn(2, 40, 70)):
+        dense = upstream.mT.contiguous().mT
+        grads = [
+            run.nmf_backward(g, case.grad_mse, case.x, *factors, False) for g in (upstream, dense)
+        ]
+        assert torch.equal(*grads)
+
+
+def test_more_bases_than_the_kernels_take(run):
+    with pytest.raises(RuntimeError, match="K <= 256, got 257"):
+        run.iterate(torch.zeros(1, 3, 5), torch.zeros(3, 257), "em", 1, False)
