@@ -127,7 +127,7 @@ def test_inputs_are_as_they_were(method):
 
 
 def test_a_backend_without_kernels_is_left_out_with_its_reason(bench, monkeypatch):
-    monkeypatch.setitem(dispatch.NATIVE_METHODS, "cpu", ())
+    monkeypatch.setattr(dispatch, "METHODS_WITH_KERNELS", ())
     monkeypatch.setattr(dispatch, "EXTENSION_ERROR", None)
     measured = bench_factorizers.measure(Figure(case("em"), FORWARD), bench)
     skipped = {row["rival"]: row["skipped"] for row in measured.rows if "skipped" in row}
