@@ -143,18 +143,15 @@ def test_resident_same_bits_in_any_order_of_blocks(run, clusters, monkeypatch, l
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_resident_is_taken_where_an_image_fits(run, clusters, monkeypatch):
+@pytest.mark.parametrize(("pixels", "fits"), [(300, True), (2049, False)])
+def test_resident_is_taken_where_an_image_fits(run, clusters, monkeypatch, pixels, fits):
     """It computes with other tiles, so its last bits are others."""
-    found = {}
-    for kib in (227, 40):
-        monkeypatch.setenv("MFOPS_EMULATOR_SHARED_BYTES", str(kib * KIB))
-        case = make((1, 64, 16, 300), "contiguous", torch.bfloat16, "em")
-        found[kib] = run.iterate(case.x, case.y0, "em", 2, False)[0]
-        monkeypatch.delenv("MFOPS_EMULATOR_CLUSTERS")
-        streamed = run.iterate(case.x, case.y0, "em", 2, False)[0]
-        monkeypatch.setenv("MFOPS_EMULATOR_CLUSTERS", "1")
-        torch.testing.assert_close(found[kib], streamed, rtol=0.02, atol=0.01)
-        assert torch.equal(found[kib], streamed) == (kib == 40)
+    case = make((1, 64, 16, pixels), "contiguous", torch.bfloat16, "em")
+    found = run.iterate(case.x, case.y0, "em", 2, False)[0]
+    monkeypatch.delenv("MFOPS_EMULATOR_CLUSTERS")
+    streamed = run.iterate(case.x, case.y0, "em", 2, False)[0]
+    torch.testing.assert_close(found, streamed, rtol=0.02, atol=0.01)
+    assert torch.equal(found, streamed) == (not fits)
 
 
 @pytest.mark.parametrize("method", METHODS)
