@@ -35,6 +35,24 @@ inline constexpr int kGramRows = 64;  // rows of Z Z^T that a group owns
 
 __host__ __device__ constexpr int padded_16(int n) { return (n + 15) / 16 * 16; }
 
+// 16 of the 32 bytes, from `bytes` (even) on.
+__device__ __forceinline__ uint4 window(const uint4& low, const uint4& high, int bytes) {
+    uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    if (bytes & 8) {
+#pragma unroll
+        for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+    }
+    if (bytes & 4) {
+#pragma unroll
+        for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+    }
+    if (bytes & 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+    }
+    return {w[0], w[1], w[2], w[3]};
+}
+
 // `own` channels of a tile of X, or of what is as large. It arrives by `fill` and is then settled:
 // lines that start anywhere within 16 bytes are moved to start on 16, as products take them.
 template <class T, bool kTransposed, int kOwn, int kPixels>
@@ -99,24 +117,6 @@ struct ChunkTile {
                 low = high;
             }
         }
-    }
-
-    // 16 of the 32 bytes, from `bytes` (even) on.
-    __device__ __forceinline__ static uint4 window(const uint4& low, const uint4& high, int bytes) {
-        uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        if (bytes & 8) {
-#pragma unroll
-            for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
-        }
-        if (bytes & 4) {
-#pragma unroll
-            for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
-        }
-        if (bytes & 2) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
-        }
-        return {w[0], w[1], w[2], w[3]};
     }
 };
 

@@ -5,6 +5,18 @@
 #include "cuda/device.h"
 
 namespace mfops::cuda {
+namespace {
+
+__global__ void empty_kernel() {}
+
+// Whether the device can, and the code that runs on it was compiled for what can.
+bool has_clusters(int major) {
+    cudaFuncAttributes attributes;
+    MFOPS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, empty_kernel));
+    return major >= 9 && attributes.ptxVersion >= 90;
+}
+
+}  // namespace
 
 Limits device_limits(int device_index) {
     static std::mutex mutex;
@@ -19,7 +31,8 @@ Limits device_limits(int device_index) {
     };
     const Limits limits{attribute(cudaDevAttrMultiProcessorCount),
                         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+                        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                        has_clusters(attribute(cudaDevAttrComputeCapabilityMajor))};
     known.emplace(device_index, limits);
     return limits;
 }

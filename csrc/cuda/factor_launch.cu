@@ -108,6 +108,22 @@ Division division_of(Method method, bool start) {
     }
 }
 
+size_t resident_bytes(const FactorProblem& p, int span) {
+    const ResidentPlaces at{padded_32(static_cast<int>(p.channels)), padded_16(p.rank), span};
+    return at.bytes();
+}
+
+// The columns that a block of a cluster keeps, where all of them have room; else 0.
+int resident_span(const FactorProblem& p, const Limits& limits, Method method) {
+    if (!limits.clusters || element_bytes(p) != 2 ||
+        (method != Method::kEm && method != Method::kNmf) || p.channels > kMostChannels ||
+        p.rank > kMostRank || p.pixels > kCluster * kMostSpan) {
+        return 0;
+    }
+    const int span = static_cast<int>(ceil_div(ceil_div(p.pixels, 16), kCluster)) * 16;
+    return resident_bytes(p, span) <= static_cast<size_t>(limits.shared_per_block) ? span : 0;
+}
+
 }  // namespace
 
 FactorPlan plan_factors(const FactorProblem& p, const Limits& limits, Method method, int steps,
@@ -120,6 +136,12 @@ FactorPlan plan_factors(const FactorProblem& p, const Limits& limits, Method met
     plan.steps = steps;
     plan.solve = solve;
     plan.padded = static_cast<int>(padded);
+    plan.span = resident_span(p, limits, method);
+    if (plan.span) {
+        plan.shared_bytes = resident_bytes(p, plan.span);
+        if (solve) plan.workspace_bytes = p.batch * kCluster * sizeof(double);
+        return plan;
+    }
     // All shares take at most X's memory.
     const int64_t x_bytes = p.batch * p.channels * p.pixels * element_bytes(p);
     const int64_t share_bytes = sizeof(float) * p.batch * p.channels * padded;
@@ -154,6 +176,17 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
     const FactorVariants variants = factor_variants(p);
     const bool nmf = plan.method == Method::kNmf;
     char* const memory = static_cast<char*>(workspace);
+    const double elements = static_cast<double>(p.batch) * p.channels * p.pixels;
+    if (plan.span) {
+        double* const errors = static_cast<double*>(workspace);
+        const unsigned blocks = checked_blocks(p.batch * kCluster);
+        (nmf ? variants.resident_nmf : variants.resident_em)(
+            blocks, plan.shared_bytes, stream,
+            ResidentParams{p, plan.span, plan.steps, plan.solve, y0, factors.y, factors.z,
+                           factors.slope, factors.x_hat, errors});
+        if (plan.solve) mean_of(errors, blocks, elements, factors.mse, stream);
+        return;
+    }
     const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
     void* const bases = factors.bases;
     const int64_t z_bytes = p.batch * p.pixels * padded_16(p.rank) * element_bytes(p);
@@ -220,7 +253,7 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
     if (!nmf || !plan.solve) return;
     run(variants.nmf_last[plan.last.shape], plan.last, plan.steps);
     mean_of(reinterpret_cast<const double*>(memory + plan.errors), plan.last.work.blocks(p.batch),
-            static_cast<double>(p.batch) * p.channels * p.pixels, factors.mse, stream);
+            elements, factors.mse, stream);
 }
 
 NmfGradientPlan plan_nmf_gradient(const FactorProblem& p, const Limits& limits,

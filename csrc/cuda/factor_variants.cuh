@@ -19,6 +19,12 @@ struct CompiledFactors {
         launch<Kernel>(blocks, kThreads, shared_bytes, stream, params);
     }
 
+    template <auto Kernel>
+    static void launch_cluster(unsigned blocks, size_t shared_bytes, void* stream,
+                               const ResidentParams& params) {
+        launch_clusters<Kernel>(blocks, kCluster, kResidentThreads, shared_bytes, stream, params);
+    }
+
     // Where 64 rows of Z Z^T take many registers those of X Z^T take fewer.
     static constexpr ColumnShape with_gram(Family family, Ending ending, ColumnShape shape) {
         const bool gram = family == Family::kNmf && ending == Ending::kRound;
@@ -57,7 +63,15 @@ struct CompiledFactors {
         static constexpr RoundVariant nmf_last[] = {
             round<Family::kNmf, Ending::kFeatures, kIndex>()...};
         static constexpr NmfBackwardVariant nmf_backward[] = {backward<kIndex>()...};
-        return {means, nmf, nmf_last, nmf_backward, launch_blocks<gram_kernel<kType>, GramParams>};
+        FactorVariants variants{means, nmf, nmf_last, nmf_backward,
+                                launch_blocks<gram_kernel<kType>, GramParams>};
+        if constexpr (sizeof(Element<kType>) == 2) {
+            variants.resident_em =
+                launch_cluster<resident_kernel<kType, kTransposed, Family::kMeans>>;
+            variants.resident_nmf =
+                launch_cluster<resident_kernel<kType, kTransposed, Family::kNmf>>;
+        }
+        return variants;
     }
 };
 

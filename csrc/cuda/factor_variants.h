@@ -5,6 +5,7 @@
 #include <span>
 
 #include "cuda/nmf_backward.cuh"
+#include "cuda/resident.cuh"
 #include "cuda/update.cuh"
 
 namespace mfops::cuda {
@@ -31,6 +32,7 @@ struct FactorVariants {
     std::span<const RoundVariant> means, nmf, nmf_last;
     std::span<const NmfBackwardVariant> nmf_backward;
     Launch<GramParams> gram;
+    Launch<ResidentParams> resident_em = nullptr, resident_nmf = nullptr;  // 16-bit types
 };
 
 // Each defined, and its kernels compiled, in a file of its own.

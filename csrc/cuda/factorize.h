@@ -43,6 +43,8 @@ struct FactorPlan {
     int steps = 0;
     bool solve = false;  // not the rounds alone
     int padded = 0;      // K in whole 16s
+    int span = 0;        // > 0: one launch for all rounds, a block keeping so many columns of X
+    size_t shared_bytes = 0;
     ColumnPlan round, last;
     int slice = 0, slices = 0;  // channels whose bases one block updates, and their number
     // Bytes from the beginning of the workspace.
@@ -62,7 +64,7 @@ struct Factors {
 FactorPlan plan_factors(const FactorProblem&, const Limits&, Method, int steps, bool solve);
 
 // `y0` in float32: lines are channels. The rounds, and with `solve` what follows them: for nmf all
-// of it; for em the caller computes X' from z and the rounded bases.
+// of it; for em the caller computes X' from z and the rounded bases where plan.span is 0.
 void find_factors(const FactorProblem&, const FactorPlan&, const Lines& y0, const Factors&,
                   void* workspace, void* stream);
 

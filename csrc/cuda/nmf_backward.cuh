@@ -31,9 +31,10 @@ struct NmfBackwardPlaces {
     bool whole, two;  // two: X and G', not one of them
 
     __host__ __device__ constexpr int pitch() const { return base_pitch<T>(padded); }
-    // Z and W as they come: lines are bases.
+    // Z as it comes, lines are bases; in turn W * (Y^T D), lines are pixels.
     __host__ __device__ constexpr int coefficients() const {
-        return padded * (kPixels + kGranule<T>);
+        const int before = padded * (kPixels + kGranule<T>), after = kPixels * pitch();
+        return before > after ? before : after;
     }
     __host__ __device__ constexpr int bases() const { return 0; }
     __host__ __device__ constexpr int stage(int slot) const {
@@ -45,11 +46,9 @@ struct NmfBackwardPlaces {
     }
     __host__ __device__ constexpr int streamed(int slot) const { return grad(slot) + X::kElements; }
     __host__ __device__ constexpr int z(int slot) const {
-        return stage(stages) + slot * 2 * coefficients();
+        return stage(stages) + slot * coefficients();
     }
-    __host__ __device__ constexpr int slope(int slot) const { return z(slot) + coefficients(); }
-    __host__ __device__ constexpr int weighted() const { return z(stages); }
-    __host__ __device__ constexpr int elements() const { return weighted() + kPixels * pitch(); }
+    __host__ __device__ constexpr int elements() const { return z(stages); }
 };
 
 template <Type kType, bool kTransposed, int kOwn, int kRank, int kPixels>
@@ -97,12 +96,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (!c.first) return;
         Z::load(at.z(z_slot), params.z, item.image, 0, p.rank, c.pixel, p.pixels);
-        Z::load(at.slope(z_slot), params.slope, item.image, 0, p.rank, c.pixel, p.pixels);
     };
 
     constexpr int kLines = kTransposed ? kPixels : kOwn, kLength = kTransposed ? kOwn : kPixels;
     Accumulators<kType, kLines, kLength, kWarps> features;
-    Accumulators<kType, kPixels, kRank, kWarps> scores;
+    Accumulators<kType, kPixels, kRank, kWarps> scores, slope;
 
     const auto compute = [&](int step) {
         const ColumnStep c = C::step(p, work, item, step);
@@ -120,14 +118,21 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         if (c.first) {
             moved |= Z::settle(at.z(z_slot), params.z, item.image, 0, p.rank, c.pixel);
-            moved |= Z::settle(at.slope(z_slot), params.slope, item.image, 0, p.rank, c.pixel);
             scores.zero();
         }
         if (moved) __syncthreads();
 
         const auto x = X::tile(at.stage(slot)), d = X::tile(at.grad(slot));
-        const auto z = Z::tile(at.z(z_slot)), slope = Z::tile(at.slope(z_slot));
+        const auto z = Z::tile(at.z(z_slot));
         const auto y = bases_tile(step, c);
+        if (c.last) {  // on its way while the products are computed
+            const T* const from = origin_of<T>(params.slope, item.image, 0, c.pixel);
+            slope.for_each_pair([&](int n, int k, float& v, float& w) {
+                const T* const at = from + k * params.slope.line + n * params.slope.step;
+                v = n < pixels && k < p.rank ? to_float(*at) : 0;
+                w = n < pixels && k + 1 < p.rank ? to_float(at[params.slope.line]) : 0;
+            });
+        }
         features.zero();
         if (has_error) {
             if constexpr (kTransposed) {
@@ -154,11 +159,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         scores.template add<kTransposed, false>(d, y, channels, kPixels, padded);
         if (!c.last) return;
 
-        const Tile<T, true> weighted{at.weighted(), at.pitch()};
-        scores.for_each_pair([&](int n, int k, float& v, float& w) {
-            if (k >= padded) return;
-            write_pair(weighted, n, k, n < pixels ? v * to_float(*slope.at(k, n)) : 0,
-                       n < pixels ? w * to_float(*slope.at(k + 1, n)) : 0);
+        const Tile<T, true> weighted{at.z(z_slot), at.pitch()};
+        scores.for_each_pair_with(slope, [&](int n, int k, float& v, float& w, float a, float b) {
+            if (k < padded)
+                write_pair(weighted, n, k, n < pixels ? v * a : 0, n < pixels ? w * b : 0);
         });
         __syncthreads();
         if constexpr (kTransposed) {

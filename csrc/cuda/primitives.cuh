@@ -80,6 +80,12 @@ __device__ __forceinline__ void store_shared(void* to, uint4 bits) {
                  "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
 }
+__device__ __forceinline__ void load_global(uint4& bits, const void* from) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(__cvta_generic_to_global(from))
+                 : "memory");
+}
 __device__ __forceinline__ void store_global(void* to, uint4 bits) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                  "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
@@ -164,6 +170,68 @@ __device__ __forceinline__ float shuffle_xor(float v, int mask) {
 __device__ __forceinline__ char* shared_memory() {
     extern __shared__ uint4 mfops_shared[];
     return reinterpret_cast<char*>(mfops_shared);
+}
+
+// Clusters of blocks, from compute capability 9.0 on; before, a kernel that uses them is empty.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define MFOPS_CLUSTERS 1
+#endif
+__device__ __forceinline__ unsigned cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Waits for all threads of the cluster; what they wrote to any block's shared memory is then seen.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile(
+        "barrier.cluster.arrive.release;\n"
+        "barrier.cluster.wait.acquire;" ::
+            : "memory");
+}
+// The address in block `rank` of what lies at `shared` in this one.
+__device__ __forceinline__ uint32_t in_block(const void* shared, unsigned rank) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(address)
+        : "r"(shared_address(shared)), "r"(rank));
+    return address;
+}
+__device__ __forceinline__ void load_cluster(uint4& bits, const void* from, unsigned rank) {
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(in_block(from, rank))
+                 : "memory");
+}
+__device__ __forceinline__ void load_cluster(uint32_t& bits, const void* from, unsigned rank) {
+    asm volatile("ld.shared::cluster.u32 %0, [%1];"
+                 : "=r"(bits)
+                 : "r"(in_block(from, rank))
+                 : "memory");
+}
+__device__ __forceinline__ void store_cluster(void* to, unsigned rank, uint2 bits) {
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(in_block(to, rank)), "r"(bits.x),
+                 "r"(bits.y)
+                 : "memory");
+}
+
+// Launches Kernel(params) in clusters of `cluster` blocks and checks the launch.
+template <auto Kernel, class Params>
+void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
+                     void* stream, const Params& params) {
+    MFOPS_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    MFOPS_CUDA_CHECK(cudaLaunchKernelEx(&config, Kernel, params));
 }
 
 // Launches Kernel(params) and checks the launch. `stream` is a cudaStream_t.

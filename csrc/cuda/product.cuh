@@ -46,16 +46,15 @@ constexpr WarpGrid warp_grid(int rows, int cols, int warps, int min_cols) {
 
 // A (16 x 16) and B (16 x 16, as two 16 x 8) fragments of 16-bit elements. `kByK`: the tile's lines
 // run along the contracted index k.
-template <bool kByK, class T, bool kAligned>
-__device__ __forceinline__ uint32_t pair_along_k(const Tile<T, kAligned>& tile, int other, int k) {
-    const T low = kByK ? *tile.at(other, k) : *tile.at(k, other);
-    const T high = kByK ? *tile.at(other, k + 1) : *tile.at(k + 1, other);
+template <bool kByK, class Tile>
+__device__ __forceinline__ uint32_t pair_along_k(const Tile& tile, int other, int k) {
+    const auto low = kByK ? *tile.at(other, k) : *tile.at(k, other);
+    const auto high = kByK ? *tile.at(other, k + 1) : *tile.at(k + 1, other);
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
-template <bool kByK, class T, bool kAligned>
-__device__ __forceinline__ void load_a(uint32_t (&a)[4], const Tile<T, kAligned>& tile, int row,
-                                       int k) {
+template <bool kByK, class Tile>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const Tile& tile, int row, int k) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
     if (tile.aligned()) {
         if constexpr (kByK) {
@@ -72,9 +71,8 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], const Tile<T, kAligned>
     }
 }
 
-template <bool kByK, class T, bool kAligned>
-__device__ __forceinline__ void load_b(uint32_t (&b)[4], const Tile<T, kAligned>& tile, int k,
-                                       int col) {
+template <bool kByK, class Tile>
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], const Tile& tile, int k, int col) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
     if (tile.aligned()) {
         if constexpr (kByK) {
@@ -92,9 +90,8 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const Tile<T, kAligned>
 }
 
 // Four values along k from k on, for plain FMAs.
-template <bool kByK, bool kAligned>
-__device__ __forceinline__ void load_four(float (&v)[4], const Tile<float, kAligned>& tile,
-                                          int other, int k) {
+template <bool kByK, class Tile>
+__device__ __forceinline__ void load_four(float (&v)[4], const Tile& tile, int other, int k) {
     if constexpr (kByK) {
         const float* at = tile.at(other, k);
         if (tile.aligned()) {
@@ -113,7 +110,8 @@ __device__ __forceinline__ void load_four(float (&v)[4], const Tile<float, kAlig
 }
 
 // The accumulators of a kRows x kCols matrix.
-template <Type kType, int kRows, int kCols, int kWarps>
+template <Type kType, int kRows, int kCols, int kWarps,
+          WarpGrid kGrid = warp_grid(kRows, kCols, kWarps, sizeof(Element<kType>) == 2 ? 16 : 8)>
 class Accumulators {
    public:
     using T = Element<kType>;
@@ -172,7 +170,6 @@ class Accumulators {
 
    private:
     static constexpr int kStep = kType == Type::kFloat32 ? 4 : kType == Type::kTf32 ? 8 : 16;
-    static constexpr WarpGrid kGrid = warp_grid(kRows, kCols, kWarps, sizeof(T) == 2 ? 16 : 8);
     static_assert(kGrid.rows > 0, "the warps cannot share a matrix of this shape");
     static constexpr int kM = kRows / kGrid.rows / 16, kN = kCols / kGrid.cols / 8;
 

@@ -167,6 +167,7 @@ __device__ __forceinline__ void pipeline(int steps, int stages, Load load, Compu
 }
 
 // The block's sum of `value`, added in a fixed order, in thread 0. All shared memory is free.
+template <int kWarpsOfBlock = kWarps>
 __device__ __forceinline__ double block_sum(double value) {
     for (int offset = 16; offset > 0; offset /= 2) value += shuffle_down(value, offset);
     double* sums = reinterpret_cast<double*>(shared_memory());
@@ -175,7 +176,7 @@ __device__ __forceinline__ double block_sum(double value) {
     __syncthreads();
     if (threadIdx.x != 0) return 0;
     double total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp];
+    for (int warp = 0; warp < kWarpsOfBlock; ++warp) total += sums[warp];
     return total;
 }
 

@@ -271,6 +271,33 @@ def test_a_race_shows_in_some_order(
     assert all(agree) == (missing == "nothing")
 
 
+@pytest.mark.parametrize("missing", ["nothing", "barrier after writes", "barrier after reads"])
+@pytest.mark.parametrize("distance", [0, 1, 3])
+def test_a_race_between_blocks_of_a_cluster_shows_in_some_order(
+    lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, missing: str, distance: int
+) -> None:
+    source = torch.randn(2, 4, 32, 4)  # clusters, blocks, threads
+    expected = source.roll(-distance, 1)
+    agree = []
+    for order in ORDERS:
+        monkeypatch.setenv("MFOPS_EMULATOR_ORDER", order)
+        number = {"nothing": 0, "barrier after writes": 2, "barrier after reads": 3}[missing]
+        target = torch.empty(2, 4, 32, 4)
+        run(lib.run_cluster, source, target, distance, number, blocks=8)
+        agree.append(torch.equal(target, expected))
+    assert all(agree) == (missing == "nothing" or distance == 0)
+
+
+def test_memory_of_a_block_that_may_not_have_begun(lib: ctypes.CDLL, order: str) -> None:
+    with pytest.raises(RuntimeError, match="load_cluster of a block that has ended or not begun"):
+        run(lib.run_cluster, torch.zeros(4, 32, 4), torch.empty(4, 32, 4), 1, 1, blocks=4)
+
+
+def test_blocks_that_make_no_whole_clusters(lib: ctypes.CDLL) -> None:
+    with pytest.raises(RuntimeError, match="cannot launch 6 blocks"):
+        run(lib.run_cluster, torch.zeros(6, 32, 4), torch.empty(6, 32, 4), 1, 0, blocks=6)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

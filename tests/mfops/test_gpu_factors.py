@@ -85,6 +85,23 @@ def test_one_bit_pattern_in_100_runs(layout, method):
         assert_same_bits(results(x, y0, method), first)
 
 
+@pytest.mark.parametrize("method", ["em", "nmf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_size_that_stays_in_a_cluster_and_one_that_does_not(layout, method):
+    """The first image's pixels twice over have the same bases, by either kernel: on compute
+    capability 9.0 and later (512, 1089, 64) stays in shared memory, 2178 pixels do not."""
+    x, y0 = features((2, 512, 1089), torch.bfloat16, layout), bases(512, 64, method)
+    twice = torch.cat([x, x], dim=-1)
+    if layout == "channels_last":
+        twice = twice.mT.contiguous().mT
+    y, z, _, x_hat, mse = NATIVE.solve(x, y0, method, 3)
+    y_twice, z_twice, _, x_hat_twice, mse_twice = NATIVE.solve(twice, y0, method, 3)
+    torch.testing.assert_close(y_twice, y, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(z_twice[..., :1089], z, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(x_hat_twice[..., 1089:], x_hat, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(mse_twice, mse, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_on_the_current_stream(method):
     x, y0 = features((4, 300, 1089), torch.bfloat16, "contiguous"), bases(300, 16, method)

@@ -1,5 +1,6 @@
-// Runs a CUDA kernel on the CPU: the threads of a block are fibers of one thread of the host, which
-// change only where they wait for one another; blocks run one by one.
+// Runs a CUDA kernel on the CPU: the threads of a cluster's blocks are fibers of one thread of the
+// host, which change only where they wait for one another; clusters (without any: blocks) run one
+// by one.
 #pragma once
 
 #include <sys/mman.h>
@@ -35,6 +36,7 @@ namespace mfops::emulator {
 using Where = std::source_location;
 
 constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxCluster = 8;
 constexpr unsigned kWarp = 32;
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 constexpr size_t kRedZone = 4096 + 16;  // the 16: shared memory is aligned to 16 bytes and no more
@@ -61,7 +63,8 @@ struct Fiber {
 
     const char* waits_at = nullptr;  // the operation's name; null at the kernel's end
     Where where;
-    Collective collective = nullptr;  // null at __syncthreads and at the end
+    Collective collective = nullptr;  // null at a barrier and at the end
+    bool for_cluster = false;         // the barrier, or the end, is the cluster's
     void* operands = nullptr;         // on the fiber's own stack
 
     std::vector<Copy> copies;  // oldest first
@@ -94,16 +97,20 @@ struct Order {
     }
 };
 
-inline Fiber fibers[kMaxThreads];
-inline Fiber* current = nullptr;     // null in the scheduler
-inline std::vector<unsigned> queue;  // the threads to run after it, the next one at the back
+inline Fiber fibers[kMaxCluster * kMaxThreads];  // of one block after the other
+inline unsigned cluster_size;                    // blocks
+inline unsigned first_block;                     // of the cluster
+inline Fiber* current = nullptr;                 // null in the scheduler
+inline std::vector<unsigned> queue;  // the fibers to run after it, the next one at the back
 inline jmp_buf scheduler;
 inline std::exception_ptr error;  // thrown in a fiber
 inline void* fault_address;
 inline void (*kernel)(const void* params);
 inline const void* kernel_params;
-alignas(32) inline char arena[kRedZone + kMaxSharedBytes + kRedZone];
-inline char* const shared = arena + kRedZone;
+constexpr size_t kArenaBytes = (kRedZone + kMaxSharedBytes + kRedZone) / 32 * 32;
+alignas(32) inline char arenas[kMaxCluster][kArenaBytes];
+inline char* shared;  // of the current fiber's block
+inline char* shared_of(unsigned block) { return arenas[block] + kRedZone; }
 inline size_t shared_bytes;
 
 inline std::string place(const Where& where) {
@@ -128,7 +135,8 @@ inline std::string place(const Where& where) {
 }
 
 inline void wait(const char* operation, const Where& where, Collective collective = nullptr,
-                 void* operands = nullptr) {
+                 void* operands = nullptr, bool for_cluster = false) {
+    current->for_cluster = for_cluster;
     current->waits_at = operation;
     current->where = where;
     current->collective = collective;
@@ -143,7 +151,7 @@ inline void fiber_main() {
         } catch (...) {
             error = std::current_exception();
         }
-        wait(nullptr, {});
+        wait(nullptr, {}, nullptr, nullptr, true);
     }
 }
 
@@ -170,9 +178,12 @@ inline void fiber_main() {
 // Leaves for the next fiber, or for the scheduler.
 [[noreturn]] inline void next() {
     if (queue.empty() || error) _longjmp(scheduler, 1);
-    threadIdx.x = queue.back();
+    const unsigned index = queue.back(), block = index / blockDim.x;
     queue.pop_back();
-    current = &fibers[threadIdx.x];
+    threadIdx.x = index % blockDim.x;
+    blockIdx.x = first_block + block;
+    shared = shared_of(block);
+    current = &fibers[index];
     if (!current->begun) start(*current);
     _longjmp(current->position, 1);
 }
@@ -221,11 +232,13 @@ class Faults {
     struct sigaction old_action_;
 };
 
-// Fails unless the threads first .. last - 1 all wait at the same call.
+// Fails unless the fibers first .. last - 1 all wait at the same call.
 inline void check_same(unsigned first, unsigned last) {
-    const auto text = [](unsigned thread) {
-        const Fiber& fiber = fibers[thread];
-        return "thread " + std::to_string(thread) + " is at " +
+    const auto text = [](unsigned index) {
+        const Fiber& fiber = fibers[index];
+        const unsigned block = index / blockDim.x;
+        return (cluster_size > 1 ? "block " + std::to_string(first_block + block) + " " : "") +
+               "thread " + std::to_string(index % blockDim.x) + " is at " +
                (fiber.waits_at ? fiber.waits_at + (" (" + place(fiber.where) + ")") : "its end");
     };
     const Fiber& one = fibers[first];
@@ -238,11 +251,11 @@ inline void check_same(unsigned first, unsigned last) {
     }
 }
 
-// Runs each thread of a warp until it waits, then their collective if it is one that they wait at;
-// false if they wait for the block.
-inline bool step(unsigned warp, Order& order) {
-    const unsigned first = warp * kWarp;
-    const unsigned last = std::min(first + kWarp, blockDim.x);
+// Runs each thread of a block's warp until it waits, then their collective if it is one that they
+// wait at; false if they wait for the block or the cluster.
+inline bool step(unsigned block, unsigned warp, Order& order) {
+    const unsigned start = block * blockDim.x, first = start + warp * kWarp;
+    const unsigned last = std::min(first + kWarp, start + blockDim.x);
     order.arrange(queue, first, last);
     run_queue();
     bool any = false;
@@ -256,36 +269,58 @@ inline bool step(unsigned warp, Order& order) {
     return true;
 }
 
-// One warp runs up to the block's barrier before the next one starts (a shuffle mixes them), so any
-// two are seen in both orders, as far apart as the barriers allow.
-inline void run_block(Order& order) {
-    std::memset(arena, kPoison, kRedZone + shared_bytes + kRedZone);
-    for (unsigned i = 0; i < blockDim.x; ++i) {
+// Runs a block up to its next barrier; false if that is the cluster's, or the end. One warp runs up
+// to the barrier before the next one starts (a shuffle mixes them), so any two are seen in both
+// orders, as far apart as the barriers allow.
+inline bool run_block(unsigned block, Order& order) {
+    blockIdx.x = first_block + block;
+    std::vector<unsigned> warps;
+    order.arrange(warps, 0, (blockDim.x + kWarp - 1) / kWarp);
+    while (!warps.empty()) {
+        if (order.kind == Order::kShuffled) {
+            std::swap(warps[order.random() % warps.size()], warps.back());
+        }
+        if (!step(block, warps.back(), order)) warps.pop_back();
+    }
+    check_same(block * blockDim.x, (block + 1) * blockDim.x);
+    return !fibers[block * blockDim.x].for_cluster;
+}
+
+// Blocks take turns as warps do: one runs up to the cluster's barrier before the next one starts.
+inline void run_cluster(Order& order) {
+    for (unsigned block = 0; block < cluster_size; ++block) {
+        std::memset(arenas[block], kPoison, kRedZone + shared_bytes + kRedZone);
+    }
+    for (unsigned i = 0; i < cluster_size * blockDim.x; ++i) {
         fibers[i].copies.clear();
         fibers[i].closed_groups = 0;
     }
     do {
-        std::vector<unsigned> warps;
-        order.arrange(warps, 0, (blockDim.x + kWarp - 1) / kWarp);
-        while (!warps.empty()) {
+        std::vector<unsigned> blocks;
+        order.arrange(blocks, 0, cluster_size);
+        while (!blocks.empty()) {
             if (order.kind == Order::kShuffled) {
-                std::swap(warps[order.random() % warps.size()], warps.back());
+                std::swap(blocks[order.random() % blocks.size()], blocks.back());
             }
-            if (!step(warps.back(), order)) warps.pop_back();
+            if (!run_block(blocks.back(), order)) blocks.pop_back();
         }
-        check_same(0, blockDim.x);
+        check_same(0, cluster_size * blockDim.x);
     } while (fibers[0].waits_at);
-    for (size_t i = 0; i < kRedZone; ++i) {
-        if (arena[i] != static_cast<char>(kPoison)) fail("write before shared memory");
-        if (shared[shared_bytes + i] != static_cast<char>(kPoison)) {
-            fail("write past shared memory, " + std::to_string(i) + " bytes after its end");
+    for (unsigned block = 0; block < cluster_size; ++block) {
+        for (size_t i = 0; i < kRedZone; ++i) {
+            blockIdx.x = first_block + block;
+            if (arenas[block][i] != static_cast<char>(kPoison)) fail("write before shared memory");
+            if (shared_of(block)[shared_bytes + i] != static_cast<char>(kPoison)) {
+                fail("write past shared memory, " + std::to_string(i) + " bytes after its end");
+            }
         }
     }
 }
 
 inline void run_grid(unsigned blocks, unsigned threads, size_t bytes,
-                     void (*call)(const void* params), const void* params) {
-    if (blocks == 0 || threads == 0 || threads > kMaxThreads || bytes > kMaxSharedBytes) {
+                     void (*call)(const void* params), const void* params, unsigned cluster = 1) {
+    if (blocks == 0 || threads == 0 || threads > kMaxThreads || bytes > kMaxSharedBytes ||
+        cluster > kMaxCluster || blocks % cluster != 0) {
         throw std::invalid_argument("CUDA emulator: cannot launch " + std::to_string(blocks) +
                                     " blocks of " + std::to_string(threads) + " threads with " +
                                     std::to_string(bytes) + " bytes of shared memory");
@@ -298,11 +333,12 @@ inline void run_grid(unsigned blocks, unsigned threads, size_t bytes,
     kernel = call;
     kernel_params = params;
     std::vector<unsigned> sequence;
-    order.arrange(sequence, 0, blocks);
+    cluster_size = cluster;
+    order.arrange(sequence, 0, blocks / cluster);
     try {
         for (; !sequence.empty(); sequence.pop_back()) {
-            blockIdx.x = sequence.back();
-            run_block(order);
+            first_block = sequence.back() * cluster;
+            run_cluster(order);
         }
     } catch (...) {
         for (Fiber& fiber : fibers) fiber.begun = false;  // what waits is abandoned

@@ -115,6 +115,23 @@ __global__ void pass_kernel(const __grid_constant__ Params p) {
     cp_async_wait<0>();
 }
 
+// The same between blocks of clusters of 4, four floats a thread, each from the block a further.
+__global__ void cluster_kernel(const __grid_constant__ Params p) {
+    enum { kNothing, kBeginning, kFirstBarrier, kSecondBarrier };
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    const unsigned from = (cluster_rank() + p.a) % 4;
+    float* const s = shared_as<float>() + 4 * threadIdx.x;
+    if (p.b != kBeginning) cluster_sync();
+    for (int j = 0; j < 4; ++j) s[j] = p.input<float>()[4 * i + j];
+    if (p.b != kBeginning && p.b != kFirstBarrier) cluster_sync();
+    uint4 four;
+    load_cluster(four, s, from);
+    std::memcpy(p.output<float>() + 4 * i, &four, 16);
+    if (p.b != kSecondBarrier) cluster_sync();
+    store_cluster(s, (from + p.a) % 4, uint2{0, 0});  // what yet another block reads
+    cluster_sync();
+}
+
 // a: how the threads from 40 on part ways.
 __global__ void diverge_kernel(const __grid_constant__ Params p) {
     enum { kReturn, kOtherBarrier, kBarrierNotMma, kOtherCollective, kNoMma };
@@ -174,6 +191,13 @@ ENTRY(run_copies_no_wait, copies_kernel<3>)
 ENTRY(run_copy, copy_kernel)
 ENTRY(run_words, words_kernel)
 ENTRY(run_pass, pass_kernel)
+extern "C" const char* run_cluster(const void* in, void* out, int blocks, int threads, int shared,
+                                   int a, int b, int c) {
+    return mfops::emulator::error_of([&] {
+        launch_clusters<cluster_kernel>(blocks, 4, threads, shared, nullptr,
+                                        Params{in, out, a, b, c});
+    });
+}
 ENTRY(run_diverge, diverge_kernel)
 ENTRY(run_poke, poke_kernel)
 ENTRY(run_guard, guard_kernel)

@@ -1,6 +1,6 @@
 // csrc/cuda/device.h for the emulator: a device of three multiprocessors, so that small tensors are
 // split as large ones are on a GPU, with the shared memory that the environment names (bytes for a
-// block; by default an sm_90's).
+// block; by default an sm_90's), and with clusters where the environment asks for them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +18,8 @@ class DeviceScope {
     Limits limits() const {
         const char* bytes = std::getenv("MFOPS_EMULATOR_SHARED_BYTES");
         const int per_block = bytes ? std::atoi(bytes) : 227 * 1024;
-        return {3, per_block, per_block + 1024};
+        const char* clusters = std::getenv("MFOPS_EMULATOR_CLUSTERS");
+        return {3, per_block, per_block + 1024, clusters != nullptr};
     }
     void* stream() const { return nullptr; }
 };

@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define MFOPS_CLUSTERS 1
 
 using std::max;
 using std::min;
@@ -303,6 +304,43 @@ inline float shuffle_xor(float v, int mask, Where where = Where::current()) {
 }
 
 inline char* shared_memory() { return emulator::shared; }
+
+inline unsigned cluster_rank() { return blockIdx.x - emulator::first_block; }
+inline void cluster_sync(Where where = Where::current()) {
+    emulator::wait("cluster_sync", where, nullptr, nullptr, true);
+}
+// Where `shared` of this block lies in another one's memory.
+inline char* in_block(const void* shared, unsigned rank, int bytes, const char* operation,
+                      const Where& where) {
+    check_shared(shared, bytes, operation, where);
+    if (!emulator::fibers[rank * blockDim.x].waits_at) {
+        emulator::fail(std::string(operation) + " of a block that has ended or not begun", where);
+    }
+    return emulator::shared_of(rank) + (static_cast<const char*>(shared) - emulator::shared);
+}
+inline void load_cluster(uint4& bits, const void* from, unsigned rank,
+                         Where where = Where::current()) {
+    std::memcpy(&bits, in_block(from, rank, 16, "load_cluster", where), 16);
+}
+inline void load_cluster(uint32_t& bits, const void* from, unsigned rank,
+                         Where where = Where::current()) {
+    std::memcpy(&bits, in_block(from, rank, 4, "load_cluster", where), 4);
+}
+inline void store_cluster(void* to, unsigned rank, uint2 bits, Where where = Where::current()) {
+    std::memcpy(in_block(to, rank, 8, "store_cluster", where), &bits, 8);
+}
+inline void load_global(uint4& bits, const void* from, Where where = Where::current()) {
+    check_global(from, "load_global", where);
+    std::memcpy(&bits, from, sizeof(bits));
+}
+
+template <auto Kernel, class Params>
+void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
+                     void* /* stream */, const Params& params) {
+    emulator::run_grid(
+        blocks, threads, shared_bytes,
+        [](const void* params) { Kernel(*static_cast<const Params*>(params)); }, &params, cluster);
+}
 
 template <auto Kernel, class Params>
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, void* /* stream */,
