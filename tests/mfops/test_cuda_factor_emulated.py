@@ -21,7 +21,10 @@ from mfops.methods import METHODS
 
 # From more bases than a block has rows of Z Z^T to all that the kernels take; channels for one
 # group of blocks, for several, for fewer groups than Z Z^T wants.
-RANK_SHAPES = [(1, 40, 256, 35), (1, 140, 128, 40), (1, 300, 70, 20), (1, 1100, 64, 33)]
+RANK_SHAPES = [(1, 40, 256, 35), (1, 140, 128, 40), (1, 300, 70, 20), (1, 1100, 64, 17)]
+
+
+TYPES_IN_ORDER = [type_.values[1] for type_ in TYPES]
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +68,11 @@ def test_agrees_with_float64_reference(run, shape, layout, method):
 def test_every_rank_on_every_gpu(run, monkeypatch, shape, kib, dtype, operands):
     monkeypatch.setenv("MFOPS_EMULATOR_SHARED_BYTES", str(kib * KIB))
     i = RANK_SHAPES.index(shape) + kib // 60
-    for method, steps in [("nmf", 2), ("em", 2), (("vq", "cd")[i % 2], 1)]:
+    rounds = [("nmf", 2), ("em", 2), (("vq", "cd")[i % 2], 1)]
+    if shape[1] > 1000:  # half a minute for all three
+        j = (TYPES_IN_ORDER.index(operands) + i) % 3
+        rounds = rounds[j : j + 1]
+    for method, steps in rounds:
         case = make(shape, LAYOUTS[i % 2], dtype, method)
         check(run, case, method, operands, steps)
 
@@ -90,7 +97,7 @@ def test_same_bits_in_any_order_of_threads(run, monkeypatch, shape, kib, dtype):
 
 # One round of vq and cd: they multiply a rounding by 100 in each, which makes far outliers.
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (3, 150, 80, 100))),
     layout=st.sampled_from(LAYOUTS),
