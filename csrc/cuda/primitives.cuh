@@ -202,12 +202,6 @@ __device__ __forceinline__ void load_cluster(uint4& bits, const void* from, unsi
                  : "r"(in_block(from, rank))
                  : "memory");
 }
-__device__ __forceinline__ void load_cluster(uint32_t& bits, const void* from, unsigned rank) {
-    asm volatile("ld.shared::cluster.u32 %0, [%1];"
-                 : "=r"(bits)
-                 : "r"(in_block(from, rank))
-                 : "memory");
-}
 __device__ __forceinline__ void store_cluster(void* to, unsigned rank, uint2 bits) {
     asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(in_block(to, rank)), "r"(bits.x),
                  "r"(bits.y)

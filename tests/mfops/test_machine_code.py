@@ -183,6 +183,8 @@ def test_aligned_features_move_128_bits_at_a_time(instructions, transposed):
 
 def test_memory_is_never_addressed_generically(instructions):
     for name, counts in instructions.items():
-        if Kernel.of(name):
+        if kernel := Kernel.of(name):
             generic = {i for i in counts if re.match(r"(LD|ST)(\.|$)", i)}
+            if kernel.kind == "resident":  # other blocks' shared memory is reached in this way
+                generic -= {"LD.E.128", "ST.E.64"}
             assert not generic, (name, generic)

@@ -322,10 +322,6 @@ inline void load_cluster(uint4& bits, const void* from, unsigned rank,
                          Where where = Where::current()) {
     std::memcpy(&bits, in_block(from, rank, 16, "load_cluster", where), 16);
 }
-inline void load_cluster(uint32_t& bits, const void* from, unsigned rank,
-                         Where where = Where::current()) {
-    std::memcpy(&bits, in_block(from, rank, 4, "load_cluster", where), 4);
-}
 inline void store_cluster(void* to, unsigned rank, uint2 bits, Where where = Where::current()) {
     std::memcpy(in_block(to, rank, 8, "store_cluster", where), &bits, 8);
 }
