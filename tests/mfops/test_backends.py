@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -20,7 +19,6 @@ from cases import (
     SHAPES,
     SHARING,
     Case,
-    Operands,
     assert_within,
     bounds,
     check,
@@ -29,40 +27,18 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import INTERPRETED, Run, on_cpu, on_cuda
 
 from mfops import reference
-from mfops.dispatch import BACKENDS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
 CHOSEN = -1 if INTERPRETED else 0  # the largest tiles: the interpreter's time goes by their number
 # Units of several images, and more bases than the kernels for GPUs take at once.
 MORE_SHAPES = [(5, 9, 64, 100), (5, 100, 64, 9), (1, 40, 130, 70), (2, 20, 300, 40)]
 
 
-class Run:
-    """A backend on a device. Its operators are attributes."""
-
-    def __init__(self, backend: str, device: str) -> None:
-        self.backend, self.device = backend, device
-
-    def __getattr__(self, operator: str) -> Callable[..., Any]:
-        return getattr(BACKENDS[self.backend], operator)
-
-    def __str__(self) -> str:
-        return f"{self.backend} on {self.device}"
-
-    def skip_unless_able(self, rank: int = 1) -> None:
-        """A skip names what is missing."""
-        reason = self.obstacle(torch.zeros(1, 1, 1, device=self.device), rank)
-        if reason is not None:
-            pytest.skip(f"{self}: {reason}")
-
+class GivenFactors(Run):
     def make(self, *arguments: Any) -> Case:
         return make(*arguments, self.device)
-
-    def operands(self, kind: torch.dtype | Literal["tf32"]) -> Operands:
-        """Of products of this dtype, or of float32 rounded to TF32."""
-        return kind if self.device == "cuda" or self.backend == "triton" else None
 
     def check(
         self,
@@ -76,14 +52,11 @@ class Run:
         check(self, self.make(shape, layout, dtype, shared), self.operands(kind))
 
 
-def on_cuda(backend: str) -> Any:
-    return pytest.param(Run(backend, "cuda"), marks=pytest.mark.gpu, id=f"{backend} on cuda")
-
-
-ON_CPU = [Run("triton", "cpu")] if INTERPRETED else [Run("native", "cpu"), Run("reference", "cpu")]
+ON_CPU = on_cpu(GivenFactors)
+NATIVE, TRITON = (on_cuda(GivenFactors, backend) for backend in ("native", "triton"))
 # On a GPU Triton compiles its kernels anew for nearly every case, so it has fewer of them.
-fast_runs = pytest.mark.parametrize("run", [*ON_CPU, on_cuda("native")], ids=str)
-all_runs = pytest.mark.parametrize("run", [*ON_CPU, on_cuda("native"), on_cuda("triton")], ids=str)
+fast_runs = pytest.mark.parametrize("run", [*ON_CPU, NATIVE], ids=str)
+all_runs = pytest.mark.parametrize("run", [*ON_CPU, NATIVE, TRITON], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +165,7 @@ def test_expanded_factors_are_per_image(run):
     grads = run.reconstruct_backward(
         case.grad_x_hat.expand(3, -1, -1), case.grad_mse, case.x, y, z, True, True, True
     )
-    copies = BACKENDS["reference"].reconstruct_backward(
+    copies = reference.reconstruct_backward(
         case.grad_x_hat.expand(3, -1, -1), case.grad_mse, case.x, y, z, True, True, True
     )
     torch.testing.assert_close(grads, copies, rtol=1e-4, atol=1e-4)

@@ -8,48 +8,27 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Operands
+from cases import DTYPES, LAYOUTS
 from factor_cases import SHAPES, check, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import INTERPRETED, Run, on_cpu, on_cuda
 
-from mfops.dispatch import BACKENDS
 from mfops.methods import METHODS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
 KINDS = [*DTYPES, "tf32"]
 # More bases than the kernels for GPUs take at once.
 MORE_SHAPES = [(1, 20, 300, 40)]
 
 
-class Run:
-    """A backend on a device. Its operators are attributes."""
-
-    def __init__(self, backend: str, device: str) -> None:
-        self.backend, self.device = backend, device
-
-    def __getattr__(self, operator: str) -> Any:
-        return getattr(BACKENDS[self.backend], operator)
-
-    def __str__(self) -> str:
-        return f"{self.backend} on {self.device}"
-
-    def operands(self, kind: torch.dtype | Literal["tf32"]) -> Operands:
-        return kind if self.device == "cuda" or self.backend == "triton" else None
-
-    def skip_unless_able(self, method: str, rank: int = 1) -> None:
-        reason = self.obstacle(torch.zeros(1, 1, 1, device=self.device), rank, method)
-        if reason is not None:
-            pytest.skip(f"{self}: {reason}")
-
+class FoundFactors(Run):
     def check(self, shape: Any, layout: str, kind: Any, method: str, shared: bool) -> None:
-        self.skip_unless_able(method, shape[2])
+        self.skip_unless_able(shape[2], method)
         dtype = torch.float32 if kind == "tf32" else kind
         check(
             self,
@@ -59,12 +38,8 @@ class Run:
         )
 
 
-def on_cuda(backend: str) -> Any:
-    return pytest.param(Run(backend, "cuda"), marks=pytest.mark.gpu, id=f"{backend} on cuda")
-
-
-ON_CPU = [Run("triton", "cpu")] if INTERPRETED else [Run("native", "cpu"), Run("reference", "cpu")]
-every_run = pytest.mark.parametrize("run", [*ON_CPU, on_cuda("native"), on_cuda("triton")], ids=str)
+ON_CUDA = [on_cuda(FoundFactors, backend) for backend in ("native", "triton")]
+every_run = pytest.mark.parametrize("run", [*on_cpu(FoundFactors), *ON_CUDA], ids=str)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -125,7 +100,7 @@ def test_agrees_on_any_shape(run, method, shape, layout, dtype, shared):
 @every_method
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_same_bits_every_run(run, method, layout):
-    run.skip_unless_able(method)
+    run.skip_unless_able(method=method)
     shape = (2, 40, 9, 100) if INTERPRETED else (3, 40, 9, 300)
     case = make(shape, layout, torch.bfloat16, method, True, run.device)
 
@@ -146,7 +121,7 @@ def test_same_bits_every_run(run, method, layout):
 @every_run
 @every_method
 def test_constant_and_zero_features_give_finite_factors(run, method):
-    run.skip_unless_able(method)
+    run.skip_unless_able(method=method)
     y0 = METHODS[method].noise(6, 3).to(run.device)
     for value in (0.0, 1.0, 3e4):
         x = torch.full((2, 6, 20), value, device=run.device)
@@ -157,7 +132,7 @@ def test_constant_and_zero_features_give_finite_factors(run, method):
 @every_run
 @every_method
 def test_a_nan_stays_in_its_image(run, method):
-    run.skip_unless_able(method)
+    run.skip_unless_able(method=method)
     case = make((3, 6, 4, 20), "contiguous", torch.float32, method, True, run.device)
     x = case.x.clone()
     x[1, 2, 3] = float("nan")

@@ -45,20 +45,34 @@ KERNELS = (
 KINDS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    "file", ["test_backends.py", "test_factor_backends.py", "triton_interpreted.py"]
-)
-def test_in_the_interpreter(file):
-    """Those files' tests; Triton wants to be told about the interpreter before it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "--tb=short", str(HERE / file)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode != 0:
-        pytest.fail(done.stdout, pytrace=False)
+INTERPRETED = ("test_backends.py", "test_factor_backends.py", "triton_interpreted.py")
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """All files' tests at once, each in a process: Triton wants to be told about the interpreter
+    before it is imported."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    running = {}
+    for file in INTERPRETED:
+        with (folder / file).open("w") as output:
+            running[file] = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "--tb=short", HERE / file],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+    yield lambda file: (running[file].wait(), (folder / file).read_text())
+    for process in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_in_the_interpreter(interpreted, file):
+    returncode, output = interpreted(file)
+    if returncode != 0:
+        pytest.fail(output, pytrace=False)
 
 
 class AheadOfTime:

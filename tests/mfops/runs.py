@@ -1,0 +1,49 @@
+"""A backend on a device, as a parameter of tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from cases import Operands
+
+from mfops.dispatch import BACKENDS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
+
+
+class Run:
+    """A backend on a device. Its operators are attributes."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        self.backend, self.device = backend, device
+
+    def __getattr__(self, operator: str) -> Callable[..., Any]:
+        return getattr(BACKENDS[self.backend], operator)
+
+    def __str__(self) -> str:
+        return f"{self.backend} on {self.device}"
+
+    def skip_unless_able(self, rank: int = 1, method: str | None = None) -> None:
+        """A skip names what is missing."""
+        reason = self.obstacle(torch.zeros(1, 1, 1, device=self.device), rank, method)
+        if reason is not None:
+            pytest.skip(f"{self}: {reason}")
+
+    def operands(self, kind: torch.dtype | Literal["tf32"]) -> Operands:
+        """Of products of this dtype, or of float32 rounded to TF32."""
+        return kind if self.device == "cuda" or self.backend == "triton" else None
+
+
+def on_cpu(run: type[Run]) -> list[Run]:
+    """Under TRITON_INTERPRET=1 the CPU's part is Triton's kernels in its interpreter."""
+    return (
+        [run("triton", "cpu")] if INTERPRETED else [run("native", "cpu"), run("reference", "cpu")]
+    )
+
+
+def on_cuda(run: type[Run], backend: str) -> Any:
+    return pytest.param(run(backend, "cuda"), marks=pytest.mark.gpu, id=f"{backend} on cuda")
