@@ -6,6 +6,7 @@ rest. What is counted in bytes, and why backward begins with a cold cache, is in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -28,7 +29,7 @@ Op = Callable[..., tuple[Tensor, ...]]  # of the leaves of inputs
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """(B, C, K, N), the dtype, the layout of X; what else there is belongs to a subclass."""
 
     shape: tuple[int, int, int, int]
@@ -51,9 +52,9 @@ class Case:
         batch, channels, _, pixels = self.shape
         return self.bytes(batch * channels * pixels)
 
+    @abstractmethod
     def floor_bytes(self, which: str) -> int:
         """Bytes that a pass has to move: each input read once, each output written once."""
-        raise NotImplementedError
 
     def features(self, device: str) -> Tensor:
         """Standard normal, of X's shape, dtype and layout."""

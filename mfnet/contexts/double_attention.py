@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from mfnet.contexts.base import UnitContext
+
 
 class DoubleAttention(nn.Module):
     """Chen et al., "A2-Nets: Double Attention Networks", NeurIPS 2018; shape-preserving.
@@ -22,10 +24,15 @@ class DoubleAttention(nn.Module):
     Args:
         channels: C of the input ``(B, C, h, w)``; A has C / 4 channels.
         rank: K, the number of gathered bases.
+
+    Raises:
+        ValueError: ``rank`` below 1.
     """
 
     def __init__(self, channels: int, rank: int = 64) -> None:
         super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {rank}")
         inner = max(channels // 4, 1)
         self.value = nn.Conv2d(channels, inner, 1)
         self.gather = nn.Conv2d(channels, rank, 1)
@@ -39,7 +46,7 @@ class DoubleAttention(nn.Module):
         return F.relu(x + self.project(rebuilt))
 
 
-class DoubleAttentionContext(nn.Module):
+class DoubleAttentionContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``.
 
     3x3 convolution to 512, BatchNorm, ReLU; :class:`DoubleAttention`; 3x3 convolution to
@@ -53,12 +60,6 @@ class DoubleAttentionContext(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int = 256, rank: int = 64) -> None:
-        super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {rank}")
-        self.lower = Conv2dNormActivation(in_channels, 512, 3)
-        self.unit = DoubleAttention(512, rank)
-        self.upper = Conv2dNormActivation(512, out_channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upper(self.unit(self.lower(x)))
+        super().__init__(
+            in_channels, out_channels, lambda channels: DoubleAttention(channels, rank)
+        )

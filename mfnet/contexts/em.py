@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
 
+from mfnet.contexts.base import UnitContext
 from mfnet.contexts.published import rename_keys
 from mfops.factorizers import ImageFactorizer
 
@@ -58,7 +58,7 @@ def _published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     rename_keys(state_dict, prefix, {"mu": "factorizer.bases"})
 
 
-class EMContext(nn.Module):
+class EMContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: EMANet's head without classifier.
 
     3x3 convolution to 512, BatchNorm, ReLU; :class:`EMAUnit`; 3x3 convolution to
@@ -75,10 +75,6 @@ class EMContext(nn.Module):
     def __init__(
         self, in_channels: int, out_channels: int = 256, bases: int = 64, steps: int = 3
     ) -> None:
-        super().__init__()
-        self.lower = Conv2dNormActivation(in_channels, 512, 3)
-        self.unit = EMAUnit(512, bases, steps)
-        self.upper = Conv2dNormActivation(512, out_channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upper(self.unit(self.lower(x)))
+        super().__init__(
+            in_channels, out_channels, lambda channels: EMAUnit(channels, bases, steps)
+        )

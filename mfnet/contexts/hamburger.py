@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from mfnet.contexts.base import UnitContext
 from mfnet.contexts.published import rename_keys
 from mfops.factorizers import ImageFactorizer
 
@@ -84,7 +85,7 @@ def _published_names(module: Hamburger, state_dict: dict[str, Any], prefix: str,
         state_dict.setdefault(f"{prefix}factorizer.bases", module.factorizer.bases)
 
 
-class HamburgerContext(nn.Module):
+class HamburgerContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: HamNet's head without classifier.
 
     3x3 convolution to 512, BatchNorm, ReLU; :class:`Hamburger`; 3x3 convolution to
@@ -106,13 +107,9 @@ class HamburgerContext(nn.Module):
         rank: int = 64,
         steps: int | None = None,
     ) -> None:
-        super().__init__()
-        self.lower = Conv2dNormActivation(in_channels, 512, 3)
-        self.unit = Hamburger(method, 512, rank, steps)
-        self.upper = Conv2dNormActivation(512, out_channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upper(self.unit(self.lower(x)))
+        super().__init__(
+            in_channels, out_channels, lambda channels: Hamburger(method, channels, rank, steps)
+        )
 
 
 nmf = partial(HamburgerContext, "nmf")

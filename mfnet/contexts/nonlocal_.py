@@ -11,7 +11,8 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
-from torchvision.ops import Conv2dNormActivation
+
+from mfnet.contexts.base import UnitContext
 
 
 class NonLocalBlock(nn.Module):
@@ -50,7 +51,7 @@ class NonLocalBlock(nn.Module):
         return x + self.w(y[:, 0].mT.unflatten(2, x.shape[-2:]))
 
 
-class NonLocalContext(nn.Module):
+class NonLocalContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)`` through a non-local block.
 
     3x3 convolution to 512, BatchNorm, ReLU; :class:`NonLocalBlock`; 3x3 convolution to
@@ -58,13 +59,7 @@ class NonLocalContext(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int = 256) -> None:
-        super().__init__()
-        self.lower = Conv2dNormActivation(in_channels, 512, 3)
-        self.block = NonLocalBlock(512)
-        self.upper = Conv2dNormActivation(512, out_channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upper(self.block(self.lower(x)))
+        super().__init__(in_channels, out_channels, NonLocalBlock)
 
 
 def _forward_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]

@@ -382,7 +382,7 @@ def test_nonlocal_block_starts_as_the_identity() -> None:
     block = NonLocalBlock(6)
     torch.testing.assert_close(block(x), x, rtol=0, atol=0)
     network = create_model("emanet", num_classes=3, backbone="resnet18", context="nonlocal")
-    assert not network.context.block.w[1].weight.any()
+    assert not network.context.unit.w[1].weight.any()
 
 
 def test_nonlocal_writes_no_matrix_of_pixels_to_memory() -> None:
