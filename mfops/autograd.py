@@ -1,4 +1,4 @@
-"""Gradients: one autograd Function around the operators, one that injects a loss.
+"""Gradients: autograd Functions around the operators, and one that injects a loss.
 
 The operators know nothing of autograd; these Functions call them forward and backward. A second
 derivative (`create_graph=True`) differentiates the reference's backward.
@@ -115,6 +115,8 @@ class Solve(torch.autograd.Function):
                     None, grad_mse, x, *factors, True, False, False, ctx.tf32
                 )[0]
         elif grad_x_hat is not None or grad_mse is not None:
+            if twice:
+                z = slope * (y.mT @ x.to(y.dtype))  # not only its value: it depends on x
             grad_x = run.nmf_backward(grad_x_hat, grad_mse, x, y, z, slope, ctx.tf32)
         return grad_x, None, None, None, None, None
 

@@ -14,6 +14,13 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def check_positive(name: str, value: int) -> int:
+    """An integer >= 1, which is returned."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return value
+
+
 def check_features(x: Tensor) -> None:
     """x: a floating tensor (B, C, N) or (B, C, H, W) with elements."""
     if not isinstance(x, Tensor):

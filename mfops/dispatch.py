@@ -42,8 +42,10 @@ EXTENSION_ERROR = extension_error()
 # The native CUDA kernels need tensor cores with bfloat16, Triton supports nothing older.
 MIN_CAPABILITY = (8, 0)
 MAX_NATIVE_CUDA_RANK = 256
-# The methods whose rounds have kernels; any other runs on the reference.
+# The methods whose rounds have kernels, any other runs on the reference; those that kernels take
+# from X to X'.
 METHODS_WITH_KERNELS = ("em", "nmf", "vq", "cd")
+FUSED_METHODS = ("em", "nmf")
 
 
 def _cuda_error() -> str | None:

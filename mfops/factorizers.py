@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfops.functional import factorize, product, reconstruct, solve
+from mfops.checks import check_method, check_positive
+from mfops.dispatch import FUSED_METHODS
+from mfops.functional import autocasts, factorize, product, reconstruct, solve
 from mfops.methods import METHODS, WITH_PARAMETERS
-
-FUSED = ("em", "nmf")  # methods that a kernel takes from X to X'
+from mfops.reference import accumulation_dtype
 
 
 class Factorizer(nn.Module):
@@ -78,8 +79,12 @@ class ImageFactorizer(Factorizer):
 
     In evaluation the rounds always start from `bases` (C, K), so the same input gives the same
     output. In training "em" does too, and every pass moves the buffer towards the mean, over the
-    batch and the ranks of an initialised process group, of the bases it found. The other methods
-    start a training pass from fresh noise, as published; their buffer is noise of a fixed seed.
+    batch and (each counting alike) the ranks of an initialised process group, of the bases it
+    found; where that is not finite the buffer stays as it is. The other methods start a training
+    pass from fresh noise, as published. The buffer is noise of a fixed seed when it is made.
+
+    Under activation checkpointing em's second forward pass starts from bases that the first has
+    moved, and moves them again: keep it outside of what is computed anew.
 
     Args:
         method: "em", "nmf", "vq", "cd" or one made known by `mfops.register_method`.
@@ -88,21 +93,29 @@ class ImageFactorizer(Factorizer):
             evaluation).
 
     Raises:
-        ValueError: steps < 1.
+        ValueError: an unknown method; channels, rank or steps < 1.
+        TypeError: steps is not an integer.
     """
 
     bases: Tensor
 
     def __init__(self, method: str, channels: int, rank: int, steps: int | None = None) -> None:
         super().__init__()
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
+        check_method(method, 1 if steps is None else steps)
         self.method = method
         self.steps = steps
-        # Weights published without bases then still have one score, not one for every run.
-        generator = torch.Generator().manual_seed(0)
-        bases = METHODS[method].noise(channels, rank, generator=generator)
-        self.register_buffer("bases", bases)
+        shape = check_positive("channels", channels), check_positive("rank", rank)
+        self.register_buffer("bases", torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Seeded: weights published without bases then have one score, not one for every run."""
+        noise = METHODS[self.method].noise(
+            *self.bases.shape,
+            generator=torch.Generator().manual_seed(0),
+            device=torch.device("cpu"),  # the same numbers on every device
+        )
+        self.bases.copy_(noise)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, start, steps = self._prepare(x)
@@ -112,7 +125,7 @@ class ImageFactorizer(Factorizer):
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, start, steps = self._prepare(x)
-        if self.method in FUSED:
+        if self.method in FUSED_METHODS:
             x_hat, mse, y = solve(x, start, self.method, steps)
         else:
             y, z = factorize(x, start, self.method, steps)
@@ -120,11 +133,16 @@ class ImageFactorizer(Factorizer):
         self._update(y)
         return x_hat, mse
 
+    def product(self, x: Tensor) -> Tensor:
+        if self.method == "nmf":  # the kernel that finds the last Z has X' at hand
+            return super().product(x)
+        return product(x, *self(x))  # X is not read again
+
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """X as the method takes it, the bases to start from, the number of rounds."""
         method = METHODS[self.method]
         own = method.train_steps if self.training else method.eval_steps
-        start = self.bases.to(torch.promote_types(self.bases.dtype, torch.float32))
+        start = self.bases.to(accumulation_dtype(x))
         if self.training and method.momentum is None:
             start = method.noise(x.shape[0], *self.bases.shape, device=x.device).to(start.dtype)
         return (
@@ -142,7 +160,9 @@ class ImageFactorizer(Factorizer):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        self.bases.lerp_(mean.to(self.bases.dtype), 1 - momentum)
+        # A NaN, or float16 that has overflowed, would never leave the buffer again.
+        mean = torch.where(mean.isfinite().all(), mean.to(self.bases.dtype), self.bases)
+        self.bases.lerp_(mean, 1 - momentum)
 
     def extra_repr(self) -> str:
         channels, rank = self.bases.shape
@@ -152,8 +172,8 @@ class ImageFactorizer(Factorizer):
 class DoubleAttentionFactorizer(Factorizer):
     """Chen et al., "A2-Nets: Double Attention Networks", NeurIPS 2018.
 
-        Y = X softmax over N of (W_b X + b_b)^T     (their section 3.1, gathering; A = X here)
-        Z = softmax over K of (W_v X + b_v)         (section 3.2, distribution)
+        Y = X softmax over N of (W_b X + b_b)^T     (feature gathering; A = X here)
+        Z = softmax over K of (W_v X + b_v)         (feature distribution)
 
     Differentiable throughout; W_b and W_v (K, C) are parameters.
 
@@ -168,6 +188,9 @@ class DoubleAttentionFactorizer(Factorizer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x if x.dim() == 3 else x.flatten(2)
+        dtype = self.gather.weight.dtype
+        if x.dtype != dtype and not autocasts(x):
+            raise TypeError(f"x: expected the dtype of the parameters, {dtype}, got {x.dtype}")
         y = x @ torch.softmax(self.gather(x), dim=-1).mT.to(x.dtype)
         return y, torch.softmax(self.distribute(x), dim=-2).to(y.dtype)
 

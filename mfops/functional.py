@@ -20,12 +20,16 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the op runs in the autocast dtype, float64 excepted, as matmul does."""
-    device = tensors[0].device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
@@ -149,7 +153,7 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
 
     Returns:
         Y (B, C, K), in y0's dtype, without gradient; Z (B, K, N), in x's dtype (the autocast dtype
-        under autocast).
+        under autocast). `factorized_reconstruction` wants them alike: `y.to(z.dtype)`.
 
     Raises:
         TypeError: not a tensor, a dtype not listed or, of y0, neither x's nor float32.

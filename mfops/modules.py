@@ -7,14 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfops.autograd import InjectLoss
-from mfops.checks import check_features
+from mfops.checks import check_features, check_positive
 from mfops.factorizers import create_factorizer
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    return value
 
 
 class FactorizedContext(nn.Module):
@@ -50,7 +44,8 @@ class FactorizedContext(nn.Module):
 
     Raises:
         ValueError: an argument out of range; x of the wrong rank or number of channels.
-        TypeError: x is not a floating tensor, or not of the parameters' dtype outside autocast.
+        TypeError: x is not a floating tensor; outside autocast, not of the parameters' dtype
+            ("em", "nmf", "vq" and "cd" have none: they take every dtype).
     """
 
     def __init__(
@@ -63,12 +58,12 @@ class FactorizedContext(nn.Module):
         steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.channels = _positive("channels", channels)
-        self.rank = _positive("rank", rank)
+        self.channels = check_positive("channels", channels)
+        self.rank = check_positive("rank", rank)
         pair = (size, size) if isinstance(size, int) else tuple(size)
         if len(pair) != 2:
             raise ValueError(f"size: expected one integer or (h, w), got {size!r}")
-        self.size = (_positive("size", pair[0]), _positive("size", pair[1]))
+        self.size = (check_positive("size", pair[0]), check_positive("size", pair[1]))
         if not loss_weight >= 0:
             raise ValueError(f"loss_weight: expected a number >= 0, got {loss_weight!r}")
         self.loss_weight = loss_weight

@@ -95,7 +95,7 @@ def reconstruct_backward(
 
 def _rounds(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor]:
     updates = METHODS[method]
-    y = y0.expand(x.shape[0], -1, -1)
+    y = y0.expand(x.shape[0], -1, -1).clone()  # a method may return it as it is
     z = updates.first_coefficients(x, y)
     for _ in range(steps):
         z = updates.update_coefficients(x, y, z)

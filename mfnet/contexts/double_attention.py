@@ -15,8 +15,8 @@ class DoubleAttention(nn.Module):
 
     With A, B, V three 1x1 convolutions of x, flattened to (.., N)::
 
-        Y = A softmax over N of B^T     (gathering, their section 3.1)
-        Z = softmax over K of V         (distribution, section 3.2)
+        Y = A softmax over N of B^T     (feature gathering)
+        Z = softmax over K of V         (feature distribution)
 
     and ``relu(x + BN(conv(Y Z)))``. :class:`mfops.FactorizedContext` has the same factors of X
     itself (``factorizer="double_attention"``).

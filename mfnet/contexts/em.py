@@ -14,7 +14,7 @@ from mfops.factorizers import ImageFactorizer
 
 
 class EMAUnit(nn.Module):
-    """Expectation-maximization attention (Li et al., ICCV 2019, section 3), shape-preserving.
+    """Expectation-maximization attention (Li et al., ICCV 2019), shape-preserving.
 
     ``relu(x + BN(conv2(relu(Y Z))))``, where Y and Z are found on ``X = conv1(x)`` by
     :class:`mfops.methods.em.EM`, which has the formulas. As published, no gradient passes through

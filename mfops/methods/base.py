@@ -35,7 +35,9 @@ class Method(ABC):
         device: torch.device | None = None,
     ) -> Tensor:
         """Bases (.., C, K) to start from, columns of length 1, float32."""
-        return F.normalize(torch.randn(*shape, generator=generator, device=device), dim=-2)
+        # randn itself takes no generator beside a shape whose sizes torch.compile leaves open.
+        noise = torch.empty(*shape, device=device).normal_(generator=generator)
+        return F.normalize(noise, dim=-2)
 
     def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
         """Z before the first round: for methods whose updates look at the Z before."""

@@ -12,7 +12,8 @@ RIDGE = 0.1
 
 
 class CD(Method):
-    """Geng et al., "Is Attention Better Than Matrix Decomposition?", 2021, appendix.
+    """Geng et al., "Is Attention Better Than Matrix Decomposition?", 2021, soft concept
+    decomposition.
 
         Z = softmax over K of 100 Y^T X                     (columns of X divided by their lengths)
         Y = X (Z / (1e-6 + sum over N of Z))^T, columns divided by their lengths

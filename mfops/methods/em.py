@@ -13,7 +13,7 @@ class EM(Method):
 
         Z = softmax over K of Y^T X                         (their equation 12, lambda = 1)
         Y = X (Z / (1e-6 + sum over N of Z))^T              (equation 13)
-        Y = Y / (1e-6 + length of its columns)              (section 3.3)
+        Y = Y / (1e-6 + length of its columns)              (the paper's normalization of bases)
 
     X' = Y Z with the Z that the last Y was computed from. No gradient passes through
     the rounds or through Y Z, as in the published code. In training the bases of the next pass

@@ -13,11 +13,11 @@ class NMF(Method):
     """Geng et al., "Is Attention Better Than Matrix Decomposition?", 2021; X, Y, Z >= 0.
 
         Z = softmax over K of Y0^T X                        (the published code's start)
-        Z = Z * (Y^T X) / (Y^T Y Z + 1e-6)                  (Lee and Seung, 2001, equation 4)
-        Y = Y * (X Z^T) / (Y Z Z^T + 1e-6)
+        Z = Z * (Y^T X) / (Y^T Y Z + 1e-6)                  (their algorithm 2; Lee and Seung,
+        Y = Y * (X Z^T) / (Y Z Z^T + 1e-6)                  2001, equation 4)
 
     and after the last round one more update of Z, through which alone the gradient reaches X, Y
-    and the Z before being constants (the paper's one-step gradient, section 3.3). Each update
+    and the Z before being constants (the paper's one-step gradient). Each update
     uses the factors of the one before it. Negative X breaks the method, not the formulas: they are
     computed as they stand, and may leave infinities.
     """
@@ -30,20 +30,21 @@ class NMF(Method):
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        return F.normalize(torch.rand(*shape, generator=generator, device=device), dim=-2)
+        noise = torch.empty(*shape, device=device).uniform_(generator=generator)
+        return F.normalize(noise, dim=-2)
 
     def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.softmax(y.mT @ x, dim=-2)
 
     def update_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return z * (y.mT @ x) / (y.mT @ y @ z + EPS)
+        return self.slope(y, z) * (y.mT @ x)
 
     def update_bases(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return y * (x @ z.mT) / (y @ (z @ z.mT) + EPS)
 
     def slope(self, y: Tensor, z: Tensor) -> Tensor:
-        """W in the last update Z = W * (Y^T X), and so the slope of its gradient."""
+        """W in the update Z = W * (Y^T X), and so the slope of its gradient."""
         return z / (y.mT @ y @ z + EPS)
 
     def final_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return self.slope(y, z) * (y.mT @ x)
+        return self.update_coefficients(x, y, z)

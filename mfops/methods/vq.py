@@ -17,7 +17,7 @@ def cosine_assignment(x: Tensor, y: Tensor) -> Tensor:
 
 
 class VQ(Method):
-    """Geng et al., "Is Attention Better Than Matrix Decomposition?", 2021, appendix.
+    """Geng et al., "Is Attention Better Than Matrix Decomposition?", 2021, algorithm 1.
 
         Z = softmax over K of 100 cos(Y, X)                 (cosines of columns)
         Y = X (Z / (1e-6 + sum over N of Z))^T

@@ -9,12 +9,11 @@ from factor_cases import check, make
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfops import dispatch, reference
-from mfops.dispatch import BACKENDS
+from mfops.dispatch import BACKENDS, FUSED_METHODS
 from mfops.methods import METHODS
 
 OPS = torch.ops.mfops
 NATIVE = BACKENDS["native"]
-FUSED = ("em", "nmf")
 # More than one tile an image, and more than one group of tiles where there are several threads.
 TILED = [(1, 2500, 2, 200), (1, 30, 5, 14000)]
 needs_extension = pytest.mark.skipif(
@@ -29,7 +28,7 @@ def test_opcheck(method, layout, dtype):
     for shared in (True, False):
         case = make((2, 6, 3, 20), layout, dtype, method, shared)
         torch.library.opcheck(OPS.iterate.default, (case.x, case.y0, method, 2))
-        if method in FUSED:
+        if method in FUSED_METHODS:
             torch.library.opcheck(OPS.solve.default, (case.x, case.y0, method, 2))
     if method != "nmf":
         return
@@ -55,7 +54,7 @@ def test_flops_are_those_of_the_products_in_the_reference(method):
         arguments = case.x, case.y0, method, steps
         expected = flops(reference.iterate, *arguments)
         assert flops(OPS.iterate, *arguments) == expected > 0
-        if method in FUSED:
+        if method in FUSED_METHODS:
             assert flops(OPS.solve, *arguments) == flops(reference.solve, *arguments) > expected
     if method != "nmf":
         return
@@ -87,7 +86,7 @@ def test_any_number_of_threads(method, shape, threads):
 
 
 @needs_extension
-@pytest.mark.parametrize("method", FUSED)
+@pytest.mark.parametrize("method", FUSED_METHODS)
 def test_same_bits_every_run_with_tiles_and_threads(method, threads):
     case = make((3, 2500, 3, 400), "contiguous", torch.float32, method)
     first = NATIVE.solve(case.x, case.y0, method, 3)

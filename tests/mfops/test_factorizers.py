@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import mfops
+from mfops.factorizers import ImageFactorizer
 from mfops.methods import METHODS
 
 ON_IMAGES = [*METHODS, "double_attention"]
@@ -134,11 +141,33 @@ def test_compiles_whole(factorizer, training):
 
 
 @every_factorizer
-def test_exports(factorizer):
-    context = make(factorizer).eval()
-    x = torch.randn(2, 6, 4, 5)
-    exported = torch.export.export(context, (x,))
-    torch.testing.assert_close(exported.module()(x), context(x))
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_serves_every_shape(factorizer, training):
+    torch.compiler.reset()
+    context = make(factorizer).train(training)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(context, fullgraph=True, backend=graphs)
+    for shape in [(4, 6, 4, 5), (3, 6, 4, 5), (3, 6, 5, 7), (2, 6, 9, 3)]:
+        assert compiled(torch.randn(shape)).shape == shape
+    assert graphs.frame_count <= 3  # one for the first shape; then its dimensions are symbols
+
+
+@every_factorizer
+@pytest.mark.parametrize("training", [True, False])
+def test_exports(factorizer, training):
+    context = make(factorizer).train(training)
+    size = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
+    program = torch.export.export(
+        copy.deepcopy(context), (torch.randn(2, 6, 4, 5),), dynamic_shapes=(size,)
+    )
+    exported = program.module()
+    for shape in [(2, 6, 4, 5), (3, 6, 7, 5)]:
+        x = torch.randn(shape)
+        torch.manual_seed(2)
+        out = exported(x)
+        torch.manual_seed(2)
+        torch.testing.assert_close(out, context(x))
+    torch.testing.assert_close(dict(exported.named_buffers()), dict(context.named_buffers()))
 
 
 @every_factorizer
@@ -156,18 +185,103 @@ def test_autocast_and_state_dict(factorizer):
 
 
 def test_double_attention_is_the_papers_formula():
-    factorizer = make("double_attention").factorizer
-    x = torch.randn(2, 6, 20)
+    factorizer = make("double_attention").factorizer.double()
+    x = torch.randn(2, 6, 20, dtype=torch.float64)
     y, z = factorizer(x)
+    parameters = {name: p.detach().numpy() for name, p in factorizer.named_parameters()}
 
-    def scores(conv: nn.Conv1d) -> Tensor:
-        return torch.einsum("kc,bcn->bkn", conv.weight[..., 0], x) + conv.bias[:, None]
+    def scores(name: str, image: np.ndarray) -> np.ndarray:
+        weight, bias = parameters[f"{name}.weight"][..., 0], parameters[f"{name}.bias"]
+        return np.exp(weight @ image + bias[:, None])
 
-    maps = scores(factorizer.gather).exp()
-    maps = maps / maps.sum(2, keepdim=True)
-    torch.testing.assert_close(y, torch.einsum("bcn,bkn->bck", x, maps))
-    shares = scores(factorizer.distribute).exp()
-    torch.testing.assert_close(z, shares / shares.sum(1, keepdim=True))
-    x.requires_grad_()
-    factorizer.reconstruct(x)[0].sum().backward()
-    assert all(p.grad is not None for p in factorizer.parameters())
+    for image, image_y, image_z in zip(x.numpy(), y.detach(), z.detach(), strict=True):
+        maps, shares = scores("gather", image), scores("distribute", image)
+        maps = maps / maps.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(image_y.numpy(), image @ maps.T, rtol=1e-6)
+        np.testing.assert_allclose(image_z.numpy(), shares / shares.sum(axis=0), rtol=1e-6)
+
+
+def test_double_attentions_gradients_by_finite_differences():
+    factorizer = make("double_attention").factorizer.double()
+    x = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*factorizer.named_parameters(), strict=True)
+
+    def factors(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        return functional_call(factorizer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(factors, (x, *values))
+
+
+def test_a_batch_that_is_not_finite_leaves_the_bases_alone():
+    context = make("em")
+    x = torch.randn(2, 6, 4, 5)
+    for spoilt in (float("nan"), float("inf")):
+        before = context.factorizer.bases.clone()
+        context(x.index_fill(2, torch.tensor(1), spoilt))
+        assert torch.equal(context.factorizer.bases, before)
+    context(x)
+    assert not torch.equal(context.factorizer.bases, before)
+
+
+@every_factorizer
+def test_is_made_on_any_device_and_reset(factorizer):
+    """As distributed training makes modules: on "meta", then memory, then reset_parameters."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        context = mfops.FactorizedContext(6, rank=3, factorizer=factorizer)
+    assert all(t.is_meta for t in context.state_dict().values())
+    context.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in context.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    torch.testing.assert_close(context.state_dict(), make(factorizer).state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_seeded_bases_are_drawn_on_the_cpu(method, monkeypatch):
+    """A generator of the CPU cannot fill a tensor that a device context puts elsewhere."""
+    devices = []
+    noise = type(METHODS[method]).noise
+
+    def record(self, *shape, generator=None, device=None):
+        devices.append(device)
+        return noise(self, *shape, generator=generator, device=device)
+
+    monkeypatch.setattr(type(METHODS[method]), "noise", record)
+    make(method)
+    assert devices == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("module", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_follow_the_dtype_of_the_features(method, module, features):
+    context = make(method).to(module)
+    out, mse = context(torch.randn(2, 6, 4, 5).to(features), return_loss=True)
+    assert out.dtype == features
+    assert mse.dtype == (torch.float64 if features == torch.float64 else torch.float32)
+    assert context.factorizer.bases.dtype == module
+
+
+@pytest.mark.parametrize("factorizer", ["learned", "double_attention"])
+def test_parameters_have_the_dtype_of_the_features(factorizer):
+    context = mfops.FactorizedContext(6, 3, (4, 5), factorizer)
+    with pytest.raises(TypeError, match=r"expected the dtype of .*float64"):
+        context(torch.randn(2, 6, 4, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("svd", 6, 3), ValueError, "method: expected one of em, nmf, vq, cd, got 'svd'"),
+        (("em", 6, 0), ValueError, "rank: expected a positive integer, got 0"),
+        (("em", 6.0, 3), ValueError, r"channels: expected a positive integer, got 6\.0"),
+        (("em", 6, 3, 0), ValueError, "steps: expected at least 1, got 0"),
+        (("em", 6, 3, "3"), TypeError, "steps: expected an integer, got str"),
+        (("em", 6, 3, True), TypeError, "steps: expected an integer, got bool"),
+    ],
+)
+def test_bad_arguments_are_refused_when_it_is_made(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ImageFactorizer(*arguments)
