@@ -48,7 +48,7 @@ class Recipe:
         if network == "mf":  # its coefficients belong to one grid: that of the training crops
             height, width = parsed(common).datamodule.crop_size
             grid = [-(-height // HIGH_STRIDE), -(-width // HIGH_STRIDE)]
-            named += ["--model.network.dict_kwargs.context_size", str(grid)]
+            named += ["--model.network.context_size", str(grid)]
         return [*common, *named]
 
 

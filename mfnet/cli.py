@@ -229,7 +229,7 @@ def _network_names(network: Any) -> tuple[str, str]:
     """Model and backbone, to be shown in reports."""
     arguments = network.get("init_args", {})
     name = arguments.get("name", network.class_path.rpartition(".")[2])
-    own = [arguments[key] for key in ("context", "factorizer") if arguments.get(key)]
+    own = [f"{key} {arguments[key]}" for key in ("context", "factorizer") if arguments.get(key)]
     if own:
         name = f"{name} ({', '.join(own)})"
     return name, arguments.get("backbone", "")

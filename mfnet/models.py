@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mfnet.backbone import Backbone
 from mfnet.contexts import CONTEXTS, LossContext
+from mfnet.contexts.nonlocal_ import NonLocalBlock
 from mfnet.decoder import DeepLabDecoder, PointwiseDecoder, upsample
 
 MIN_SIZE = 33
@@ -37,6 +38,9 @@ class SegmentationNetwork(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self._head().modules():
+            if isinstance(module, NonLocalBlock):  # Kaiming's weights would saturate its softmax
+                module.init_weights()
 
     def forward(
         self, x: Tensor, return_loss: bool = False, masks: Tensor | None = None
@@ -99,6 +103,7 @@ def create_model(
     backbone_weights: str | Path | None = None,
     context: str | None = None,
     factorizer: str | None = None,
+    context_size: tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> SegmentationNetwork:
     """Build a segmentation network at output stride 16.
@@ -118,16 +123,19 @@ def create_model(
             ``context="mf"``.
         factorizer: where the factors of mf come from: ``"learned"``, as in the paper, or, from the
             image, ``"em"``, ``"nmf"``, ``"vq"``, ``"cd"``, ``"double_attention"``.
-        **kwargs: options of the network's context. mf: ``rank=64``,
-            ``context_size=(33, 33)`` (the stride-16 feature grid Z belongs to: 513 x 513 images
-            have 33 x 33), ``loss_weight=0.1`` and ``steps`` of a factorizer that has them. em:
+        context_size: the stride-16 feature grid ``(h, w)`` that the learned Z of mf belongs to, a
+            sixteenth of the training images' size; ``None``: (33, 33), that of 513 x 513 images.
+            No other context looks at it.
+        **kwargs: options of the network's context. mf: ``rank=64``, ``loss_weight=0.1`` (where
+            the caller does not take the loss) and ``steps`` of a factorizer that has them. em:
             ``bases=64`` and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``.
             double_attention: ``rank=64``. encoding: ``codewords=32``.
 
     Raises:
         ValueError: unknown model, backbone or context, a value out of range, weights that do not
             fit.
-        TypeError: a keyword that the network does not take.
+        TypeError: a keyword that the network does not take, a factorizer for a context other than
+            mf.
         FileNotFoundError: no file at ``backbone_weights``, or timm's cannot be downloaded.
     """
     if name not in _MODELS:
@@ -140,17 +148,21 @@ def create_model(
         raise ValueError(f"unknown context '{context}': choose from {', '.join(CONTEXTS)}")
     build_context = CONTEXTS[context]
     options = list(inspect.signature(build_context).parameters)[2:]  # after in_, out_channels
-    if factorizer is not None:
-        kwargs["factorizer"] = factorizer
+    if factorizer is not None and context != "mf":
+        raise TypeError(f"factorizer: only context 'mf' takes one, this is '{context}'")
     for keyword in kwargs:
         if keyword not in options:
-            own = ["num_classes", "backbone", "backbone_weights", "context"]
+            own = ["num_classes", "backbone", "backbone_weights", "context", "context_size"]
             raise TypeError(
                 f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
                 f"choose from {', '.join(dict.fromkeys([*own, *options]))}"
             )
     if "num_classes" in options:
         kwargs["num_classes"] = num_classes
+    if factorizer is not None:
+        kwargs["factorizer"] = factorizer
+    if context_size is not None and "context_size" in options:
+        kwargs["context_size"] = context_size
     trunk = Backbone(backbone, backbone_weights)
     decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
     return SegmentationNetwork(

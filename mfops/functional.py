@@ -133,7 +133,7 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
     | method | published as | gradient to x |
     |---|---|---|
     | "em" | EMANet (Li et al., ICCV 2019) | none |
-    | "nmf" | Hamburger (Geng et al., ICLR 2021), SegNeXt | through one update of Z |
+    | "nmf" | Hamburger (Geng et al., ICLR 2021) | through one update of Z |
     | "vq" | Hamburger | through one assignment |
     | "cd" | Hamburger | through one ridge regression |
 

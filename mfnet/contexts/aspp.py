@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
@@ -11,26 +13,34 @@ from mfnet.contexts.pooling import ImagePooling
 RATES = (6, 12, 18)
 
 
-def aspp(in_channels: int, out_channels: int = 256) -> ASPP:
+def aspp(in_channels: int, out_channels: int = 256, rates: Sequence[int] = RATES) -> ASPP:
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: ``torchvision``'s own ``ASPP``.
 
     Same class, parameters and state dict. Only its pooling branch is exchanged for one that a
     batch of one image can train (:class:`~mfnet.contexts.pooling.ImagePooling`).
+
+    Args:
+        rates: dilations of the 3x3 convolutions: DeepLab's at output stride 16; (12, 24, 36) at 8.
     """
-    module = ASPP(in_channels, list(RATES), out_channels)
+    module = ASPP(in_channels, list(rates), out_channels)
     module.convs[-1] = ImagePooling(in_channels, out_channels)
     return module
 
 
-def aspp_separable(in_channels: int, out_channels: int = 256) -> nn.Sequential:
+def aspp_separable(
+    in_channels: int, out_channels: int = 256, rates: Sequence[int] = RATES
+) -> nn.Sequential:
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: the separable form of ASPP.
 
     What ``segmentation_models_pytorch.DeepLabV3Plus`` has in this place, parameters and state dict
     included: :func:`aspp` with its atrous 3x3 convolutions made separable, then a separable 3x3
-    convolution, BatchNorm, ReLU. The rates are DeepLab's at output stride 16.
+    convolution, BatchNorm, ReLU.
+
+    Args:
+        rates: as for :func:`aspp`; segmentation_models_pytorch's default is (12, 24, 36).
     """
-    pyramid = aspp(in_channels, out_channels)
-    for branch, rate in enumerate(RATES, start=1):
+    pyramid = aspp(in_channels, out_channels, rates)
+    for branch, rate in enumerate(rates, start=1):
         pyramid.convs[branch] = nn.Sequential(
             _separable(in_channels, out_channels, rate), nn.BatchNorm2d(out_channels), nn.ReLU()
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from mfnet.contexts.base import UnitContext
+from mfops.checks import check_positive
 
 
 class DoubleAttention(nn.Module):
@@ -31,8 +32,7 @@ class DoubleAttention(nn.Module):
 
     def __init__(self, channels: int, rank: int = 64) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {rank}")
+        check_positive("rank", rank)
         inner = max(channels // 4, 1)
         self.value = nn.Conv2d(channels, inner, 1)
         self.gather = nn.Conv2d(channels, rank, 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mfnet.contexts.base import UnitContext
 from mfnet.contexts.published import rename_keys
+from mfops.checks import check_positive
 from mfops.factorizers import ImageFactorizer
 
 
@@ -39,8 +40,7 @@ class EMAUnit(nn.Module):
 
     def __init__(self, channels: int, bases: int = 64, steps: int = 3) -> None:
         super().__init__()
-        if bases < 1:
-            raise ValueError(f"bases: expected at least 1, got {bases}")
+        check_positive("bases", bases)
         self.conv1 = nn.Conv2d(channels, channels, 1).requires_grad_(False)
         self.factorizer = ImageFactorizer("em", channels, bases, steps)
         self.conv2 = nn.Sequential(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from mfnet.contexts.base import LossContext
+from mfops.checks import check_positive
 from mfops.functional import without_autocast
 
 CHANNELS = 512
@@ -36,8 +37,7 @@ class Encoding(nn.Module):
 
     def __init__(self, channels: int, codewords: int = 32) -> None:
         super().__init__()
-        if codewords < 1:
-            raise ValueError(f"codewords: expected at least 1, got {codewords}")
+        check_positive("codewords", codewords)
         bound = (codewords * channels) ** -0.5
         self.codewords = nn.Parameter(torch.empty(codewords, channels).uniform_(-bound, bound))
         self.smoothing = nn.Parameter(torch.rand(codewords))
@@ -68,7 +68,8 @@ class EncodingContext(LossContext):
     and ``X gamma``.)
 
     The loss is their SE-loss: a linear layer on e tells which classes occur in the image, binary
-    cross entropy against those that occur in its mask. It needs ``num_classes`` and the masks;
+    cross entropy against those that occur in its mask (in one of nothing but 255, none: as in the
+    published code). It needs ``num_classes`` and the masks;
     without ``num_classes`` the module has neither the layer nor a loss.
 
     Args:
@@ -89,8 +90,8 @@ class EncodingContext(LossContext):
         codewords: int = 32,
     ) -> None:
         super().__init__()
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        if num_classes is not None:
+            check_positive("num_classes", num_classes)
         self.lower = Conv2dNormActivation(in_channels, CHANNELS, 3)
         self.encode = nn.Sequential(
             Conv2dNormActivation(CHANNELS, CHANNELS, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from mfnet.contexts.base import UnitContext
 from mfnet.contexts.published import rename_keys
+from mfops.checks import check_positive
 from mfops.factorizers import ImageFactorizer
 
 
@@ -27,18 +29,20 @@ class Hamburger(nn.Module):
     them anew there too, and its scores change from run to run).
 
     Loads the state dicts of the published code as they are: version 2 with the cheese, version 1
-    and SegNeXt's without. They hold no bases as a rule: the buffer then stays as constructed,
-    which is the same in every process.
+    and SegNeXt's (``norm_layer=partial(nn.GroupNorm, 32)``) without. They hold no bases as a rule:
+    the buffer then stays as constructed, which is the same in every process. SegNeXt trains with
+    the gradient of all rounds, which is not to be had here.
 
     Args:
         method: ``"nmf"``, ``"vq"`` or ``"cd"``.
         channels: C of the input ``(B, C, h, w)``.
         rank: number of bases K.
         steps: number of rounds T; ``None``: 6 in training, 7 in evaluation.
-        cheese: whether there is one; without it a BatchNorm follows ``upper``.
+        cheese: whether there is one; without it the normalization follows ``upper``.
+        norm_layer: makes the normalization of so many channels.
 
     Raises:
-        ValueError: ``rank`` or ``steps`` below 1.
+        ValueError: an unknown method; ``rank`` or ``steps`` below 1.
     """
 
     def __init__(
@@ -48,18 +52,22 @@ class Hamburger(nn.Module):
         rank: int = 64,
         steps: int | None = None,
         cheese: bool = True,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {rank}")
+        check_positive("rank", rank)
         self.lower = nn.Conv2d(channels, channels, 1)
         self.factorizer = ImageFactorizer(method, channels, rank, steps)
         if cheese:
-            self.cheese: nn.Module = Conv2dNormActivation(channels, channels, 1)
+            self.cheese: nn.Module = Conv2dNormActivation(
+                channels, channels, 1, norm_layer=norm_layer
+            )
             self.upper: nn.Module = nn.Conv2d(channels, channels, 1, bias=False)
         else:
             self.cheese = nn.Identity()
-            self.upper = Conv2dNormActivation(channels, channels, 1, activation_layer=None)
+            self.upper = Conv2dNormActivation(
+                channels, channels, 1, norm_layer=norm_layer, activation_layer=None
+            )
         self.register_load_state_dict_pre_hook(_published_names)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,13 +78,14 @@ class Hamburger(nn.Module):
 _NAMES = {
     "lower_bread.0": "lower",  # nmf's, before its ReLU
     "lower_bread": "lower",
-    "ham_in.conv": "lower",  # SegNeXt and mmsegmentation
+    "ham_in.conv": "lower",  # SegNeXt and mmsegmentation; ham_out's norm is named after its kind
     "ham.bases": "factorizer.bases",
     "cheese.conv": "cheese.0",
     "cheese.bn": "cheese.1",
     "upper_bread": "upper",
     "ham_out.conv": "upper.0",
     "ham_out.bn": "upper.1",
+    "ham_out.gn": "upper.1",
 }
 
 

@@ -15,7 +15,8 @@ class MFContext(LossContext):
     ``xin = conv1x1(x)``; ``relu(Y Z) + xin``; ``conv1x1``, BatchNorm, ReLU (Gurram, "Learning
     context with factorization techniques in semantic segmentation"). In the paper Y and Z are
     parameters, so X' is the same for every image; with another ``factorizer`` they are found on
-    the image at hand. The loss is the mean squared error between ``xin`` and X'.
+    the image at hand. The loss is the mean squared error between ``xin`` (with "nmf"
+    ``relu(xin)``) and X'.
 
     Args:
         rank: number of bases K.

@@ -25,8 +25,9 @@ class NonLocalBlock(nn.Module):
         f(x_i, x_j) = exp(theta(x_i)^T phi(x_j))              (equation 3, embedded Gaussian)
         z_i = BN(W y_i) + x_i                                 (equation 6; BN: section 4.1)
 
-    BN's scale starts at zero, as published: the block starts as the identity. y is attention
-    without scaling, by torch's fused kernels: no N x N matrix is written to memory.
+    It starts as published: BN's scale at zero, so that the block is the identity, and convolutions
+    with a standard deviation of 0.01, so that the softmax is almost uniform. y is attention without
+    scaling, by torch's fused kernels: no N x N matrix is written to memory.
 
     Args:
         channels: C of the input ``(B, C, h, w)``, even.
@@ -38,9 +39,15 @@ class NonLocalBlock(nn.Module):
         self.theta = nn.Conv2d(channels, inner, 1)
         self.phi = nn.Conv2d(channels, inner, 1)
         self.g = nn.Conv2d(channels, inner, 1)
-        norm = nn.BatchNorm2d(channels)
-        nn.init.zeros_(norm.weight)
-        self.w = nn.Sequential(nn.Conv2d(inner, channels, 1, bias=False), norm)
+        self.w = nn.Sequential(nn.Conv2d(inner, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for conv in (self.theta, self.phi, self.g, self.w[0]):
+            nn.init.normal_(conv.weight, std=0.01)
+        for conv in (self.theta, self.phi, self.g):
+            nn.init.zeros_(conv.bias)
+        nn.init.zeros_(self.w[1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         # (B, 1, N, C / 2), one head: the layout that the fused kernels take.

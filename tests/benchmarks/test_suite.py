@@ -198,7 +198,7 @@ def test_another_recipe_continues_no_run(tmp_path):
 def test_a_context_trains_in_the_network_of_deeplab_and_mf_on_its_own_grid(images):
     recipe = Recipe(str(images), "made_up", "camvid", "--data.crop_size [48,97]")
     words = recipe.arguments("mf")
-    assert words[-2:] == ["--model.network.dict_kwargs.context_size", "[3, 7]"]
+    assert words[-2:] == ["--model.network.context_size", "[3, 7]"]
     network = trainer.parsed(words).model.network
     assert network.context.factorized.size == (3, 7)
     assert "--model.network.context none" in " ".join(recipe.arguments("none"))

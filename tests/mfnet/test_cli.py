@@ -19,6 +19,7 @@ from jsonargparse import Namespace
 from PIL import Image
 
 from mfnet.cli import SIGTERM_EXIT, _network_names, main, shipped_configs
+from mfnet.contexts import CONTEXTS
 from mfnet.data import synthetic
 from mfnet.task import SegmentationTask
 
@@ -106,19 +107,20 @@ def test_paper_config_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "factorizer"),
+    ("config", "choice"),
     [
-        *((config, None) for config in ("paper_voc", "modern_voc", "camvid", "demo")),
-        ("paper_voc", "em"),
-        ("modern_voc", "nmf"),
-        ("camvid", "vq"),
-        ("camvid", "double_attention"),
-        ("demo", "cd"),
+        *((config, "name=mfnet") for config in ("paper_voc", "modern_voc", "camvid", "demo")),
+        ("paper_voc", "factorizer=em"),
+        ("modern_voc", "factorizer=nmf"),
+        ("camvid", "factorizer=vq"),
+        ("camvid", "factorizer=double_attention"),
+        ("demo", "factorizer=cd"),
+        *(("demo", f"context={context}") for context in CONTEXTS),
+        ("demo", "name=emanet"),
+        ("demo", "dict_kwargs.rank=3"),
     ],
 )
-def test_shipped_configs_train(
-    config: str, factorizer: str | None, images: Path, tmp_path: Path
-) -> None:
+def test_shipped_configs_train(config: str, choice: str, images: Path, tmp_path: Path) -> None:
     flags = ["--data.root", str(images)]
     if config.endswith("voc"):
         (tmp_path / "VOCdevkit").mkdir()
@@ -126,10 +128,9 @@ def test_shipped_configs_train(
         flags = ["--data.root", str(tmp_path), "--model.network.backbone_weights", "null"]
     elif config == "demo":
         flags = ["--data.cache_dir", str(tmp_path), "--data.train=2", "--data.val=1"]
-    if factorizer is not None:
-        flags.append(f"--model.network.factorizer={factorizer}")
     main([
-        "fit", "--config", config, *flags, "--model.network.backbone=resnet18",
+        "fit", "--config", config, *flags,
+        f"--model.network.{choice}", "--model.network.backbone=resnet18",
         "--data.crop_size=33", "--data.batch_size=2", "--data.num_workers=0",
         "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}",
@@ -351,8 +352,8 @@ def test_sigterm_leaves_a_checkpoint_and_resumes(images: Path, tmp_path: Path) -
 def test_reports_name_the_context_that_stands_in_a_network() -> None:
     arguments = Namespace(name="deeplabv3plus", backbone="resnet18", context="none")
     network = Namespace(class_path="mfnet.create_model", init_args=arguments)
-    assert _network_names(network) == ("deeplabv3plus (none)", "resnet18")
+    assert _network_names(network) == ("deeplabv3plus (context none)", "resnet18")
     arguments.context = None
     assert _network_names(network) == ("deeplabv3plus", "resnet18")
     arguments.factorizer = "em"
-    assert _network_names(network) == ("deeplabv3plus (em)", "resnet18")
+    assert _network_names(network) == ("deeplabv3plus (factorizer em)", "resnet18")

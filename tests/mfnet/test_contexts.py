@@ -133,13 +133,14 @@ def test_only_contexts_with_a_loss_say_so() -> None:
 # aspp_separable
 
 
-def test_separable_aspp_is_that_of_segmentation_models_pytorch() -> None:
+@pytest.mark.parametrize("rates", [(6, 12, 18), (12, 24, 36)])
+def test_separable_aspp_is_that_of_segmentation_models_pytorch(rates: tuple[int, ...]) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch", reason="smp is not installed")
-    decoder = smp.DeepLabV3Plus("resnet18", encoder_weights=None, decoder_atrous_rates=(6, 12, 18))
+    decoder = smp.DeepLabV3Plus("resnet18", encoder_weights=None, decoder_atrous_rates=rates)
     theirs = decoder.decoder.aspp.eval()
-    ours = aspp_separable(512, 256).eval()
+    ours = aspp_separable(512, 256, rates=rates).eval()
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 512, 9, 11)
+    x = torch.randn(1, 512, 37, 25)
     torch.testing.assert_close(ours(x), theirs(x))
 
 

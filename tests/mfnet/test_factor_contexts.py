@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_em_of_constant_and_zero_features_is_finite() -> None:
 
 
 def test_em_arguments() -> None:
-    with pytest.raises(ValueError, match="bases: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="bases: expected a positive integer, got 0"):
         EMContext(8, bases=0)
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         EMContext(8, steps=0)
@@ -197,13 +198,15 @@ def _batch_norm(norm: nn.BatchNorm2d) -> dict[str, Tensor]:
 
 
 def _published(method: str, version: str, channels: int) -> dict[str, Tensor]:
-    """A state dict as Hamburger's code (versions 1 and 2) or SegNeXt's writes it."""
+    """A state dict as Hamburger's code (versions 1 and 2), mmsegmentation or SegNeXt writes it."""
     weight, cheese, upper = torch.randn(3, channels, channels, 1, 1, dtype=torch.float64)
     bias = torch.randn(channels, dtype=torch.float64)
     norm = _batch_norm(nn.BatchNorm2d(channels).double())
-    if version == "segnext":
+    if version in ("mmseg", "segnext"):  # mmcv's modules, with BatchNorm or with GroupNorm
         names = {"ham_in.conv.weight": weight, "ham_in.conv.bias": bias}
         names["ham_out.conv.weight"] = upper
+        if version == "segnext":
+            return names | {f"ham_out.gn.{key}": norm[key] for key in ("weight", "bias")}
         return names | {f"ham_out.bn.{key}": value for key, value in norm.items()}
     lower = "lower_bread.0" if method == "nmf" else "lower_bread"
     names = {f"{lower}.weight": weight, f"{lower}.bias": bias}
@@ -214,13 +217,15 @@ def _published(method: str, version: str, channels: int) -> dict[str, Tensor]:
     return names | {f"cheese.bn.{key}": value for key, value in norm.items()}
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "segnext"])
+@pytest.mark.parametrize("version", ["v1", "v2", "mmseg", "segnext"])
 @pytest.mark.parametrize("method", HAMS)
 @pytest.mark.parametrize("with_bases", [False, True])
 def test_hamburger_loads_published_weights(method: str, version: str, with_bases: bool) -> None:
     torch.manual_seed(0)
     published = _published(method, version, 8)
-    unit = Hamburger(method, 8, rank=5, cheese=version == "v2").double().eval()
+    norm_layer = partial(nn.GroupNorm, 2) if version == "segnext" else nn.BatchNorm2d
+    unit = Hamburger(method, 8, rank=5, cheese=version == "v2", norm_layer=norm_layer)
+    unit = unit.double().eval()
     seeded = unit.factorizer.bases.clone()
     if with_bases:
         published["ham.bases"] = torch.rand(1, 8, 5, dtype=torch.float64)
@@ -236,6 +241,11 @@ def test_hamburger_loads_published_weights(method: str, version: str, with_bases
     out = torch.from_numpy(np.stack(rebuilt)).view_as(x)
 
     def norm(t: Tensor, name: str) -> Tensor:
+        if version == "segnext":
+            shift, scale = (published[f"ham_out.gn.{k}"][:, None, None] for k in ("bias", "weight"))
+            groups = t.unflatten(1, (2, 4))
+            variance, mean = torch.var_mean(groups, (2, 3, 4), keepdim=True, correction=0)
+            return ((groups - mean) / (variance + 1e-5).sqrt()).flatten(1, 2) * scale + shift
         parts = (published[f"{name}.{k}"] for k in ("running_mean", "running_var"))
         scale, shift = (published[f"{name}.{k}"] for k in ("weight", "bias"))
         return nn.functional.batch_norm(t, *parts, scale, shift)
@@ -246,7 +256,8 @@ def test_hamburger_loads_published_weights(method: str, version: str, with_bases
     else:
         conv, bn = {
             "v1": ("upper_bread.0", "upper_bread.1"),
-            "segnext": ("ham_out.conv", "ham_out.bn"),
+            "mmseg": ("ham_out.conv", "ham_out.bn"),
+            "segnext": ("ham_out.conv", "ham_out.gn"),
         }[version]
         out = norm(nn.functional.conv2d(out, published[f"{conv}.weight"]), bn)
     torch.testing.assert_close(unit(x), (x + out).relu())
@@ -323,9 +334,9 @@ def test_every_pixel_sees_the_whole_image(name: str) -> None:
 
 def test_arguments_are_named() -> None:
     for name in HAMS:
-        with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
+        with pytest.raises(ValueError, match="rank: expected a positive integer, got 0"):
             CONTEXTS[name](8, rank=0)
         with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
             CONTEXTS[name](8, steps=0)
-    with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank: expected a positive integer, got 0"):
         DoubleAttentionContext(8, rank=0)

@@ -79,9 +79,7 @@ def test_mfnet_takes_factors_of_the_image(factorizer: str) -> None:
     assert torch.equal(model.eval()(images), model(images))
 
 
-def test_a_factorizer_belongs_to_mf() -> None:
-    with pytest.raises(TypeError, match="unknown keyword 'factorizer' for model 'emanet' with"):
-        small("emanet", factorizer="em")
+def test_an_unknown_factorizer() -> None:
     with pytest.raises(ValueError, match="factorizer: expected one of learned, double_attention"):
         small("mfnet", factorizer="svd")
 
@@ -233,14 +231,23 @@ def test_bad_images(x: torch.Tensor, error: type[Exception], message: str) -> No
     ("name", "options", "error", "message"),
     [
         ("unet", {}, ValueError, "unknown model 'unet': choose from mfnet, deeplabv3plus, emanet"),
-        ("mfnet", {"rnk": 3}, TypeError, "'rnk' for model 'mfnet' .*num_classes.* rank, context"),
-        ("deeplabv3plus", {"rank": 3}, TypeError, "context 'aspp': .*backbone_weights, context$"),
+        (
+            "mfnet",
+            {"rnk": 3},
+            TypeError,
+            "'rnk' for model 'mfnet' .*num_cl.*size, rank, loss_w",
+        ),
+        ("deeplabv3plus", {"rank": 3}, TypeError, "context 'aspp': .*context_size, rates$"),
         ("mfnet", {"context": "em", "rank": 3}, TypeError, "context 'em': .*, bases, steps$"),
-        ("mfnet", {"context": "encoding", "k": 3}, TypeError, "from num_c.*context, codewords$"),
-        ("mfnet", {"context": "ppm", "bins": 3}, TypeError, "'ppm': .*backbone_weights, context$"),
+        ("mfnet", {"context": "encoding", "k": 3}, TypeError, "from num_c.*_size, codewords$"),
+        ("mfnet", {"context": "ppm", "bins": 3}, TypeError, "'ppm': .*context, context_size$"),
         ("mfnet", {"context": "pyramid"}, ValueError, "unknown context 'pyramid': .*mf, em, nmf"),
         ("emanet", {"rank": 3}, TypeError, "choose from .*, bases, steps$"),
         ("emanet", {"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
+        ("emanet", {"factorizer": "em"}, TypeError, "only context 'mf' takes one, this is 'em'"),
+        ("emanet", {"bases": 2.5}, ValueError, r"bases: expected a positive integer, got 2\.5"),
+        ("mfnet", {"context": "nmf", "rank": "3"}, ValueError, "rank: expected .*, got '3'"),
+        ("mfnet", {"context": "cd", "steps": 2.5}, TypeError, "steps: expected an integer"),
         ("mfnet", {"backbone": "resnet19"}, ValueError, "unknown backbone 'resnet19'"),
         ("mfnet", {"backbone": "resnet18", "rank": 0}, ValueError, "rank: .*got 0"),
         ("mfnet", {"backbone_weights": "no.pth"}, FileNotFoundError, "no file at 'no.pth'"),

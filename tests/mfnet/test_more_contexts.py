@@ -337,9 +337,9 @@ def test_bad_masks(masks: Tensor | None, error: type[Exception], message: str) -
 
 
 def test_encoding_arguments() -> None:
-    with pytest.raises(ValueError, match="codewords: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="codewords: expected a positive integer, got 0"):
         EncodingContext(8, codewords=0)
-    with pytest.raises(ValueError, match="num_classes: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_classes: expected a positive integer, got 0"):
         EncodingContext(8, num_classes=0)
 
 
@@ -381,8 +381,18 @@ def test_nonlocal_block_starts_as_the_identity() -> None:
     x = torch.randn(2, 6, 3, 5)
     block = NonLocalBlock(6)
     torch.testing.assert_close(block(x), x, rtol=0, atol=0)
+
+
+def test_nonlocal_starts_in_a_network_as_by_itself() -> None:
+    """Kaiming's weights, which other convolutions of a head get, would saturate its softmax."""
     network = create_model("emanet", num_classes=3, backbone="resnet18", context="nonlocal")
-    assert not network.context.unit.w[1].weight.any()
+    block = network.context.unit
+    assert not block.w[1].weight.any()
+    for conv in (block.theta, block.phi, block.g, block.w[0]):
+        assert conv.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    x = torch.randn(1, 512, 9, 9)
+    scores = block.theta(x).flatten(2).mT @ block.phi(x).flatten(2)
+    assert torch.softmax(scores, -1).amax(-1).mean() < 0.1  # 0.8 with Kaiming's
 
 
 def test_nonlocal_writes_no_matrix_of_pixels_to_memory() -> None:
