@@ -94,6 +94,7 @@ class Results:
 
     machine: str
     by_question: dict[str, Figures]
+    every: dict[str, list[Row]]  # whatever run they are of
 
     def figures(self, question: Question) -> Figures:
         return self.by_question[question.name]
@@ -103,6 +104,20 @@ class Results:
         found = self.figures(question)
         plainest = min((key[-1] for key in found), default="")
         return {key: of_figure for key, of_figure in found.items() if key[-1] == plainest}
+
+    def earlier(self, question: Question) -> Figures:
+        """Of each figure the rows of its earlier runs with the same command and commit."""
+        found: Figures = {}
+        for key, newest in self.figures(question).items():
+            *figure, environment = key
+            wanted = (*figure, environment, newest[0]["command"], newest[0]["commit"])
+            columns = (*question.figure, "environment", "command", "commit")
+            found[key] = [
+                row
+                for row in self.every[question.name]
+                if row["run"] < newest[0]["run"] and tuple(row[c] for c in columns) == wanted
+            ]
+        return found
 
     def rows(self, question: Question) -> list[Row]:
         return [row for of_figure in self.figures(question).values() for row in of_figure]
@@ -123,7 +138,7 @@ def load(folder: Path) -> list[Results]:
         if any(every.values()):
             by_question = {q.name: rows.figures(every[q.name], q) for q in QUESTIONS}
             by_question[ACCURACY.name] = _newest_of_each_seed(every[ACCURACY.name])
-            found.append(Results(machine.name, by_question))
+            found.append(Results(machine.name, by_question, every))
     return found
 
 

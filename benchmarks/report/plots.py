@@ -70,6 +70,8 @@ def _round(value: float) -> float:
 
 # Points with their names.
 
+FRONT_SEEDS = 3  # with fewer, which network is above which is left to the reader
+
 
 def _point(rival: str, x: float, y: float, sd: float = 0, hollow: bool = False) -> Content:
     place = {"x": _round(x), "y": _round(y), "sd": _round(sd)}
@@ -92,8 +94,10 @@ def _pareto_optimal(points: list[Content]) -> list[tuple[float, float]]:
 
 def pareto(results: Results) -> Picture | str:
     panels = []
+    any_line = False
     groups = load.scores(results)
     for (data, recipe, flags), found in groups.items():
+        enough = all(len(s.runs) >= FRONT_SEEDS for s in found if s.runs)
         flops = {s: s.counted("flops") for s in found}
         seconds = {s: number(s.cost or {}, "median_s") for s in found}
         costs = {
@@ -110,12 +114,16 @@ def pareto(results: Results) -> Picture | str:
                 _point(s.rival, cost, s.mean("mIoU"), sd=s.deviation("mIoU") or 0)
                 for s, cost in by_score.items()
             ]
-            panels.append(_panel(title, x, "mIoU", points, line=_pareto_optimal(points)))
+            line = _pareto_optimal(points) if enough else []
+            panels.append(_panel(title, x, "mIoU", points, line=line))
+            any_line = any_line or bool(line)
     if not panels:
         return "accuracy, and accuracy_cost of the same data, recipe and flags"
-    title = "Accuracy against cost: mean mIoU over seeds, bars of one standard deviation"
-    alt = "Mean mIoU of networks with different contexts against their GFLOPs and their latency; "
-    alt += "a line joins those that no other beats in both."
+    seeds = sorted({len(s.runs) for found in groups.values() for s in found if s.runs})
+    many = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    title = f"Accuracy against cost: mean mIoU (seeds: {many}), bars of one standard deviation"
+    alt = "Mean mIoU of networks with different contexts against their GFLOPs and their latency"
+    alt += "; a line joins those that no other beats in both." if any_line else "."
     return Picture(title, alt, {"panels": panels}, draw.scatter)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -44,7 +45,6 @@ from benchmarks.report.tables import (
     of,
     paper,
     paragraph,
-    share,
     source,
     table,
     text,
@@ -127,9 +127,13 @@ def _op(results: Results, document: Path) -> list[str]:
     notes += [f"Not measured: {why}." for why in sorted(skipped)]
     notes += _everywhere(results.plain(OP))
     figures = results.figures(OP)
-    under = _what_most_call({k: v for k, v in figures.items() if HUGE_PAGES in k[-1].split()})
+    under = _what_most_call(_with_huge_pages(figures))
     if under and HUGE_PAGES not in found[0]["environment"].split():
-        notes += _huge_pages(load.measured(under))
+        ratios = {rival: [r for r in under if r["rival"] == rival] for rival in (EAGER, COMPILE)}
+        notes += _huge_pages(
+            "time / mfops",
+            {load.name(rival): (rows, f"over_{NATIVE}") for rival, rows in ratios.items()},
+        )
     return [*table(measured, columns), *_notes(notes)]
 
 
@@ -158,53 +162,90 @@ def _everywhere(figures: Figures) -> list[str]:
     ]
 
 
-def _huge_pages(found: list[Row]) -> list[str]:
-    ranges = []
-    for rival in (EAGER, COMPILE):
-        ratios = [number(row, f"over_{NATIVE}") for row in found if row["rival"] == rival]
-        known = [ratio for ratio in ratios if ratio is not None]
+def _with_huge_pages(figures: Figures) -> Figures:
+    return {key: found for key, found in figures.items() if HUGE_PAGES in key[-1].split()}
+
+
+def _huge_pages(what: str, ratios: dict[str, tuple[list[Row], str]]) -> list[str]:
+    """The range of each ratio, a column of rows, under huge pages."""
+    ranges, from_ = [], {}
+    for title, (found, column) in ratios.items():
+        known = {ratio: row for row in found if (ratio := number(row, column)) is not None}
         if known:
-            ranges.append(f"{load.name(rival)} {min(known):.2f} to {max(known):.2f}")
+            ranges.append(f"{title} {min(known):.2f} to {max(known):.2f}")
+        for row in known.values():
+            from_[f"`{command(row)}`, commit {row['commit']}, {row['run'][:10]}"] = None
     if not ranges:
         return []
-    from_ = "; ".join(
-        {f"`{command(row)}`, commit {row['commit']}, {row['run'][:10]}": None for row in found}
-    )
     return [
         "Where torch asks for huge pages for all of its memory, as mfops does for its outputs, "
-        f"time / mfops is: {'; '.join(ranges)} ({from_})."
+        f"{what} is: {'; '.join(ranges)} ({'; '.join(from_)})."
     ]
 
 
 def _factorizers(results: Results, document: Path) -> list[str]:
-    """A line of ours for each figure: time over rivals', memory over the published lines'."""
-    figures = results.plain(FACTORIZERS)
-    found = []
-    for rows in figures.values():
-        by_rival = {row["rival"]: row for row in rows}
+    """A line of ours for each figure: time and memory over rivals', the medians of all its runs."""
+    bases = {"published": EAGER, "its best": BEST, "torch.compile": COMPILE}
+    figures, earlier = results.plain(FACTORIZERS), results.earlier(FACTORIZERS)
+    found, runs = [], 1
+    for key, rows in figures.items():
         ours = next((row for row in load.measured(rows) if row["rival"] in (NATIVE, TRITON)), None)
-        row = ours or by_rival.get(NATIVE)
-        if row:
-            published = by_rival.get(EAGER, {}).get("peak_bytes", "")
-            found.append({**row, "published_bytes": published})
+        row = ours or next((row for row in rows if row["rival"] == NATIVE), None)
+        if row is None:
+            continue
+        every = [*rows, *earlier[key]]
+        own = [r for r in every if r["rival"] == row["rival"] and not r["skipped"]]
+        runs = max(runs, len(own))
+        times = {f"over_{base}": _typical(number(r, f"over_{base}") for r in own)
+                 for base in bases.values()}  # fmt: skip
+        peaks = {f"peak/{base}": _typical(_peak_ratio(every, r, base) for r in own)
+                 for base in bases.values()}  # fmt: skip
+        found.append({**row, **times, **peaks})
     if not found:
         return []
     columns = [SHAPE, label("dtype"), label("layout"), METHOD, PASS, NAME]
     columns.append(Column("ms", of("median_s", 1e3)))
-    bases = {"published": EAGER, "its best": BEST, "torch.compile": COMPILE}
-    columns += [
-        Column(f"time / {title}", of(f"over_{base}", form=".2f")) for title, base in bases.items()
+    for what, column in (("time", "over_"), ("peak", "peak/")):
+        columns += [
+            Column(f"{what} / {title}", lambda row, cell=f"{column}{base}": row[cell])
+            for title, base in bases.items()
+        ]
+        if what == "time":
+            columns.append(PEAK)
+    notes = [
+        f"{line}." for line in source([r for rows in figures.values() for r in load.measured(rows)])
     ]
-    columns += [PEAK, Column("peak / published", share("peak_bytes", "published_bytes", ".2f"))]
-    measured = [row for rows in figures.values() for row in load.measured(rows)]
-    return [*table(found, columns), *_notes(f"{line}." for line in source(measured))]
+    if runs > 1:
+        notes.insert(0, f"Ratios: the median of up to {runs} runs, each a process, and its range.")
+    under = [row for rows in _with_huge_pages(results.figures(FACTORIZERS)).values()
+             for row in load.measured(rows) if row["rival"] == NATIVE]  # fmt: skip
+    notes += _huge_pages(
+        "mfops's time", {f"over {t}": (under, f"over_{base}") for t, base in bases.items()}
+    )
+    return [*table(found, columns), *_notes(notes)]
+
+
+def _typical(ratios: Iterable[float | None]) -> str:
+    """The median and, of several, the range."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    if not known:
+        return "-"
+    spread = f" ({min(known):.2f} to {max(known):.2f})" if known[1:] else ""
+    return f"{statistics.median(known):.2f}{spread}"
+
+
+def _peak_ratio(every: Iterable[Row], own: Row, base: str) -> float | None:
+    """A row's peak memory over the base's in the same run."""
+    of_base = next((r for r in every if (r["rival"], r["run"]) == (base, own["run"])), {})
+    peak, whole = number(own, "peak_bytes"), number(of_base, "peak_bytes")
+    return None if peak is None or not whole else peak / whole
 
 
 def _contexts(results: Results, document: Path) -> list[str]:
-    """A line for each size and context, with the ratios of both passes."""
+    """A line for each context, at the size that comes first, with the ratios of both passes."""
     ratios = [(which, base) for which in (FORWARD, BOTH) for base in ("aspp", "em")]
     found = []
-    for size, passes in load.context_passes(results).items():
+    for size, passes in list(load.context_passes(results).items())[:1]:
         for rival, row in passes[FORWARD].items():
             over = {f"{w}/{b}": passes[w].get(rival, {}).get(f"over_{b}", "") for w, b in ratios}
             found.append({**row, "size": size, **over})
@@ -234,9 +275,9 @@ def _paper(results: Results, document: Path) -> list[str]:
 
 
 def _pictures(results: Results, document: Path) -> list[str]:
-    """Accuracy against cost, where networks were trained, and what contexts cost."""
+    """What contexts cost and, where networks were trained, accuracy against cost."""
     lines = []
-    for plot in ("pareto", "contexts"):
+    for plot in ("contexts", "pareto"):
         if isinstance(picture := PLOTS[plot](results), Picture):
             lines += [image(picture, results, plot, document), ""]
     if not lines:

@@ -258,10 +258,14 @@ def factorizers(results: Results) -> list[str]:
     groups: dict[str, list[Row]] = {}
     for key, found in results.figures(FACTORIZERS).items():
         _, _, _, dtype, layout, _, environment = key
-        groups.setdefault(f"{dtype}, {layout}{_under(environment)}", []).extend(found)
+        # What one operator reads again and again inside is not counted as moved.
+        shown = [row | {"moved_bytes": ""} if row["rival"] in load.OURS else row for row in found]
+        groups.setdefault(f"{dtype}, {layout}{_under(environment)}", []).extend(shown)
     if not groups:
         return []
-    required = targets.table(targets.factorizers(results.plain(FACTORIZERS).values()))
+    required = targets.table(
+        targets.factorizers(results.plain(FACTORIZERS), results.earlier(FACTORIZERS))
+    )
     lines = [*_late(results, FACTORIZERS), *required, ""]
     return [*lines, *_folded(groups, [SHAPE, METHOD, *OPERATION])]
 
@@ -380,8 +384,11 @@ def accuracy(results: Results) -> list[str]:
         over("aspp"),
     ]
     groups = {}
-    for (data, recipe, flags), found in load.scores(results).items():
-        title = f"{accuracy_title(data, recipe, found)}{flags and f', {flags}'}"
+    scores = load.scores(results)
+    for (data, recipe, flags), found in scores.items():
+        title = accuracy_title(data, recipe, found)
+        if flags and len(scores) > 1:  # else the command says them
+            title = f"{title}, {flags}"
         groups[title] = table([row for score in found for row in lines(score)], columns)
     return titled(groups)
 

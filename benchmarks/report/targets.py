@@ -7,6 +7,7 @@ fastest member. Ratios are times over mfops native's.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from benchmarks import bench_factorizers, kernels
 from benchmarks.bench_op import FACTORS, GPU_SHAPES, Case
 from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS
 from benchmarks.questions import COPY, EAGER, NATIVE, TRITON
+from benchmarks.report.load import Figures
 from benchmarks.rows import Row, number
 
 # Where the share of the copy's bandwidth has a target.
@@ -36,14 +38,26 @@ class Figure:
     case: kernels.Case
     which: str
     rivals: dict[str, Row]
+    earlier: tuple[Figure, ...] = ()  # runs of it with the same command and commit
 
     @classmethod
-    def of(cls, rows: list[Row], case: type[kernels.Case], more: str) -> Figure:
+    def of(
+        cls, rows: list[Row], case: type[kernels.Case], more: str, earlier: Iterable[Row] = ()
+    ) -> Figure:
         """`more`: the column that such a case has beside shape, dtype and layout."""
         first = rows[0]
         shape = tuple(map(int, first["shape"].split()))
         own = case(shape, first["dtype"], first["layout"], first[more])
-        return cls(own, first["pass"], {r["rival"]: r for r in rows if not r["skipped"]})
+        runs: dict[str, list[Row]] = {}
+        for row in earlier:
+            runs.setdefault(row["run"], []).append(row)
+        before = tuple(cls.of(run, case, more) for run in runs.values())
+        known = {row["rival"]: row for row in rows if not row["skipped"]}
+        return cls(own, first["pass"], known, before)
+
+    def of_every_run(self, value: Callable[[Figure], float | None]) -> list[float]:
+        found = [value(figure) for figure in (self, *self.earlier)]
+        return [one for one in found if one is not None]
 
     def members(self, family: str) -> list[Row]:
         return [row for name, row in self.rivals.items() if name.startswith(family)]
@@ -254,22 +268,47 @@ def _several_times_faster(figures: list[Figure], method: str) -> list[Target]:
 def _no_slower_and_smaller(figures: list[Figure], method: str) -> list[Target]:
     """Against the fastest of the textbook lines, and against those that need the least memory."""
     slower, larger = f"{method}: never slower than eager", f"{method}: less peak memory than eager"
-    ratios = _known(figures, lambda f: f.over_native("eager"))
-    peaks = _known(figures, lambda f: f.peak_over("eager"))
+
+    def time(figure: Figure) -> float | None:
+        return figure.over_native("eager")
+
+    def peak(figure: Figure) -> float | None:
+        return figure.peak_over("eager")
+
+    def median(value: Callable[[Figure], float | None]) -> Callable[[Figure], float | None]:
+        def of_runs(figure: Figure) -> float | None:
+            found = figure.of_every_run(value)
+            return statistics.median(found) if found else None
+
+        return of_runs
+
+    def words(pair: tuple[Figure, float], value: Callable[[Figure], float | None]) -> str:
+        runs = pair[0].of_every_run(value)
+        spread = f", {min(runs):.2f} to {max(runs):.2f} in {len(runs)} runs" if runs[1:] else ""
+        return f"{pair[1]:.2f}x{spread} ({_where(pair)})"
+
+    ratios, peaks = _known(figures, median(time)), _known(figures, median(peak))
     if not ratios or not peaks:
         why = f"no figure of {NATIVE} and eager"
         return [Target.missing(slower, ">= 1x", why), Target.missing(larger, "< 1x", why)]
-    lowest, highest = (pick(of, key=lambda pair: pair[1])
-                       for pick, of in ((min, ratios), (max, peaks)))  # fmt: skip
+    lowest = min(ratios, key=lambda pair: pair[1])
+    highest = max(peaks, key=lambda pair: pair[1])
     return [
-        Target(slower, ">= 1x", f"{lowest[1]:.2f}x ({_where(lowest)})", lowest[1] >= 1),
-        Target(larger, "< 1x", f"{highest[1]:.2f}x ({_where(highest)})", highest[1] < 1),
+        Target(slower, ">= 1x", words(lowest, time), lowest[1] >= 1),
+        Target(larger, "< 1x", words(highest, peak), highest[1] < 1),
     ]
 
 
-def factorizers(found: Iterable[list[Row]]) -> list[Target]:
-    """Those of a GPU, which alone is measured in bfloat16, or those of a CPU."""
-    figures = [Figure.of(rows, bench_factorizers.Case, "method") for rows in found]
+def factorizers(found: Figures, earlier: Figures) -> list[Target]:
+    """Those of a GPU, which alone is measured in bfloat16, or those of a CPU.
+
+    On a CPU the median over all runs counts: from one process to the next ratios differ by more
+    than they are away from 1.
+    """
+    figures = [
+        Figure.of(rows, bench_factorizers.Case, "method", earlier.get(key, ()))
+        for key, rows in found.items()
+    ]
     gpu = any(f.case.dtype == "bfloat16" for f in figures)
     evaluate = _several_times_faster if gpu else _no_slower_and_smaller
     return [

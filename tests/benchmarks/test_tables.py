@@ -102,7 +102,7 @@ def test_factorizers_show_the_medians_and_ratios_of_their_rows(root):
     table = text.split("<summary>float32, contiguous</summary>")[1].split("</details>")[0]
     case = ("(4, 512, 64, 1089)", "nmf, T = 6", "forward")
     # X has 4 * 512 * 1089 floats, 8.51 MiB; the copy takes 4 ms.
-    native = ["20.0 [18.0, 22.0]", "1.00", "20%", "1.00", "8.51", "0.0%"]
+    native = ["20.0 [18.0, 22.0]", "1.00", "20%", "-", "8.51", "0.0%"]
     assert cells(table, *case, "mfops (native)") == native
     published = ["100 [90.0, 110]", "5.00", "4%", "1.00", "17.0", "0.0%"]
     assert cells(table, *case, "eager, as published") == published
@@ -140,8 +140,37 @@ def test_what_the_factorizers_have_to_reach_on_a_gpu(root):
 def test_a_document_says_what_of_the_published_lines_is_left(root):
     readme = document(root, "README.md")
     case = ("(4, 512, 64, 1089)", "float32", "channels_last", "nmf, T = 6", "forward + backward")
-    ours = ["40.0", "0.20", "0.25", "0.40", "8.51", "0.25"]
+    ours = ["40.0", "0.20", "0.25", "0.40", "8.51", "0.25", "0.25", "0.25"]
     assert cells(readme, *case, "mfops (native)") == ours
+
+
+def test_a_document_has_the_median_of_all_runs_of_a_commit(root):
+    seconds = {"2026-11-24T09:00:00Z": 0.03, "2026-11-24T10:00:00Z": 0.01}
+    for run, ours in seconds.items():
+        found = made_up_rows.factorizers(ours=ours, run=run)
+        rows.append(FACTORIZERS, folder(root), found)
+    other = made_up_rows.factorizers(ours=0.09, run="2026-11-24T09:30:00Z", commit="def5678")
+    rows.append(FACTORIZERS, folder(root), other)
+    readme = document(root, "README.md")
+    case = ("(4, 512, 64, 1089)", "float32", "contiguous", "em, T = 3", "forward")
+    assert cells(readme, *case, "mfops (native)")[:3] == [
+        "10.0",
+        "0.20 (0.10 to 0.30)",
+        "0.25 (0.12 to 0.38)",
+    ]
+    assert "the median of up to 3 runs" in readme
+    assert cells(section(root, "Factorizers"), "em: never slower than eager")[1].startswith(
+        "4.00x, 2.67 to 8.00 in 3 runs"
+    )
+
+
+def test_factorizers_under_huge_pages_are_told(root):
+    more = {"environment": "THP_MEM_ALLOC_ENABLE=1", "command": "python -m pytest other"}
+    found = made_up_rows.factorizers(ours=0.04)
+    rows.append(FACTORIZERS, folder(root), [row | more for row in found])
+    readme = " ".join(document(root, "README.md").split())
+    assert "mfops's time is: over published 0.40 to 0.40; over its best 0.50 to 0.50; " in readme
+    assert "(`THP_MEM_ALLOC_ENABLE=1 python -m pytest other`, commit abc1234" in readme
 
 
 def test_a_document_says_why_none_of_ours_was_measured(root):
@@ -151,7 +180,7 @@ def test_a_document_says_why_none_of_ours_was_measured(root):
     rows.append(FACTORIZERS, folder(root), made_up_rows.factorizers(ours=None))
     case = ("(4, 512, 64, 1089)", "float32", "contiguous", "em, T = 3", "forward", "mfops (native)")
     why = "not measured: backend 'native' cannot run this call: no kernels"
-    assert cells(document(root, "README.md"), *case) == [why, *"-----"]
+    assert cells(document(root, "README.md"), *case) == [why, *"-------"]
     assert cells(section(root, "Factorizers"), "em: never slower than eager")[1:] == [
         "not evaluated: no figure of mfops native and eager",
         "-",
