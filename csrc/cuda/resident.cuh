@@ -1,5 +1,6 @@
-// All rounds of em or nmf on 16-bit features in one launch: a cluster of eight blocks keeps an
-// image's X in its shared memory, so X is read once. From compute capability 9.0 on.
+// All rounds of nmf on 16-bit features, or of em on bfloat16 ones, in one launch: a cluster of
+// eight blocks keeps an image's X in its shared memory, so X is read once. From compute
+// capability 9.0 on.
 //
 // Each block has its part of the columns of X and Z, and all of Y as an operand. What a round adds
 // up over all columns (X Z^T, Z's row sums, Z Z^T) meets through the cluster's shared memory: in
