@@ -95,6 +95,25 @@ __device__ __forceinline__ Four sum_of_blocks(const float* from) {
     }
     return sum;
 }
+// A thread's own part of Y: four bases of a channel of each half, if any.
+struct OwnPart {
+    bool any;
+    int row, row_of_half;  // of the block's channels in a half, of all of them
+    int basis;             // the first
+};
+
+// threadIdx.x, read anew: what follows from it is computed again where it is used, instead of
+// resting in registers that a round lacks.
+__device__ __forceinline__ unsigned thread_index() {
+#ifdef __CUDA_ARCH__
+    unsigned index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+#else
+    return threadIdx.x;
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
     return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
@@ -154,44 +173,52 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
 
     // This thread's own part of Y: four bases of a channel of each half. In float32 it rests in the
     // result's memory.
-    const int fours = padded / 4, own_row = threadIdx.x / fours,
-              own_basis = threadIdx.x % fours * 4;
-    const int row_of_half = static_cast<int>(rank) * at.owned() + own_row;
-    const bool owns = own_row < at.owned() && row_of_half < at.half();
-    const auto channel_of = [&](int half) { return half * at.half() + row_of_half; };
+    const int fours = padded / 4;
+    const auto own_part = [&] {
+        const int thread = static_cast<int>(thread_index());
+        OwnPart part;
+        part.row = thread / fours, part.basis = thread % fours * 4;
+        part.row_of_half = static_cast<int>(rank) * at.owned() + part.row;
+        part.any = part.row < at.owned() && part.row_of_half < at.half();
+        return part;
+    };
+    const auto channel_of = [&](const OwnPart& mine, int half) {
+        return half * at.half() + mine.row_of_half;
+    };
     // f(value in memory, value here) for each element of what this thread owns.
-    const auto for_own = [&](Four(&own)[2], auto f) {
+    const auto for_own = [&](const OwnPart& mine, Four(&own)[2], auto f) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int channel = channel_of(half), basis = own_basis + j;
-                if (!owns || channel >= channels || basis >= p.rank) continue;
+                const int channel = channel_of(mine, half), basis = mine.basis + j;
+                if (!mine.any || channel >= channels || basis >= p.rank) continue;
                 f(params.y[(image * p.channels + channel) * p.rank + basis], own[half].v[j]);
             }
         }
     };
-    const auto keep_own = [&](Four(&own)[2]) {
-        for_own(own, [](float& memory, float& value) { memory = value; });
+    const auto keep_own = [&](const OwnPart& mine, Four(&own)[2]) {
+        for_own(mine, own, [](float& memory, float& value) { memory = value; });
     };
-    const auto write_own = [&](const Four(&own)[2]) {
+    const auto write_own = [&](const OwnPart& mine, const Four(&own)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (owns) store_in_blocks(y.at(channel_of(half), own_basis), own[half]);
+            if (mine.any) store_in_blocks(y.at(channel_of(mine, half), mine.basis), own[half]);
         }
     };
     {
+        const OwnPart mine = own_part();
         Four own[2] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int channel = channel_of(half), basis = own_basis + j;
-                if (!owns || channel >= channels || basis >= p.rank) continue;
+                const int channel = channel_of(mine, half), basis = mine.basis + j;
+                if (!mine.any || channel >= channels || basis >= p.rank) continue;
                 own[half].v[j] = *origin_of<float>(params.start, image, channel, basis);
             }
         }
-        if (kNmf) keep_own(own);
+        if (kNmf) keep_own(mine, own);
         if (threadIdx.x < kGranule<T>) ones.granule[threadIdx.x] = from_float<T>(1);
         fill_swizzled<kResidentThreads>(
             x, p.x, origin_of<T>(p.x, image, kTransposed ? pixel : 0, kTransposed ? 0 : pixel),
@@ -199,7 +226,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             kTransposed ? pixels : channels, kTransposed ? channels : pixels,
             kTransposed ? 0 : pixel);
         cluster_sync();  // every block has begun
-        write_own(own);
+        write_own(mine, own);
         cluster_sync();
     }
 
@@ -267,12 +294,27 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             v *= to_float(T{static_cast<uint16_t>(bits)});
             w *= to_float(T{static_cast<uint16_t>(bits >> 16)});
         });
-        Scores under;
-        under.template add<true, false>(z, gram, padded, kMostSpan, padded);
-        scores.for_each_pair_with(under, [&](int n, int k, float& v, float& w, float d, float e) {
-            visit(n, k, d), visit(n, k + 1, e);
-            write_z(n, k, quotient(v, d + kEps), quotient(w, e + kEps));
-        });
+        // Half of the bases at a time: with all of them registers would not do.
+        constexpr int kPart = kMostRank / 2;
+#pragma unroll
+        for (int part = 0; part < kMostRank; part += kPart) {
+            Accumulators<kType, kMostSpan, kPart, kResidentWarps, WarpGrid{kResidentWarps, 1}>
+                under;
+            under.template add<true, false>(z, gram.from(0, part), padded, kMostSpan,
+                                            padded - part);
+            float below[kPart / 2];
+            int i = 0;
+            under.for_each_pair([&](int, int, float& d, float& e) {
+                below[i++] = d + kEps, below[i++] = e + kEps;
+            });
+            i = 0;
+            scores.for_each_pair([&](int n, int k, float& v, float& w) {
+                if (k / kPart * kPart != part) return;
+                visit(n, k, below[i]), visit(n, k + 1, below[i + 1]);
+                v = quotient(v, below[i++]), w = quotient(w, below[i++]);
+            });
+        }
+        scores.for_each_pair(write_z);
     };
     const auto store_z = [&](void* to) {
         T* const out = static_cast<T*>(to) + image * p.rank * p.pixels + pixel;
@@ -309,6 +351,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             });
         }
 
+        const OwnPart mine = own_part();
         Four total[2];
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
@@ -324,8 +367,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                 *reinterpret_cast<Two*>(sum_at(c, k)) = {v, w};
             });
             cluster_sync();
-            if (owns) {
-                const Four sum = sum_of_blocks(sum_at(row_of_half, own_basis));
+            if (mine.any) {
+                const Four sum = sum_of_blocks(sum_at(mine.row_of_half, mine.basis));
                 if (half == 0) {
                     total[0] = sum;
                 } else {
@@ -357,22 +400,22 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                 const int four = i * kResidentThreads + threadIdx.x;
                 if (four < padded * fours) store_four(sums + 4 * four, whole[i]);
             }
-            for_own(own, [](float& memory, float& value) { value = memory; });
-            float* const mine = sums + padded * padded;
-            const auto row_at = [&](int half) { return mine + (2 * own_row + half) * padded; };
+            for_own(mine, own, [](float& memory, float& value) { value = memory; });
+            float* const rows = sums + padded * padded;
+            const auto row_at = [&](int half) { return rows + (2 * mine.row + half) * padded; };
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if (owns) store_four(row_at(half) + own_basis, own[half]);
+                if (mine.any) store_four(row_at(half) + mine.basis, own[half]);
             }
             __syncthreads();
-            if (owns) {
+            if (mine.any) {
                 Four below[2] = {};
 #pragma unroll 1
                 for (int l = 0; l < padded; l += 4) {
                     const Four left[2] = {load_four(row_at(0) + l), load_four(row_at(1) + l)};
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        const Four right = load_four(sum_at(l + i, own_basis));
+                        const Four right = load_four(sum_at(l + i, mine.basis));
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
                             below[0].v[j] += left[0].v[i] * right.v[j];
@@ -391,8 +434,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             }
             cluster_sync();  // what lies in the place of Y is done with, in every block
         } else {
-            if (owns) {
-                const Four weight = sum_of_blocks(weights + own_basis);
+            if (mine.any) {
+                const Four weight = sum_of_blocks(weights + mine.basis);
                 Four square;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
@@ -401,7 +444,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                     own[1].v[j] = total[1].v[j] * factor;
                     square.v[j] = own[0].v[j] * own[0].v[j] + own[1].v[j] * own[1].v[j];
                 }
-                store_four(sums + own_row * padded + own_basis, square);
+                store_four(sums + mine.row * padded + mine.basis, square);
             }
             __syncthreads();
             if (threadIdx.x < padded) {
@@ -414,8 +457,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                 squares[threadIdx.x] = sum;
             }
             cluster_sync();
-            if (owns) {
-                const Four lengths = sum_of_blocks(squares + own_basis);
+            if (mine.any) {
+                const Four lengths = sum_of_blocks(squares + mine.basis);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const float factor = quotient(1, divisor(Division::kSum, lengths.v[j]));
@@ -423,8 +466,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                 }
             }
         }
-        write_own(own);
-        if (kNmf || step + 1 == params.steps) keep_own(own);
+        write_own(mine, own);
+        if (kNmf || step + 1 == params.steps) keep_own(mine, own);
         cluster_sync();
     }
 
@@ -435,10 +478,10 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         T* const slopes = static_cast<T*>(params.slope) + image * p.rank * p.pixels + pixel;
         const int pixels_of_line = static_cast<int>(p.pixels);
         if (has_pixels) {
-            update(scores, [&](int n, int k, float under) {
+            update(scores, [&](int n, int k, float below) {
                 if (n >= pixels || k >= p.rank) return;
                 slopes[k * pixels_of_line + n] =
-                    from_float<T>(quotient(to_float(*z.at(n, k)), under + kEps));
+                    from_float<T>(quotient(to_float(*z.at(n, k)), below));
             });
         }
         __syncthreads();
