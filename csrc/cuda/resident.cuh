@@ -289,8 +289,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     // sees before z changes.
     const auto update = [&](Scores& scores, auto visit) {
         scores.for_each_pair([&](int n, int k, float& v, float& w) {
-            uint32_t bits = 0;
-            if (k < padded) load_shared(bits, z.at(n, k));
+            uint32_t bits;  // any, where there are no such bases: a branch would cost more
+            load_shared(bits, z.at(n, k < padded ? k : 0));
             v *= to_float(T{static_cast<uint16_t>(bits)});
             w *= to_float(T{static_cast<uint16_t>(bits >> 16)});
         });
