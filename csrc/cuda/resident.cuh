@@ -318,7 +318,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     };
     const auto store_z = [&](void* to) {
         T* const out = static_cast<T*>(to) + image * p.rank * p.pixels + pixel;
-#pragma unroll 1
+#pragma unroll 4
         for (int i = threadIdx.x; i < p.rank * pixels; i += kResidentThreads) {
             const int basis = i / pixels, n = i - basis * pixels;
             out[basis * p.pixels + n] = *z.at(n, basis);
@@ -497,29 +497,32 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     store_z(params.z);
     if (!params.solve) return;
 
+    // X' in the place of X, 16 pixels at a time. A warp has 32 channels; beyond the valid lines and
+    // elements X and X' are zeros.
     float error = 0;
-    const int lines = kTransposed ? pixels : channels, length = kTransposed ? channels : pixels;
+    if (static_cast<int>(threadIdx.x / 32) * 32 < at.channels) {
+        static_assert(kMostChannels == 32 * kResidentWarps);
 #pragma unroll 1
-    for (int n = 0; n < span; n += 16) {
-        Accumulators<kType, kTransposed ? 16 : kMostChannels, kTransposed ? kMostChannels : 16,
-                     kResidentWarps>
-            features;
-        if constexpr (kTransposed) {
-            features.template add<true, true>(z.from(n, 0), y, padded, 16, at.channels);
-        } else {
-            features.template add<true, true>(y, z.from(n, 0), padded, at.channels, 16);
+        for (int n = 0; n < span; n += 16) {
+            Accumulators<kType, kTransposed ? 16 : kMostChannels, kTransposed ? kMostChannels : 16,
+                         kResidentWarps>
+                features;
+            if constexpr (kTransposed) {
+                features.template add<true, true>(z.from(n, 0), y, padded);
+            } else {
+                features.template add<true, true>(y, z.from(n, 0), padded);
+            }
+            features.for_each_pair([&](int a, int b, float& v, float& w) {
+                const auto place = x.pair(kTransposed ? a + n : a, kTransposed ? b : b + n);
+                const Pair<T> pair = read_pair(place, 0, 0);
+                const float first = to_float(pair.first) - v, second = to_float(pair.second) - w;
+                error += first * first + second * second;
+                write_pair(place, 0, 0, v, w);
+            });
         }
-        features.for_each_pair([&](int a, int b, float& v, float& w) {
-            const int l = kTransposed ? a + n : a, e = kTransposed ? b : b + n;
-            if (l >= lines || e >= length) return;
-            const Pair<T> pair = read_pair(x.pair(l, e), 0, 0);
-            const float first = to_float(pair.first) - v, second = to_float(pair.second) - w;
-            error += first * first;
-            if (e + 1 < length) error += second * second;
-            write_pair(x.pair(l, e), 0, 0, v, w);
-        });
     }
     __syncthreads();
+    const int lines = kTransposed ? pixels : channels, length = kTransposed ? channels : pixels;
     T* const out = static_cast<T*>(params.x_hat) + image * p.channels * p.pixels;
     store_swizzled<kResidentThreads>(x, out + pixel * (kTransposed ? p.channels : 1),
                                      kTransposed ? p.channels : p.pixels, lines, length);
