@@ -137,6 +137,18 @@ struct Ones {
     __device__ __forceinline__ T* at(int, int) const { return granule; }
 };
 
+// Adds A B to this warp's part of `sum`, of which it has all rows, and all columns where `full`;
+// that path knows no limits and so has no branches.
+template <bool kAByK, bool kBByK, class Sum, class A, class B>
+__device__ __forceinline__ void add_columns(Sum& sum, const A& a, const B& b, int contraction,
+                                            bool full, int cols) {
+    if (full) {
+        sum.template add<kAByK, kBByK>(a, b, contraction);
+    } else {
+        sum.template add<kAByK, kBByK>(a, b, contraction, kMostSpan, cols);
+    }
+}
+
 template <Type kType, bool kTransposed, Family kFamily>
 __device__ __forceinline__ void resident(const ResidentParams& params) {
     using T = Element<kType>;
@@ -145,6 +157,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     const int channels = static_cast<int>(p.channels);
     const ResidentPlaces at{padded_32(channels), padded_16(p.rank), params.span};
     const int padded = at.padded, span = at.span;
+    const bool full = padded == kMostRank;
+    const int warp = threadIdx.x / 32;
     const int64_t image = blockIdx.x / kCluster;
     const unsigned rank = cluster_rank();
     // The image's 16s of columns, dealt out.
@@ -235,11 +249,11 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     using Scores =
         Accumulators<kType, kMostSpan, kMostRank, kResidentWarps, WarpGrid{kResidentWarps, 1}>;
     using Square = Accumulators<kType, kMostRank, kMostRank, kResidentWarps>;
-    const bool has_pixels = static_cast<int>(threadIdx.x / 32) * 16 < span;
+    const bool has_pixels = 16 * warp < span;
 
     // The scores Y^T X.
     const auto score = [&](Scores& scores) {
-        scores.template add<kTransposed, false>(x, y, at.channels, kMostSpan, padded);
+        add_columns<kTransposed, false>(scores, x, y, at.channels, full, padded);
     };
     const auto write_z = [&](int n, int k, float v, float w) {
         const uint32_t bits = n < pixels ? packed<T>(v, w) : 0;
@@ -300,8 +314,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         for (int part = 0; part < kMostRank; part += kPart) {
             Accumulators<kType, kMostSpan, kPart, kResidentWarps, WarpGrid{kResidentWarps, 1}>
                 under;
-            under.template add<true, false>(z, gram.from(0, part), padded, kMostSpan,
-                                            padded - part);
+            add_columns<true, false>(under, z, gram.from(0, part), padded, full, padded - part);
             float below[kPart / 2];
             int i = 0;
             under.for_each_pair([&](int, int, float& d, float& e) {
@@ -359,9 +372,11 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             Accumulators<kType, kMostChannels / 2, kMostRank, kResidentWarps,
                          WarpGrid{kResidentWarps, 1}>
                 share;
-            share.template add<!kTransposed, false>(
-                x.from(kTransposed ? 0 : first, kTransposed ? first : 0), z, span, at.half(),
-                padded);
+            if (16 * warp < at.half()) {
+                add_columns<!kTransposed, false>(
+                    share, x.from(kTransposed ? 0 : first, kTransposed ? first : 0), z, span, full,
+                    padded);
+            }
             share.for_each_pair([&](int c, int k, float& v, float& w) {
                 if (c >= at.half() || k >= padded) return;
                 *reinterpret_cast<Two*>(sum_at(c, k)) = {v, w};
@@ -500,7 +515,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     // X' in the place of X, 16 pixels at a time. A warp has 32 channels; beyond the valid lines and
     // elements X and X' are zeros.
     float error = 0;
-    if (static_cast<int>(threadIdx.x / 32) * 32 < at.channels) {
+    if (32 * warp < at.channels) {
         static_assert(kMostChannels == 32 * kResidentWarps);
 #pragma unroll 1
         for (int n = 0; n < span; n += 16) {
