@@ -137,15 +137,15 @@ struct Ones {
     __device__ __forceinline__ T* at(int, int) const { return granule; }
 };
 
-// Adds A B to this warp's part of `sum`, of which it has all rows, and all columns where `full`;
-// that path knows no limits and so has no branches.
+// Adds A B to `sum`, of which this warp has `rows` and `cols` or, where `full`, all: that path
+// knows no limits and so has no branches.
 template <bool kAByK, bool kBByK, class Sum, class A, class B>
-__device__ __forceinline__ void add_columns(Sum& sum, const A& a, const B& b, int contraction,
-                                            bool full, int cols) {
+__device__ __forceinline__ void add_within(Sum& sum, const A& a, const B& b, int contraction,
+                                           bool full, int rows, int cols) {
     if (full) {
         sum.template add<kAByK, kBByK>(a, b, contraction);
     } else {
-        sum.template add<kAByK, kBByK>(a, b, contraction, kMostSpan, cols);
+        sum.template add<kAByK, kBByK>(a, b, contraction, rows, cols);
     }
 }
 
@@ -253,7 +253,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
 
     // The scores Y^T X.
     const auto score = [&](Scores& scores) {
-        add_columns<kTransposed, false>(scores, x, y, at.channels, full, padded);
+        add_within<kTransposed, false>(scores, x, y, at.channels, full, kMostSpan, padded);
     };
     const auto write_z = [&](int n, int k, float v, float w) {
         const uint32_t bits = n < pixels ? packed<T>(v, w) : 0;
@@ -292,7 +292,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     // Y^T Y in the place of Y.
     const auto place_gram = [&] {
         Square product;
-        product.template add<false, false>(y, y, at.channels, padded, padded);
+        add_within<false, false>(product, y, y, at.channels, full, padded, padded);
         __syncthreads();
         product.for_each_pair([&](int l, int k, float& v, float& w) {
             if (l < padded && k < padded) write_pair(gram.pair(l, k), 0, 0, v, w);
@@ -314,7 +314,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         for (int part = 0; part < kMostRank; part += kPart) {
             Accumulators<kType, kMostSpan, kPart, kResidentWarps, WarpGrid{kResidentWarps, 1}>
                 under;
-            add_columns<true, false>(under, z, gram.from(0, part), padded, full, padded - part);
+            add_within<true, false>(under, z, gram.from(0, part), padded, full, kMostSpan,
+                                    padded - part);
             float below[kPart / 2];
             int i = 0;
             under.for_each_pair([&](int, int, float& d, float& e) {
@@ -373,9 +374,9 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                          WarpGrid{kResidentWarps, 1}>
                 share;
             if (16 * warp < at.half()) {
-                add_columns<!kTransposed, false>(
+                add_within<!kTransposed, false>(
                     share, x.from(kTransposed ? 0 : first, kTransposed ? first : 0), z, span, full,
-                    padded);
+                    kMostSpan, padded);
             }
             share.for_each_pair([&](int c, int k, float& v, float& w) {
                 if (c >= at.half() || k >= padded) return;
@@ -396,7 +397,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         Four own[2] = {};
         if constexpr (kNmf) {
             Square gram_share;
-            gram_share.template add<false, false>(z, z, span, padded, padded);
+            add_within<false, false>(gram_share, z, z, span, full, padded, padded);
             gram_share.for_each_pair([&](int l, int k, float& v, float& w) {
                 if (l >= padded || k >= padded) return;
                 *reinterpret_cast<Two*>(sum_at(l, k)) = {v, w};
