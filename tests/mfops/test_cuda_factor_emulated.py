@@ -112,7 +112,8 @@ def test_agrees_on_any_shape(run, method, shape, layout, type_, shared):
 
 RESIDENT = [("em", torch.bfloat16), ("nmf", torch.bfloat16), ("nmf", torch.float16)]
 # Blocks of a cluster with nothing to do; channels and bases that are no multiples; several tiles of
-# a block, to the most columns that it takes; the most channels and bases.
+# a block, to the most columns that it takes; the most channels and bases, and with them an image
+# that fills the shared memory.
 RESIDENT_SHAPES = [
     (2, 17, 5, 33),
     (1, 70, 64, 145),
@@ -120,6 +121,7 @@ RESIDENT_SHAPES = [
     (1, 24, 20, 70),
     (1, 33, 33, 2048),
     (1, 512, 64, 40),
+    (1, 512, 64, 1089),
 ]
 
 
