@@ -3,17 +3,39 @@
 
 #include "cuda/check.cuh"
 #include "cuda/device.h"
+#include "cuda/resident.cuh"
 
 namespace mfops::cuda {
 namespace {
 
 __global__ void empty_kernel() {}
 
-// Whether the device can, and the code that runs on it was compiled for what can.
-bool has_clusters(int major) {
+// Whether the device can, the code that runs on it was compiled for what can, and enough of its
+// multiprocessors lie side by side for eight blocks that have all the shared memory they may: a
+// part of a GPU (MIG) may lack them.
+bool has_clusters(int major, int shared_bytes) {
     cudaFuncAttributes attributes;
     MFOPS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, empty_kernel));
-    return major >= 9 && attributes.ptxVersion >= 90;
+    if (major < 9 || attributes.ptxVersion < 90) return false;
+    MFOPS_CUDA_CHECK(cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          shared_bytes));
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = kCluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = kCluster;
+    config.blockDim = kResidentThreads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    // Some answer with an error for none at all, which is not to stay behind as the last one.
+    if (cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    return clusters > 0;
 }
 
 }  // namespace
@@ -29,10 +51,11 @@ Limits device_limits(int device_index) {
         MFOPS_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device_index));
         return value;
     };
-    const Limits limits{attribute(cudaDevAttrMultiProcessorCount),
-                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                        has_clusters(attribute(cudaDevAttrComputeCapabilityMajor))};
+    const int shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    const Limits limits{
+        attribute(cudaDevAttrMultiProcessorCount), shared_per_block,
+        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+        has_clusters(attribute(cudaDevAttrComputeCapabilityMajor), shared_per_block)};
     known.emplace(device_index, limits);
     return limits;
 }

@@ -115,9 +115,11 @@ size_t resident_bytes(const FactorProblem& p, int span) {
 
 // The columns that a block of a cluster keeps, where all of them have room; else 0.
 int resident_span(const FactorProblem& p, const Limits& limits, Method method) {
-    if (!limits.clusters || element_bytes(p) != 2 ||
-        (method != Method::kEm && method != Method::kNmf) || p.channels > kMostChannels ||
-        p.rank > kMostRank || p.pixels > kCluster * kMostSpan) {
+    // It keeps Z in X's type, and em's coefficients leave float16's range.
+    const bool knows = (method == Method::kEm && p.type == Type::kBf16) ||
+                       (method == Method::kNmf && element_bytes(p) == 2);
+    if (!limits.clusters || !knows || p.channels > kMostChannels || p.rank > kMostRank ||
+        p.pixels > kCluster * kMostSpan) {
         return 0;
     }
     const int span = static_cast<int>(ceil_div(ceil_div(p.pixels, 16), kCluster)) * 16;

@@ -65,9 +65,11 @@ struct CompiledFactors {
         static constexpr NmfBackwardVariant nmf_backward[] = {backward<kIndex>()...};
         FactorVariants variants{means, nmf, nmf_last, nmf_backward,
                                 launch_blocks<gram_kernel<kType>, GramParams>};
-        if constexpr (sizeof(Element<kType>) == 2) {
+        if constexpr (kType == Type::kBf16) {
             variants.resident_em =
                 launch_cluster<resident_kernel<kType, kTransposed, Family::kMeans>>;
+        }
+        if constexpr (sizeof(Element<kType>) == 2) {
             variants.resident_nmf =
                 launch_cluster<resident_kernel<kType, kTransposed, Family::kNmf>>;
         }

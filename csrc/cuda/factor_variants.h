@@ -32,7 +32,8 @@ struct FactorVariants {
     std::span<const RoundVariant> means, nmf, nmf_last;
     std::span<const NmfBackwardVariant> nmf_backward;
     Launch<GramParams> gram;
-    Launch<ResidentParams> resident_em = nullptr, resident_nmf = nullptr;  // 16-bit types
+    Launch<ResidentParams> resident_em = nullptr;   // bfloat16
+    Launch<ResidentParams> resident_nmf = nullptr;  // 16-bit types
 };
 
 // Each defined, and its kernels compiled, in a file of its own.

@@ -1,5 +1,6 @@
-// All rounds of em or nmf on 16-bit features in one launch: a cluster of eight blocks keeps an
-// image's X in its shared memory, so X is read once. From compute capability 9.0 on.
+// All rounds of nmf on 16-bit features, or of em on bfloat16 ones, in one launch: a cluster of
+// eight blocks keeps an image's X in its shared memory, so X is read once. From compute
+// capability 9.0 on.
 //
 // Each block has its part of the columns of X and Z, and all of Y as an operand. What a round adds
 // up over all columns (X Z^T, Z's row sums, Z Z^T) meets through the cluster's shared memory: in
@@ -8,7 +9,7 @@
 // there, and writes its part of the new Y to all blocks. In float32 Y rests in the result's memory.
 //
 // X, Y and Z lie without padding, their 16-byte granules exchanged within each line so that a
-// fragment's lines come from different banks: (512, 1089, 64) takes 231,936 of the 232,448 bytes
+// fragment's lines come from different banks: (512, 1089, 64) takes 231,952 of the 232,448 bytes
 // that a block has.
 #pragma once
 
@@ -55,55 +56,98 @@ struct ResidentPlaces {
     __host__ __device__ constexpr int squares() const {
         return weights() + padded * static_cast<int>(sizeof(float));
     }
-    __host__ __device__ constexpr int bytes() const {
+    __host__ __device__ constexpr int ones() const {
         return squares() + padded * static_cast<int>(sizeof(float));
     }
+    __host__ __device__ constexpr int bytes() const { return ones() + 16; }
 };
+
+// a / b for b > 0, off by two units in the last place at most: a few instructions instead of the
+// branches of the exact quotient.
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 
 struct Four {
     float v[4];
 };
-__device__ __forceinline__ Four load_four_of(const float* from, unsigned rank) {
-    uint4 bits;
-    load_cluster(bits, from, rank);
+__device__ __forceinline__ Four four_of(const uint4& bits) {
     return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
 }
-// Four floats of every block of the cluster, added in order.
+__device__ __forceinline__ Four load_four(const float* from) {
+    uint4 bits;
+    load_shared(bits, from);
+    return four_of(bits);
+}
+__device__ __forceinline__ void store_four(float* to, const Four& four) {
+    const auto& v = four.v;
+    store_shared(to, uint4{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])});
+}
+// Four floats of every block of the cluster, all on their way at a time, added in order.
 __device__ __forceinline__ Four sum_of_blocks(const float* from) {
+    uint4 parts[kCluster];
+#pragma unroll
+    for (unsigned rank = 0; rank < kCluster; ++rank) load_cluster(parts[rank], from, rank);
     Four sum{};
-#pragma unroll 2
+#pragma unroll
     for (unsigned rank = 0; rank < kCluster; ++rank) {
-        const Four part = load_four_of(from, rank);
+        const Four part = four_of(parts[rank]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum.v[i] += part.v[i];
     }
     return sum;
 }
+// A thread's own part of Y: four bases of a channel of each half, if any.
+struct OwnPart {
+    bool any;
+    int row, row_of_half;  // of the block's channels in a half, of all of them
+    int basis;             // the first
+};
+
+// threadIdx.x, read anew: what follows from it is computed again where it is used, instead of
+// resting in registers that a round lacks.
+__device__ __forceinline__ unsigned thread_index() {
+#ifdef __CUDA_ARCH__
+    unsigned index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+#else
+    return threadIdx.x;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+    return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
 // Four neighbouring elements to the same place in every block of the cluster.
 template <class T>
 __device__ __forceinline__ void store_in_blocks(T* to, const Four& four) {
-    const auto pair = [](float low, float high) {
-        return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
-    };
+    const uint2 bits{packed<T>(four.v[0], four.v[1]), packed<T>(four.v[2], four.v[3])};
+#pragma unroll
     for (unsigned rank = 0; rank < kCluster; ++rank) {
-        store_cluster(to, rank, uint2{pair(four.v[0], four.v[1]), pair(four.v[2], four.v[3])});
+        store_cluster(to, rank, bits);
     }
 }
 
-// The scores of a block's pixels. A warp has all bases of its pixels, in two parts, so that what is
-// under the coefficients takes registers for one part at a time.
-template <Type kType>
-struct ResidentScores {
-    static constexpr int kPart = kMostRank / 2;
-    using Part = Accumulators<kType, kMostSpan, kPart, kResidentWarps, WarpGrid{kResidentWarps, 1}>;
-    Part parts[2];
+// A matrix of ones: every line of it is the same 16 bytes.
+template <class T>
+struct Ones {
+    T* granule;
 
-    template <class F>
-    __device__ __forceinline__ void for_each_pair(F f) {
-        parts[0].for_each_pair(f);
-        parts[1].for_each_pair([&](int n, int k, float& v, float& w) { f(n, k + kPart, v, w); });
-    }
+    __device__ __forceinline__ constexpr bool aligned() const { return true; }
+    __device__ __forceinline__ T* at(int, int) const { return granule; }
 };
+
+// Adds A B to `sum`, of which this warp has `rows` and `cols` or, where `full`, all: that path
+// knows no limits and so has no branches.
+template <bool kAByK, bool kBByK, class Sum, class A, class B>
+__device__ __forceinline__ void add_within(Sum& sum, const A& a, const B& b, int contraction,
+                                           bool full, int rows, int cols) {
+    if (full) {
+        sum.template add<kAByK, kBByK>(a, b, contraction);
+    } else {
+        sum.template add<kAByK, kBByK>(a, b, contraction, rows, cols);
+    }
+}
 
 template <Type kType, bool kTransposed, Family kFamily>
 __device__ __forceinline__ void resident(const ResidentParams& params) {
@@ -113,6 +157,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     const int channels = static_cast<int>(p.channels);
     const ResidentPlaces at{padded_32(channels), padded_16(p.rank), params.span};
     const int padded = at.padded, span = at.span;
+    const bool full = padded == kMostRank;
+    const int warp = threadIdx.x / 32;
     const int64_t image = blockIdx.x / kCluster;
     const unsigned rank = cluster_rank();
     // The image's 16s of columns, dealt out.
@@ -129,146 +175,171 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     const auto z = Swizzled<T>::of(place(at.z()), padded);
     const auto gram = Swizzled<T>::of(place(at.y()), padded);  // in the place of Y
     float* const sums = floats(at.y());
+    // Eights of bases exchanged within a line, so that the eight lines that a warp writes at a time
+    // come from different banks.
+    const int turn_shift = padded % 32 ? 1 : 0, turn_mask = padded % 32 ? 1 : 3;
+    const auto sum_at = [&](int line, int basis) {
+        return sums + line * padded + (basis ^ (line >> turn_shift & turn_mask) * 8);
+    };
     float* const weights = floats(at.weights());
     float* const squares = floats(at.squares());
-
-    fill_swizzled<kResidentThreads>(
-        x, p.x, origin_of<T>(p.x, image, kTransposed ? pixel : 0, kTransposed ? 0 : pixel),
-        kTransposed ? span : at.channels, kTransposed ? at.channels : span,
-        kTransposed ? pixels : channels, kTransposed ? channels : pixels, kTransposed ? 0 : pixel);
-    const auto start_at = [&](int channel, int basis) {
-        return channel < channels && basis < p.rank
-                   ? *origin_of<float>(params.start, image, channel, basis)
-                   : 0;
-    };
-    for (int i = threadIdx.x; i < at.channels * padded; i += kResidentThreads) {
-        const int channel = i / padded, basis = i - channel * padded;
-        *y.at(channel, basis) = from_float<T>(start_at(channel, basis));
-    }
+    const Ones<T> ones{reinterpret_cast<T*>(shared_memory()) + place(at.ones())};
 
     // This thread's own part of Y: four bases of a channel of each half. In float32 it rests in the
     // result's memory.
-    const int fours = padded / 4, own_row = threadIdx.x / fours,
-              own_basis = threadIdx.x % fours * 4;
-    const int row_of_half = static_cast<int>(rank) * at.owned() + own_row;
-    const bool owns = own_row < at.owned() && row_of_half < at.half();
-    const auto channel_of = [&](int half) { return half * at.half() + row_of_half; };
+    const int fours = padded / 4;
+    const auto own_part = [&] {
+        const int thread = static_cast<int>(thread_index());
+        OwnPart part;
+        part.row = thread / fours, part.basis = thread % fours * 4;
+        part.row_of_half = static_cast<int>(rank) * at.owned() + part.row;
+        part.any = part.row < at.owned() && part.row_of_half < at.half();
+        return part;
+    };
+    const auto channel_of = [&](const OwnPart& mine, int half) {
+        return half * at.half() + mine.row_of_half;
+    };
     // f(value in memory, value here) for each element of what this thread owns.
-    const auto for_own = [&](Four(&own)[2], auto f) {
+    const auto for_own = [&](const OwnPart& mine, Four(&own)[2], auto f) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int channel = channel_of(half), basis = own_basis + j;
-                if (!owns || channel >= channels || basis >= p.rank) continue;
+                const int channel = channel_of(mine, half), basis = mine.basis + j;
+                if (!mine.any || channel >= channels || basis >= p.rank) continue;
                 f(params.y[(image * p.channels + channel) * p.rank + basis], own[half].v[j]);
             }
         }
     };
-    const auto keep_own = [&](Four(&own)[2]) {
-        for_own(own, [](float& memory, float& value) { memory = value; });
+    const auto keep_own = [&](const OwnPart& mine, Four(&own)[2]) {
+        for_own(mine, own, [](float& memory, float& value) { memory = value; });
+    };
+    const auto write_own = [&](const OwnPart& mine, const Four(&own)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (mine.any) store_in_blocks(y.at(channel_of(mine, half), mine.basis), own[half]);
+        }
     };
     {
+        const OwnPart mine = own_part();
         Four own[2] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                if (owns) own[half].v[j] = start_at(channel_of(half), own_basis + j);
+                const int channel = channel_of(mine, half), basis = mine.basis + j;
+                if (!mine.any || channel >= channels || basis >= p.rank) continue;
+                own[half].v[j] = *origin_of<float>(params.start, image, channel, basis);
             }
         }
-        if (kNmf) keep_own(own);
+        if (kNmf) keep_own(mine, own);
+        if (threadIdx.x < kGranule<T>) ones.granule[threadIdx.x] = from_float<T>(1);
+        fill_swizzled<kResidentThreads>(
+            x, p.x, origin_of<T>(p.x, image, kTransposed ? pixel : 0, kTransposed ? 0 : pixel),
+            kTransposed ? span : at.channels, kTransposed ? at.channels : span,
+            kTransposed ? pixels : channels, kTransposed ? channels : pixels,
+            kTransposed ? 0 : pixel);
+        cluster_sync();  // every block has begun
+        write_own(mine, own);
+        cluster_sync();
     }
-    cluster_sync();  // every block has begun
 
-    using Scores = ResidentScores<kType>;
-    using Part = typename Scores::Part;
-    constexpr int kPart = Scores::kPart;
+    // The scores of a block's pixels. A warp has all bases of 16 pixels; what it then does with
+    // them touches no other pixels.
+    using Scores =
+        Accumulators<kType, kMostSpan, kMostRank, kResidentWarps, WarpGrid{kResidentWarps, 1}>;
     using Square = Accumulators<kType, kMostRank, kMostRank, kResidentWarps>;
+    const bool has_pixels = 16 * warp < span;
 
+    // The scores Y^T X.
+    const auto score = [&](Scores& scores) {
+        add_within<kTransposed, false>(scores, x, y, at.channels, full, kMostSpan, padded);
+    };
+    const auto write_z = [&](int n, int k, float v, float w) {
+        const uint32_t bits = n < pixels ? packed<T>(v, w) : 0;
+        if (k < padded) store_shared(z.at(n, k), bits);
+    };
     // Z as a softmax of the scores: a row of them lies in four lanes.
     const auto soften = [&](Scores& scores) {
         float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
         scores.for_each_pair([&](int n, int k, float& v, float& w) {
+            v = k < p.rank ? v : -INFINITY;
+            w = k + 1 < p.rank ? w : -INFINITY;
             float& most = n & 8 ? largest[1] : largest[0];
-            if (k < p.rank) most = fmaxf(most, v);
-            if (k + 1 < p.rank) most = fmaxf(most, w);
+            most = fmaxf(most, fmaxf(v, w));
         });
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], 1));
             largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], 2));
         }
-        const auto power = [&](int n, int k, float v) {
-            return k < p.rank ? expf(v - (n & 8 ? largest[1] : largest[0])) : 0;
-        };
-        scores.for_each_pair([&](int n, int k, float& v, float& w) {
-            (n & 8 ? sum[1] : sum[0]) += power(n, k, v) + power(n, k + 1, w);
+        scores.for_each_pair([&](int n, int, float& v, float& w) {
+            const float most = n & 8 ? largest[1] : largest[0];
+            v = expf(v - most), w = expf(w - most);
+            (n & 8 ? sum[1] : sum[0]) += v + w;
         });
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             sum[i] += shuffle_xor(sum[i], 1);
             sum[i] += shuffle_xor(sum[i], 2);
         }
+        const float part[2] = {quotient(1, sum[0]), quotient(1, sum[1])};
         scores.for_each_pair([&](int n, int k, float& v, float& w) {
-            if (n >= span || k >= padded) return;
-            const float whole = n & 8 ? sum[1] : sum[0];
-            write_pair(z.pair(n, k), 0, 0, n < pixels ? power(n, k, v) / whole : 0,
-                       n < pixels ? power(n, k + 1, w) / whole : 0);
+            const float factor = n & 8 ? part[1] : part[0];
+            write_z(n, k, factor * v, factor * w);
         });
-    };
-
-    // The scores Y^T X.
-    const auto score = [&](Scores& scores) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            scores.parts[i].template add<kTransposed, false>(x, y.from(0, i * kPart), at.channels,
-                                                             span, padded - i * kPart);
-        }
     };
     // Y^T Y in the place of Y.
     const auto place_gram = [&] {
         Square product;
-        product.template add<false, false>(y, y, at.channels, padded, padded);
+        add_within<false, false>(product, y, y, at.channels, full, padded, padded);
         __syncthreads();
         product.for_each_pair([&](int l, int k, float& v, float& w) {
             if (l < padded && k < padded) write_pair(gram.pair(l, k), 0, 0, v, w);
         });
         __syncthreads();
     };
-    // Z's next values: f(pixel, basis, z, score, what is under z) in the place of the scores, then
-    // of Z, which both parts need as it was.
-    const auto update = [&](Scores& scores, auto f) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            Part under;
-            under.template add<true, false>(z, gram.from(0, i * kPart), padded, span,
-                                            padded - i * kPart);
-            scores.parts[i].for_each_pair_with(
-                under, [&](int n, int k, float& v, float& w, float d, float e) {
-                    k += i * kPart;
-                    if (n >= span || k >= padded) return;
-                    const Pair<T> pair = read_pair(z.pair(n, k), 0, 0);
-                    v = f(n, k, to_float(pair.first), v, d);
-                    w = f(n, k + 1, to_float(pair.second), w, e);
-                });
-        }
-        __syncthreads();
+    // Z's next values, z times its score over what is under it, which visit(pixel, basis, under z)
+    // sees before z changes.
+    const auto update = [&](Scores& scores, auto visit) {
         scores.for_each_pair([&](int n, int k, float& v, float& w) {
-            if (n >= span || k >= padded) return;
-            write_pair(z.pair(n, k), 0, 0, n < pixels ? v : 0, n < pixels ? w : 0);
+            uint32_t bits;  // any, where there are no such bases: a branch would cost more
+            load_shared(bits, z.at(n, k < padded ? k : 0));
+            v *= to_float(T{static_cast<uint16_t>(bits)});
+            w *= to_float(T{static_cast<uint16_t>(bits >> 16)});
         });
+        // Half of the bases at a time: with all of them registers would not do.
+        constexpr int kPart = kMostRank / 2;
+#pragma unroll
+        for (int part = 0; part < kMostRank; part += kPart) {
+            Accumulators<kType, kMostSpan, kPart, kResidentWarps, WarpGrid{kResidentWarps, 1}>
+                under;
+            add_within<true, false>(under, z, gram.from(0, part), padded, full, kMostSpan,
+                                    padded - part);
+            float below[kPart / 2];
+            int i = 0;
+            under.for_each_pair([&](int, int, float& d, float& e) {
+                below[i++] = d + kEps, below[i++] = e + kEps;
+            });
+            i = 0;
+            scores.for_each_pair([&](int n, int k, float& v, float& w) {
+                if (k / kPart * kPart != part) return;
+                visit(n, k, below[i]), visit(n, k + 1, below[i + 1]);
+                v = quotient(v, below[i++]), w = quotient(w, below[i++]);
+            });
+        }
+        scores.for_each_pair(write_z);
     };
     const auto store_z = [&](void* to) {
         T* const out = static_cast<T*>(to) + image * p.rank * p.pixels + pixel;
-#pragma unroll 1
+#pragma unroll 4
         for (int i = threadIdx.x; i < p.rank * pixels; i += kResidentThreads) {
             const int basis = i / pixels, n = i - basis * pixels;
             out[basis * p.pixels + n] = *z.at(n, basis);
         }
     };
 
-    if constexpr (kNmf) {  // where Z starts
+    if (kNmf && has_pixels) {  // where Z starts
         Scores scores;
         score(scores);
         soften(scores);
@@ -277,22 +348,24 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     for (int step = 0; step < params.steps; ++step) {
         {
             Scores scores;
-            score(scores);
+            if (has_pixels) score(scores);
             if constexpr (kNmf) {
                 place_gram();
-                update(scores,
-                       [](int, int, float c, float v, float d) { return c * v / (d + kEps); });
+                if (has_pixels) update(scores, [](int, int, float) {});
             } else {
-                soften(scores);
+                if (has_pixels) soften(scores);
             }
         }
         __syncthreads();
-        if (!kNmf && threadIdx.x < padded) {
-            float weight = 0;
-            for (int n = 0; n < pixels; ++n) weight += to_float(*z.at(n, threadIdx.x));
-            weights[threadIdx.x] = weight;
+        if (!kNmf && threadIdx.x < 4 * 32) {  // Z's row sums
+            Accumulators<kType, 16, kMostRank, 4, WarpGrid{1, 4}> weight;
+            weight.template add<true, false>(ones, z, span, 16, padded);
+            weight.for_each_pair([&](int line, int k, float& v, float& w) {
+                if (line == 0 && k < padded) *reinterpret_cast<Two*>(weights + k) = {v, w};
+            });
         }
 
+        const OwnPart mine = own_part();
         Four total[2];
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
@@ -300,16 +373,18 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             Accumulators<kType, kMostChannels / 2, kMostRank, kResidentWarps,
                          WarpGrid{kResidentWarps, 1}>
                 share;
-            share.template add<!kTransposed, false>(
-                x.from(kTransposed ? 0 : first, kTransposed ? first : 0), z, span, at.half(),
-                padded);
+            if (16 * warp < at.half()) {
+                add_within<!kTransposed, false>(
+                    share, x.from(kTransposed ? 0 : first, kTransposed ? first : 0), z, span, full,
+                    kMostSpan, padded);
+            }
             share.for_each_pair([&](int c, int k, float& v, float& w) {
                 if (c >= at.half() || k >= padded) return;
-                *reinterpret_cast<Two*>(sums + c * padded + k) = {v, w};
+                *reinterpret_cast<Two*>(sum_at(c, k)) = {v, w};
             });
             cluster_sync();
-            if (owns) {
-                const Four sum = sum_of_blocks(sums + row_of_half * padded + own_basis);
+            if (mine.any) {
+                const Four sum = sum_of_blocks(sum_at(mine.row_of_half, mine.basis));
                 if (half == 0) {
                     total[0] = sum;
                 } else {
@@ -322,10 +397,10 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         Four own[2] = {};
         if constexpr (kNmf) {
             Square gram_share;
-            gram_share.template add<false, false>(z, z, span, padded, padded);
+            add_within<false, false>(gram_share, z, z, span, full, padded, padded);
             gram_share.for_each_pair([&](int l, int k, float& v, float& w) {
                 if (l >= padded || k >= padded) return;
-                *reinterpret_cast<Two*>(sums + l * padded + k) = {v, w};
+                *reinterpret_cast<Two*>(sum_at(l, k)) = {v, w};
             });
             cluster_sync();
             constexpr int kEach = kMostRank * kMostRank / 4 / kResidentThreads;
@@ -339,90 +414,93 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
 #pragma unroll
             for (int i = 0; i < kEach; ++i) {
                 const int four = i * kResidentThreads + threadIdx.x;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    if (four < padded * fours) sums[4 * four + j] = whole[i].v[j];
-                }
+                if (four < padded * fours) store_four(sums + 4 * four, whole[i]);
             }
-            for_own(own, [](float& memory, float& value) { value = memory; });
-            float* const mine = sums + padded * padded;
-            const auto row_at = [&](int half) {
-                return mine + (half * at.owned() + own_row) * padded;
-            };
+            for_own(mine, own, [](float& memory, float& value) { value = memory; });
+            float* const rows = sums + padded * padded;
+            const auto row_at = [&](int half) { return rows + (2 * mine.row + half) * padded; };
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    if (owns) row_at(half)[own_basis + j] = own[half].v[j];
-                }
+                if (mine.any) store_four(row_at(half) + mine.basis, own[half]);
             }
             __syncthreads();
-            if (owns) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    Four below{};
+            if (mine.any) {
+                Four below[2] = {};
 #pragma unroll 1
-                    for (int l = 0; l < padded; ++l) {
-                        const float left = row_at(half)[l];
+                for (int l = 0; l < padded; l += 4) {
+                    const Four left[2] = {load_four(row_at(0) + l), load_four(row_at(1) + l)};
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const Four right = load_four(sum_at(l + i, mine.basis));
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            below.v[j] += left * sums[l * padded + own_basis + j];
+                            below[0].v[j] += left[0].v[i] * right.v[j];
+                            below[1].v[j] += left[1].v[i] * right.v[j];
                         }
                     }
+                }
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        own[half].v[j] = own[half].v[j] * total[half].v[j] / (below.v[j] + kEps);
+                        own[half].v[j] =
+                            quotient(own[half].v[j] * total[half].v[j], below[half].v[j] + kEps);
                     }
                 }
             }
             cluster_sync();  // what lies in the place of Y is done with, in every block
         } else {
-            if (owns) {
-                const Four weight = sum_of_blocks(weights + own_basis);
+            if (mine.any) {
+                const Four weight = sum_of_blocks(weights + mine.basis);
+                Four square;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    own[0].v[j] = total[0].v[j] / (kEps + weight.v[j]);
-                    own[1].v[j] = total[1].v[j] / (kEps + weight.v[j]);
-                    sums[own_row * padded + own_basis + j] =
-                        own[0].v[j] * own[0].v[j] + own[1].v[j] * own[1].v[j];
+                    const float factor = quotient(1, kEps + weight.v[j]);
+                    own[0].v[j] = total[0].v[j] * factor;
+                    own[1].v[j] = total[1].v[j] * factor;
+                    square.v[j] = own[0].v[j] * own[0].v[j] + own[1].v[j] * own[1].v[j];
                 }
+                store_four(sums + mine.row * padded + mine.basis, square);
             }
             __syncthreads();
             if (threadIdx.x < padded) {
                 const int left = at.half() - static_cast<int>(rank) * at.owned();
-                squares[threadIdx.x] =
-                    sum_of(sums + threadIdx.x, min(max(left, 0), at.owned()), padded);
+                float sum = 0;
+#pragma unroll 8
+                for (int row = 0; row < min(left, at.owned()); ++row) {
+                    sum += sums[row * padded + threadIdx.x];
+                }
+                squares[threadIdx.x] = sum;
             }
             cluster_sync();
-            if (owns) {
-                const Four lengths = sum_of_blocks(squares + own_basis);
+            if (mine.any) {
+                const Four lengths = sum_of_blocks(squares + mine.basis);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const float length = divisor(Division::kSum, lengths.v[j]);
-                    own[0].v[j] /= length, own[1].v[j] /= length;
+                    const float factor = quotient(1, divisor(Division::kSum, lengths.v[j]));
+                    own[0].v[j] *= factor, own[1].v[j] *= factor;
                 }
             }
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (owns) store_in_blocks(y.at(channel_of(half), own_basis), own[half]);
-        }
-        keep_own(own);
+        write_own(mine, own);
+        if (kNmf || step + 1 == params.steps) keep_own(mine, own);
         cluster_sync();
     }
 
     if (kNmf && params.solve) {
         Scores scores;
-        score(scores);
-        __syncthreads();
+        if (has_pixels) score(scores);
         place_gram();
         T* const slopes = static_cast<T*>(params.slope) + image * p.rank * p.pixels + pixel;
         const int pixels_of_line = static_cast<int>(p.pixels);
-        update(scores, [&](int n, int k, float c, float v, float d) {
-            const float slope = c / (d + kEps);
-            if (n < pixels && k < p.rank) slopes[k * pixels_of_line + n] = from_float<T>(slope);
-            return slope * v;
-        });
+        if (has_pixels) {
+            update(scores, [&](int n, int k, float below) {
+                if (n >= pixels || k >= p.rank) return;
+                slopes[k * pixels_of_line + n] =
+                    from_float<T>(quotient(to_float(*z.at(n, k)), below));
+            });
+        }
+        __syncthreads();
         // The Gram matrix took the place of a part of Y, which is needed once more.
         for (int i = threadIdx.x; i < min(padded, at.channels) * padded; i += kResidentThreads) {
             const int channel = i / padded, basis = i - channel * padded;
@@ -435,29 +513,32 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     store_z(params.z);
     if (!params.solve) return;
 
+    // X' in the place of X, 16 pixels at a time. A warp has 32 channels; beyond the valid lines and
+    // elements X and X' are zeros.
     float error = 0;
-    const int lines = kTransposed ? pixels : channels, length = kTransposed ? channels : pixels;
+    if (32 * warp < at.channels) {
+        static_assert(kMostChannels == 32 * kResidentWarps);
 #pragma unroll 1
-    for (int n = 0; n < span; n += 16) {
-        Accumulators<kType, kTransposed ? 16 : kMostChannels, kTransposed ? kMostChannels : 16,
-                     kResidentWarps>
-            features;
-        if constexpr (kTransposed) {
-            features.template add<true, true>(z.from(n, 0), y, padded, 16, at.channels);
-        } else {
-            features.template add<true, true>(y, z.from(n, 0), padded, at.channels, 16);
+        for (int n = 0; n < span; n += 16) {
+            Accumulators<kType, kTransposed ? 16 : kMostChannels, kTransposed ? kMostChannels : 16,
+                         kResidentWarps>
+                features;
+            if constexpr (kTransposed) {
+                features.template add<true, true>(z.from(n, 0), y, padded);
+            } else {
+                features.template add<true, true>(y, z.from(n, 0), padded);
+            }
+            features.for_each_pair([&](int a, int b, float& v, float& w) {
+                const auto place = x.pair(kTransposed ? a + n : a, kTransposed ? b : b + n);
+                const Pair<T> pair = read_pair(place, 0, 0);
+                const float first = to_float(pair.first) - v, second = to_float(pair.second) - w;
+                error += first * first + second * second;
+                write_pair(place, 0, 0, v, w);
+            });
         }
-        features.for_each_pair([&](int a, int b, float& v, float& w) {
-            const int l = kTransposed ? a + n : a, e = kTransposed ? b : b + n;
-            if (l >= lines || e >= length) return;
-            const Pair<T> pair = read_pair(x.pair(l, e), 0, 0);
-            const float first = to_float(pair.first) - v, second = to_float(pair.second) - w;
-            error += first * first;
-            if (e + 1 < length) error += second * second;
-            write_pair(x.pair(l, e), 0, 0, v, w);
-        });
     }
     __syncthreads();
+    const int lines = kTransposed ? pixels : channels, length = kTransposed ? channels : pixels;
     T* const out = static_cast<T*>(params.x_hat) + image * p.channels * p.pixels;
     store_swizzled<kResidentThreads>(x, out + pixel * (kTransposed ? p.channels : 1),
                                      kTransposed ? p.channels : p.pixels, lines, length);

@@ -44,31 +44,47 @@ template <int kThreads, class T>
 __device__ __forceinline__ void fill_swizzled(const Swizzled<T>& tile, const Lines& from,
                                               const T* origin, int lines, int length,
                                               int valid_lines, int valid, int64_t lead) {
-    constexpr int kG = kGranule<T>;
-    const int per_line = length / kG;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < lines * per_line; i += kThreads) {
-        const int line = i / per_line, first = (i - line * per_line) * kG;
-        const T* const source = origin + line * from.line + first * from.step;
-        const int before = misalignment(source);
-        uint4 bits{};
-        if (from.step == 1 && line < valid_lines && lead + first >= before &&
-            first + kG + (before ? kG - before : 0) <= valid) {
-            load_global(bits, source - before);
-            if (before) {
-                uint4 high;
-                load_global(high, source - before + kG);
-                bits = window(bits, high, before * static_cast<int>(sizeof(T)));
-            }
-        } else {
-            T element[kG];
+    constexpr int kG = kGranule<T>, kBatch = 4;  // granules on their way at a time
+    const int per_line = length / kG, granules = lines * per_line;
+    const auto source = [&](int line, int element) {
+        return origin + line * from.line + element * from.step;
+    };
+#pragma unroll 1
+    for (int i = threadIdx.x; i < granules; i += kBatch * kThreads) {
+        int place[kBatch][2];  // line, element
+        bool whole[kBatch];    // it comes with the aligned 16 bytes of memory that cover it
+        uint4 low[kBatch] = {}, high[kBatch] = {};
 #pragma unroll
-            for (int j = 0; j < kG; ++j) {
-                element[j] = line < valid_lines && first + j < valid ? source[j * from.step] : T{};
-            }
-            memcpy(&bits, element, sizeof(bits));
+        for (int j = 0; j < kBatch; ++j) {
+            const int granule = i + j * kThreads, line = granule / per_line;
+            const int first = (granule - line * per_line) * kG;
+            place[j][0] = line, place[j][1] = first;
+            const T* const from_here = source(line, first);
+            const int before = misalignment(from_here);
+            whole[j] = from.step == 1 && line < valid_lines && lead + first >= before &&
+                       first + kG + (before ? kG - before : 0) <= valid;
+            if (!whole[j]) continue;
+            load_global(low[j], from_here - before);
+            if (before) load_global(high[j], from_here - before + kG);
         }
-        store_shared(tile.at(line, first), bits);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+            const auto [line, first] = place[j];
+            if (line >= lines) continue;
+            const T* const at = source(line, first);
+            uint4 bits;
+            if (whole[j]) {
+                bits = window(low[j], high[j], misalignment(at) * static_cast<int>(sizeof(T)));
+            } else {
+                T element[kG];
+#pragma unroll
+                for (int e = 0; e < kG; ++e) {
+                    element[e] = line < valid_lines && first + e < valid ? at[e * from.step] : T{};
+                }
+                memcpy(&bits, element, sizeof(bits));
+            }
+            store_shared(tile.at(line, first), bits);
+        }
     }
 }
 
@@ -83,20 +99,16 @@ __device__ __forceinline__ void store_swizzled(const Swizzled<T>& tile, T* origi
         const int line = i / per_line;
         T* const to = origin + line * stride;
         const int first = (i - line * per_line) * kG - misalignment(to);
-        T element[kG];
-#pragma unroll
-        for (int j = 0; j < kG; ++j) {
-            const bool inside = first + j >= 0 && first + j < length;
-            element[j] = inside ? *tile.at(line, first + j) : T{};
-        }
         if (first >= 0 && first + kG <= length) {
-            uint4 bits;
-            memcpy(&bits, element, sizeof(bits));
-            store_global(to + first, bits);
+            const int beyond = first % kG;  // the granule before it
+            uint4 low, high{};
+            load_shared(low, tile.at(line, first - beyond));
+            if (beyond) load_shared(high, tile.at(line, first - beyond + kG));
+            store_global(to + first, window(low, high, beyond * static_cast<int>(sizeof(T))));
         } else {
 #pragma unroll
             for (int j = 0; j < kG; ++j) {
-                if (first + j >= 0 && first + j < length) to[first + j] = element[j];
+                if (first + j >= 0 && first + j < length) to[first + j] = *tile.at(line, first + j);
             }
         }
     }

@@ -110,15 +110,18 @@ def test_agrees_on_any_shape(run, method, shape, layout, type_, shared):
     check(run, guarded(make(shape, layout, dtype, method, shared)), method, operands, steps)
 
 
-HALVES = [torch.bfloat16, torch.float16]
+RESIDENT = [("em", torch.bfloat16), ("nmf", torch.bfloat16), ("nmf", torch.float16)]
 # Blocks of a cluster with nothing to do; channels and bases that are no multiples; several tiles of
-# a block, to the most columns that it takes; the most channels and bases.
+# a block, to the most columns that it takes; the most channels and bases, and with them an image
+# that fills the shared memory.
 RESIDENT_SHAPES = [
     (2, 17, 5, 33),
     (1, 70, 64, 145),
     (1, 40, 16, 289),
+    (1, 24, 20, 70),
     (1, 33, 33, 2048),
     (1, 512, 64, 40),
+    (1, 512, 64, 1089),
 ]
 
 
@@ -128,8 +131,7 @@ def clusters(monkeypatch) -> None:
     monkeypatch.setenv("MFOPS_EMULATOR_CLUSTERS", "1")
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("method", ["em", "nmf"])
+@pytest.mark.parametrize(("method", "dtype"), RESIDENT)
 @pytest.mark.parametrize("shape", RESIDENT_SHAPES, ids=str)
 def test_resident_agrees_with_float64_reference(run, clusters, shape, method, dtype):
     for i, layout in enumerate(LAYOUTS):
@@ -159,6 +161,17 @@ def test_resident_is_taken_where_an_image_fits(run, clusters, monkeypatch, pixel
     streamed = run.iterate(case.x, case.y0, "em", 2, False)[0]
     torch.testing.assert_close(found, streamed, rtol=0.02, atol=0.01)
     assert torch.equal(found, streamed) == (not fits)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_base_far_from_every_pixel_lives_in_float16(run, clusters, layout):
+    """Its coefficients, e^-18, are zeros in float16; the mean that they weigh has unit length."""
+    case = make((1, 24, 2, 70), layout, torch.float16, "em")
+    near, aside = torch.eye(24)[:2]
+    case.x.mul_(0.1).add_((40 * near).half()[:, None])
+    case.y0.copy_(torch.stack([near, 0.55 * near + 0.7 * aside], dim=1))
+    assert run.iterate(case.x, case.y0, "em", 1, False)[0].norm(dim=1).min() > 0.9
+    check(run, case, "em", torch.float16, steps=1)
 
 
 @pytest.mark.parametrize("method", METHODS)

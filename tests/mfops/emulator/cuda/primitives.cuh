@@ -28,6 +28,7 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 
+inline float __fdividef(float a, float b) { return a / b; }
 inline void __syncthreads(mfops::emulator::Where where = mfops::emulator::Where::current()) {
     mfops::emulator::wait("__syncthreads", where);
 }
