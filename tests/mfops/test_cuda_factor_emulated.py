@@ -19,9 +19,17 @@ from test_cuda_emulated import KIB, TYPES
 
 from mfops.methods import METHODS
 
-# From more bases than a block has rows of Z Z^T to all that the kernels take; channels for one
-# group of blocks, for several, for fewer groups than Z Z^T wants.
-RANK_SHAPES = [(1, 40, 256, 35), (1, 140, 128, 40), (1, 300, 70, 20), (1, 1100, 64, 17)]
+# From more bases than a block takes of X Z^T to all that kernels take; all channels of a tile at
+# once, or chunk by chunk; on small GPUs chunk by chunk, but with several shares of each.
+RANK_SHAPES = [
+    (1, 40, 256, 35),
+    (1, 140, 128, 40),
+    (1, 300, 70, 20),
+    (2, 300, 33, 99),
+    (1, 250, 60, 201),
+    (1, 1100, 64, 17),
+    (1, 2048, 64, 5),
+]
 
 
 TYPES_IN_ORDER = [type_.values[1] for type_ in TYPES]
@@ -69,7 +77,7 @@ def test_every_rank_on_every_gpu(run, monkeypatch, shape, kib, dtype, operands):
     monkeypatch.setenv("MFOPS_EMULATOR_SHARED_BYTES", str(kib * KIB))
     i = RANK_SHAPES.index(shape) + kib // 60
     rounds = [("nmf", 2), ("em", 2), (("vq", "cd")[i % 2], 1)]
-    if shape[1] > 1000:  # half a minute for all three
+    if shape[1] > 1000:  # many seconds for all three
         j = (TYPES_IN_ORDER.index(operands) + i) % 3
         rounds = rounds[j : j + 1]
     for method, steps in rounds:
