@@ -1,8 +1,8 @@
 // A round of a method's updates on a tile of X's columns: the tile's Z, from it the tile's share of
 // X Z^T and of Z's row sums (em, vq, cd) or of Z Z^T (nmf). Or, with nmf, what follows the last
 // round: the final Z, X' = Y Z and its error. All of Y stays in shared memory, all channels of a
-// tile come at once. Where there is no room for that Z alone is computed, chunk by chunk of the
-// channels, and Y passes by as X does; shares.cuh does the rest.
+// tile come at once. Where there is no room for that, the kernel finds Z alone, chunk by chunk of
+// the channels, while Y passes by as X does; shares.cuh does the rest.
 #pragma once
 
 #include <type_traits>
@@ -143,7 +143,8 @@ struct RoundPlaces {
     __host__ __device__ constexpr int streamed(int slot) const {
         return stage(slot) + X::kElements;
     }
-    // nmf: one for each tile whose Z may be on its way or in use.
+    // nmf: one for each tile whose Z may be on its way or in use. It is needed only after a tile's
+    // last channels, so that with many chunks the next tile's is not loaded before.
     __host__ __device__ constexpr int z_tiles() const {
         if (!kNmf) return 1;
         if (!kChunks) return stages;
