@@ -1,11 +1,5 @@
-// What the kernels that go through X tile by tile of pixels share: the tables of tile shapes, what
-// lies where in shared memory, and the work of a block.
-//
-// A block owns up to `own` channels of an image and goes through a range of its tiles. Products
-// over all channels (Y^T X) need every chunk of `own` channels of a tile, its own one last;
-// products that leave something for each channel (X Z^T, Y Z) it computes for its own alone. With
-// more channels than one block owns the groups' blocks run side by side and find each other's
-// chunks in the L2.
+// What the kernels that go through X tile by tile of pixels share: the tables of tile shapes, a
+// tile of X, and the work of a block.
 #pragma once
 
 #include "cuda/factorize.h"
@@ -13,25 +7,37 @@
 
 namespace mfops::cuda {
 
-// The first shape whose rank is large enough and that fits into shared memory is taken, one much
-// larger than the number of channels passed over. Reasons: X Z^T takes own x rank accumulators, 128
-// registers of a thread at most; every group computes Y^T X anew, so `own` is as large as those
-// allow. Small ones last, for GPUs with 99 KiB for a block.
+// A block takes `own` channels of a tile at a time, or all that there are, and up to `rank` bases.
 struct ColumnShape {
     int own, rank, pixels;
 };
+
+// Of each table the first shape is taken that the problem and the GPU's shared memory have room
+// for. Reasons:
+// kRound: all channels of a tile at once, whose X Z^T takes own x rank accumulators, 128 registers
+// of a thread at most.
+// kCoefficients: Y passes by with each tile, rank / pixels of its bytes for each of X's.
+// kShares: X passes by once for every 64 bases, Z once for every `own` channels; Z Z^T is computed
+// as if Z were channels, up to kMaxRank of them.
+// kBackward: every group computes Y^T D anew, but a second stage counts for more than large groups.
+// Small ones last, for GPUs with 99 KiB for a block.
 template <size_t kElementBytes>
 struct ColumnShapes;
 template <>
 struct ColumnShapes<2> {
-    static constexpr ColumnShape kAll[] = {{512, 64, 32}, {128, 64, 32}, {128, 256, 16}};
+    static constexpr ColumnShape kRound[] = {{256, 64, 32}, {512, 64, 32}};
+    static constexpr ColumnShape kCoefficients[] = {{128, 64, 64}, {32, 256, 32}};
+    static constexpr ColumnShape kShares[] = {{256, 64, 64}};
+    static constexpr ColumnShape kWideShares[] = {{256, 64, 32}};  // Z in float32
+    static constexpr ColumnShape kBackward[] = {{256, 64, 32}, {128, 64, 32}, {128, 256, 16}};
 };
 template <>
 struct ColumnShapes<4> {
-    static constexpr ColumnShape kAll[] = {{256, 64, 32}, {128, 64, 32}, {64, 256, 16}};
+    static constexpr ColumnShape kRound[] = {{128, 64, 32}, {256, 64, 32}};
+    static constexpr ColumnShape kCoefficients[] = {{64, 64, 64}, {16, 256, 32}};
+    static constexpr ColumnShape kShares[] = {{256, 64, 32}};
+    static constexpr ColumnShape kBackward[] = {{128, 64, 32}, {64, 64, 32}, {64, 256, 16}};
 };
-
-inline constexpr int kGramRows = 64;  // rows of Z Z^T that a group owns
 
 __host__ __device__ constexpr int padded_16(int n) { return (n + 15) / 16 * 16; }
 
@@ -120,14 +126,16 @@ struct ChunkTile {
     }
 };
 
-// Copies `lines` whole lines of `length` elements, both padded, from dense memory on 16 bytes.
+// Copies `lines` whole lines of `length` elements, both padded, that lie `apart` elements from each
+// other in dense memory on 16 bytes.
 template <class T>
 __device__ __forceinline__ void load_dense(const Tile<T, true>& tile, const T* from, int lines,
-                                           int length, int valid_lines) {
-    fill<kThreads>(tile, Lines{from, 0, length, 1}, from, lines, length, valid_lines, length);
+                                           int length, int valid_lines, int apart = 0) {
+    fill<kThreads>(tile, Lines{from, 0, length + apart, 1}, from, lines, length, valid_lines,
+                   length);
 }
 
-// The other way round.
+// The other way round, line after line.
 template <class T>
 __device__ __forceinline__ void store_dense(const Tile<T, true>& tile, T* to, int lines,
                                             int length) {
@@ -151,50 +159,22 @@ __host__ __device__ constexpr int base_pitch(int padded) {
 struct ColumnItem {
     int group, range, first_tile, tiles;
     int64_t image;
-    int own;       // first channel it owns
-    int channels;  // how many; 0: none
 };
 
-// One step of a block: a chunk of channels of a tile.
-struct ColumnStep {
-    int tile;
-    int64_t pixel;
-    int channel, channels;
-    bool first, last;  // of the tile's chunks
-};
-
-template <int kOwn, int kPixels>
-struct Columns {
-    __device__ __forceinline__ static ColumnItem item(const FactorProblem& p,
-                                                      const ColumnWork& work, unsigned index) {
-        ColumnItem item;
-        item.group = index % work.groups;
-        index /= work.groups;
-        item.range = index % work.ranges;
-        item.image = index / work.ranges;
-        const auto part = [&](int64_t i) { return static_cast<int>(work.tiles * i / work.ranges); };
-        item.first_tile = part(item.range);
-        item.tiles = part(item.range + 1) - item.first_tile;
-        item.own = item.group * kOwn;
-        item.channels = channels_of(p, item.group);
-        return item;
-    }
-    __device__ __forceinline__ static int channels_of(const FactorProblem& p, int chunk) {
-        const int64_t left = p.channels - static_cast<int64_t>(chunk) * kOwn;
-        return left < 0 ? 0 : within(left, kOwn);
-    }
-    __device__ __forceinline__ static ColumnStep step(const FactorProblem& p,
-                                                      const ColumnWork& work,
-                                                      const ColumnItem& item, int step) {
-        const int tile = step / work.chunks, i = step - tile * work.chunks;
-        const int chunk = (item.group + 1 + i) % work.chunks;
-        return {item.first_tile + tile,
-                static_cast<int64_t>(item.first_tile + tile) * kPixels,
-                chunk * kOwn,
-                channels_of(p, chunk),
-                i == 0,
-                i == work.chunks - 1};
-    }
-};
+// `beside` groups of a range lie side by side in the launch; further ones follow all images.
+__device__ __forceinline__ ColumnItem item_of(const ColumnWork& work, int64_t batch, int beside,
+                                              unsigned index) {
+    ColumnItem item;
+    item.group = index % beside;
+    index /= beside;
+    item.range = index % work.ranges;
+    index /= work.ranges;
+    item.image = index % batch;
+    item.group += static_cast<int>(index / batch) * beside;
+    const auto part = [&](int64_t i) { return static_cast<int>(work.tiles * i / work.ranges); };
+    item.first_tile = part(item.range);
+    item.tiles = part(item.range + 1) - item.first_tile;
+    return item;
+}
 
 }  // namespace mfops::cuda

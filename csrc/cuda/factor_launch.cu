@@ -1,5 +1,6 @@
 // Plans and launches of the kernels that find factors.
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +12,9 @@ namespace {
 
 // Bytes of Y's part that is kept at most; what is larger fits no GPU.
 constexpr int64_t kMostShared = 1 << 20;
+
+// About how many shares of a block's result are added in the time that a tile takes.
+constexpr double kSharesPerTile = 8;
 
 FactorVariants factor_variants(const FactorProblem& p) {
     switch (p.type) {
@@ -29,46 +33,86 @@ int64_t element_bytes(const FactorProblem& p) {
     return p.type == Type::kBf16 || p.type == Type::kF16 ? 2 : 4;
 }
 
-// The first shape that fits, with all of Y in shared memory if that does, and its most stages.
-// `with_gram`: Z Z^T is asked for too, whose rows the groups share.
-template <class Variants>
-ColumnPlan plan_columns(const FactorProblem& p, const Limits& limits, const Variants& variants,
-                        bool two, bool with_gram, int64_t most_ranges) {
-    const int padded = padded_16(p.rank);
+// The first shape that suits and that fits in `least` stages or more, in the most that fit.
+template <class Suits, class Bytes>
+ColumnPlan choose(size_t shapes, const Limits& limits, int least, Suits suits, Bytes bytes) {
     ColumnPlan plan;
-    for (size_t i = 0; i < variants.size(); ++i) {
-        const ColumnShape& shape = variants[i].shape;
-        const bool smaller = i + 1 < variants.size() && variants[i + 1].shape.rank == shape.rank;
-        if (shape.rank < p.rank || (smaller && shape.own > 2 * p.channels)) continue;
-        for (const bool whole : {true, false}) {
-            if (whole && p.channels * padded > kMostShared) continue;
-            int stages = kMaxStages;
-            const auto bytes = [&] {
-                return variants[i].shared_bytes(p.rank, p.channels, stages, whole, two);
-            };
-            while (stages > 0 && bytes() > static_cast<size_t>(limits.shared_per_block)) --stages;
-            if (stages == 0) continue;
+    for (size_t i = 0; i < shapes; ++i) {
+        for (int stages = kMaxStages; suits(i) && stages >= least; --stages) {
+            const size_t needed = bytes(i, stages);
+            if (needed > static_cast<size_t>(limits.shared_per_block)) continue;
             plan.shape = static_cast<int>(i);
             plan.stages = stages;
-            plan.whole = whole;
-            plan.shared_bytes = bytes();
-            ColumnWork& work = plan.work;
-            work.tiles = static_cast<int>(ceil_div(p.pixels, shape.pixels));
-            work.chunks = static_cast<int>(ceil_div(p.channels, shape.own));
-            work.groups = work.chunks;
-            if (with_gram) {
-                const int64_t wanted = ceil_div(padded, kGramRows);
-                work.groups = std::max(work.chunks, static_cast<int>(wanted));
-            }
-            const int64_t ranges = limits.multiprocessors / (p.batch * work.groups);
-            work.ranges = static_cast<int>(std::clamp<int64_t>(
-                ranges, 1, std::max<int64_t>(1, std::min<int64_t>(work.tiles, most_ranges))));
+            plan.shared_bytes = needed;
             return plan;
         }
     }
+    return plan;
+}
+
+// As many blocks as the GPU has room for at once. With `shares`, that every range leaves and that
+// are added up, only as long as fewer tiles for each save more than further shares cost.
+ColumnWork deal(const FactorProblem& p, const Limits& limits, const ColumnShape& shape,
+                int64_t groups, bool shares) {
+    ColumnWork work;
+    work.tiles = static_cast<int>(ceil_div(p.pixels, shape.pixels));
+    work.chunks = static_cast<int>(ceil_div(p.channels, shape.own));
+    work.groups = static_cast<int>(groups);
+    int64_t ranges = std::min<int64_t>(limits.multiprocessors / (p.batch * groups), work.tiles);
+    if (shares) {
+        ranges = std::min(ranges, static_cast<int64_t>(std::sqrt(kSharesPerTile * work.tiles)));
+    }
+    // No more than it takes for the longest to be that short.
+    const int64_t longest = ceil_div(work.tiles, std::max<int64_t>(ranges, 1));
+    work.ranges = static_cast<int>(ceil_div(work.tiles, longest));
+    return work;
+}
+
+[[noreturn]] void no_room(const FactorProblem& p, const Limits& limits) {
     throw std::runtime_error("mfops: rank " + std::to_string(p.rank) + " needs more than the " +
                              std::to_string(limits.shared_per_block) +
                              " bytes of shared memory that a block has on this GPU");
+}
+
+// How a round is computed: a load that is on its way while a tile is worked on counts for more than
+// one kernel that reads X once.
+void plan_rounds(const FactorProblem& p, const Limits& limits, const FamilyVariants& variants,
+                 bool with_gram, FactorPlan& plan) {
+    const auto round_of = [&](std::span<const RoundVariant> rounds, bool all_channels, int least) {
+        return choose(
+            rounds.size(), limits, least,
+            [&](size_t i) {
+                const ColumnShape& shape = rounds[i].shape;
+                return shape.rank >= p.rank && (!all_channels || shape.own >= p.channels);
+            },
+            [&](size_t i, int stages) {
+                return rounds[i].shared_bytes(p.rank, p.channels, stages);
+            });
+    };
+    for (const int least : {2, 1}) {
+        plan.round = round_of(variants.rounds, true, least);
+        if (plan.round.stages) {
+            const ColumnShape& shape = variants.rounds[plan.round.shape].shape;
+            plan.round.work = deal(p, limits, shape, 1, true);
+            return;
+        }
+        const auto& shares = variants.shares;
+        const auto set = [&](size_t i) { return set_of(plan.padded, shares[i].shape.rank); };
+        plan.round = round_of(variants.coefficients, false, least);
+        plan.shares = choose(
+            shares.size(), limits, least, [](size_t) { return true; },
+            [&](size_t i, int stages) { return shares[i].shared_bytes(set(i), stages); });
+        if (!plan.round.stages || !plan.shares.stages) continue;
+        plan.split = true;
+        plan.set = set(plan.shares.shape);
+        plan.round.work = deal(p, limits, variants.coefficients[plan.round.shape].shape, 1, false);
+        const ColumnShape& shape = shares[plan.shares.shape].shape;
+        const int sets = sets_of(plan.padded, plan.set);
+        plan.shares.work = deal(p, limits, shape, ceil_div(p.channels, shape.own) * sets, true);
+        if (with_gram) plan.shares.work.groups += sets;  // short ones, that start last
+        return;
+    }
+    no_room(p, limits);
 }
 
 template <Update kUpdate>
@@ -141,16 +185,17 @@ FactorPlan plan_factors(const FactorProblem& p, const Limits& limits, Method met
     plan.span = resident_span(p, limits, method);
     if (plan.span) {
         plan.shared_bytes = resident_bytes(p, plan.span);
+        plan.features = solve;
         if (solve) plan.workspace_bytes = p.batch * kCluster * sizeof(double);
         return plan;
     }
-    // All shares take at most X's memory.
-    const int64_t x_bytes = p.batch * p.channels * p.pixels * element_bytes(p);
     const int64_t share_bytes = sizeof(float) * p.batch * p.channels * padded;
-    plan.round = plan_columns(p, limits, nmf ? variants.nmf : variants.means, false, nmf,
-                              x_bytes / share_bytes);
-    if (nmf && solve) {
-        plan.last = plan_columns(p, limits, variants.nmf_last, false, false, plan.round.work.tiles);
+    const FamilyVariants& family = nmf ? variants.nmf : variants.means;
+    plan_rounds(p, limits, family, nmf, plan);
+    plan.features = nmf && solve && !plan.split;
+    if (plan.features) {  // takes as much room as a round
+        plan.last = plan.round;
+        plan.last.work = deal(p, limits, family.last[plan.last.shape].shape, 1, false);
     }
     plan.slice = slice_of(static_cast<int>(padded));
     plan.slices = static_cast<int>(ceil_div(p.channels, plan.slice));
@@ -160,15 +205,18 @@ FactorPlan plan_factors(const FactorProblem& p, const Limits& limits, Method met
         plan.workspace_bytes += ceil_div(bytes, 16) * 16;
         return at;
     };
-    const int64_t ranges = plan.round.work.ranges;
+    const int64_t ranges = (plan.split ? plan.shares : plan.round).work.ranges;
     plan.squares = take(p.batch * plan.slices * padded * sizeof(float));
     plan.factors = take(p.batch * padded * sizeof(float));
-    plan.shares = take(ranges * share_bytes);
+    plan.shares_at = take(ranges * share_bytes);
     plan.sums = take(p.batch * ranges * padded * (nmf ? padded : 1) * sizeof(float));
     if (nmf) {
         plan.gram = take(p.batch * padded * padded * element_bytes(p));
         plan.coefficients = take(2 * p.batch * p.pixels * padded * element_bytes(p));
-        if (solve) plan.errors = take(plan.last.work.blocks(p.batch) * sizeof(double));
+        if (plan.features) plan.errors = take(plan.last.work.blocks(p.batch) * sizeof(double));
+    } else if (plan.split) {
+        const int64_t bytes = p.type == Type::kF16 ? sizeof(float) : element_bytes(p);
+        plan.coefficients = take(p.batch * p.pixels * padded * bytes);
     }
     return plan;
 }
@@ -192,8 +240,9 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
     const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
     void* const bases = factors.bases;
     const int64_t z_bytes = p.batch * p.pixels * padded_16(p.rank) * element_bytes(p);
-    const auto z_of = [&](int step) {
-        return nmf ? memory + plan.coefficients + step % 2 * z_bytes : nullptr;
+    const auto z_of = [&](int step) -> void* {
+        if (!nmf && !plan.split) return nullptr;
+        return memory + plan.coefficients + (nmf ? step % 2 * z_bytes : 0);
     };
 
     UpdateParams next{p.channels,
@@ -201,9 +250,9 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
                       plan.slice,
                       plan.slices,
                       y0,
-                      floats(plan.shares),
+                      floats(plan.shares_at),
                       floats(plan.sums),
-                      plan.round.work.ranges,
+                      (plan.split ? plan.shares : plan.round).work.ranges,
                       division_of(plan.method, false),
                       factors.y,
                       bases,
@@ -211,6 +260,7 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
                       floats(plan.factors)};
     update<Update::kStart>(p, next, stream);
 
+    const FamilyVariants& family = nmf ? variants.nmf : variants.means;
     const auto run = [&](const RoundVariant& variant, const ColumnPlan& columns, int step) {
         const bool last = step == plan.steps;  // beyond the rounds
         const bool want_z = step == plan.steps - !(nmf && plan.solve);
@@ -219,7 +269,6 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
         params.problem = p;
         params.work = columns.work;
         params.stages = columns.stages;
-        params.whole = columns.whole;
         params.bases = bases;
         params.division = division_of(plan.method, step == 0);
         params.squares = floats(plan.squares);
@@ -229,8 +278,8 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
         params.first = nmf && step == 0;
         params.gram = memory + plan.gram;
         params.z_before = z_of(step + 1);
-        params.z_after = z_of(step);
-        params.shares = floats(plan.shares);
+        params.z_after = last ? nullptr : z_of(step);
+        params.shares = floats(plan.shares_at);
         params.sums = floats(plan.sums);
         params.z = want_z ? factors.z : nullptr;
         if (last) {
@@ -241,8 +290,18 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
         variant.launch(checked_blocks(columns.work.blocks(p.batch)), columns.shared_bytes, stream,
                        params);
     };
+    const RoundVariant& round =
+        (plan.split ? family.coefficients : family.rounds)[plan.round.shape];
     for (int step = 0; step < plan.steps; ++step) {
-        run((nmf ? variants.nmf : variants.means)[plan.round.shape], plan.round, step);
+        run(round, plan.round, step);
+        if (plan.split) {
+            const ColumnPlan& shares = plan.shares;
+            family.shares[shares.shape].launch(
+                checked_blocks(shares.work.blocks(p.batch)), shares.shared_bytes, stream,
+                ShareParams{p, shares.work, shares.stages, plan.set, z_of(step),
+                            floats(plan.shares_at), nmf ? nullptr : floats(plan.sums),
+                            nmf ? floats(plan.sums) : nullptr});
+        }
         if (nmf) {
             update<Update::kNmf>(p, next, stream);
         } else {
@@ -253,17 +312,39 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
         update<Update::kDivide>(p, next, stream);
     }
     if (!nmf || !plan.solve) return;
-    run(variants.nmf_last[plan.last.shape], plan.last, plan.steps);
+    if (!plan.features) return run(round, plan.round, plan.steps);
+    run(family.last[plan.last.shape], plan.last, plan.steps);
     mean_of(reinterpret_cast<const double*>(memory + plan.errors), plan.last.work.blocks(p.batch),
             elements, factors.mse, stream);
 }
 
 NmfGradientPlan plan_nmf_gradient(const FactorProblem& p, const Limits& limits,
                                   const NmfGradients& grad) {
-    const FactorVariants variants = factor_variants(p);
+    const auto variants = factor_variants(p).nmf_backward;
     const bool two = grad.grad_x_hat.data && grad.grad_mse;
     NmfGradientPlan plan;
-    plan.columns = plan_columns(p, limits, variants.nmf_backward, two, false, p.pixels);
+    // Each shape first with all of Y in shared memory.
+    const auto whole = [](size_t i) { return i % 2 == 0; };
+    for (const int least : {2, 1}) {
+        plan.columns = choose(
+            2 * variants.size(), limits, least,
+            [&](size_t i) {
+                const ColumnShape& shape = variants[i / 2].shape;
+                const bool smaller =
+                    i / 2 + 1 < variants.size() && variants[i / 2 + 1].shape.rank == shape.rank;
+                return shape.rank >= p.rank && !(smaller && shape.own > 2 * p.channels) &&
+                       !(whole(i) && p.channels * padded_16(p.rank) > kMostShared);
+            },
+            [&](size_t i, int stages) {
+                return variants[i / 2].shared_bytes(p.rank, p.channels, stages, whole(i), two);
+            });
+        plan.columns.whole = whole(plan.columns.shape);
+        plan.columns.shape /= 2;
+        if (plan.columns.stages) break;
+    }
+    if (!plan.columns.stages) no_room(p, limits);
+    const ColumnShape& shape = variants[plan.columns.shape].shape;
+    plan.columns.work = deal(p, limits, shape, ceil_div(p.channels, shape.own), false);
     plan.workspace_bytes = p.batch * p.channels * padded_16(p.rank) * element_bytes(p);
     return plan;
 }

@@ -1,7 +1,7 @@
 // Compiles every kernel of one type that finds factors.
 #pragma once
 
-#include <algorithm>
+#include <array>
 #include <iterator>
 #include <utility>
 
@@ -11,7 +11,8 @@ namespace mfops::cuda {
 
 template <Type kType, bool kTransposed>
 struct CompiledFactors {
-    static constexpr auto& kShapes = ColumnShapes<sizeof(Element<kType>)>::kAll;
+    using T = Element<kType>;
+    using Shapes = ColumnShapes<sizeof(T)>;
 
     template <auto Kernel, class Params>
     static void launch_blocks(unsigned blocks, size_t shared_bytes, void* stream,
@@ -25,51 +26,85 @@ struct CompiledFactors {
         launch_clusters<Kernel>(blocks, kCluster, kResidentThreads, shared_bytes, stream, params);
     }
 
-    // Where 64 rows of Z Z^T take many registers those of X Z^T take fewer.
-    static constexpr ColumnShape with_gram(Family family, Ending ending, ColumnShape shape) {
-        const bool gram = family == Family::kNmf && ending == Ending::kRound;
-        if (gram && shape.rank > 64) shape.own = std::min(shape.own, 64);
-        return shape;
+    template <Family kFamily, Ending kEnding>
+    struct Round {
+        template <ColumnShape s>
+        static constexpr RoundVariant of() {
+            using Places =
+                RoundPlaces<kType, kTransposed, kFamily, kEnding, s.own, s.rank, s.pixels>;
+            return {s,
+                    [](int rank, int64_t channels, int stages) {
+                        const Places at{padded_16(rank), stages, static_cast<int>(channels)};
+                        return at.elements() * sizeof(T);
+                    },
+                    launch_blocks<
+                        round_kernel<kType, kTransposed, kFamily, kEnding, s.own, s.rank, s.pixels>,
+                        RoundParams>};
+        }
+    };
+
+    template <bool kWideZ>
+    struct Share {
+        template <ColumnShape s>
+        static constexpr ShareVariant of() {
+            using Places = SharePlaces<kType, kTransposed, kWideZ, s.own, s.pixels>;
+            return {s,
+                    [](int set, int stages) { return Places{set, stages}.elements() * sizeof(T); },
+                    launch_blocks<share_kernel<kType, kTransposed, kWideZ, s.own, s.rank, s.pixels>,
+                                  ShareParams>};
+        }
+    };
+
+    struct Backward {
+        template <ColumnShape s>
+        static constexpr NmfBackwardVariant of() {
+            using Places = NmfBackwardPlaces<kType, kTransposed, s.own, s.pixels>;
+            return {s,
+                    [](int rank, int64_t channels, int stages, bool whole, bool two) {
+                        const Places at{padded_16(rank), stages, static_cast<int>(channels), whole,
+                                        two};
+                        return at.elements() * sizeof(T);
+                    },
+                    launch_blocks<nmf_backward_kernel<kType, kTransposed, s.own, s.rank, s.pixels>,
+                                  NmfBackwardParams>};
+        }
+    };
+
+    // Kernel::of<shape>() for each shape of a table.
+    template <class Kernel, const auto& kShapes>
+    static auto each() {
+        static constexpr auto kVariants = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
+            return std::array{Kernel::template of<kShapes[kIndex]>()...};
+        }(std::make_index_sequence<std::size(kShapes)>());
+        return std::span(kVariants);
     }
 
-    template <class Places>
-    static size_t shared_bytes_of(int rank, int64_t channels, int stages, bool whole, bool two) {
-        const Places at{padded_16(rank), stages, static_cast<int>(channels), whole, two};
-        return at.elements() * sizeof(Element<kType>);
+    template <Family kFamily>
+    static FamilyVariants family() {
+        FamilyVariants variants;
+        variants.rounds = each<Round<kFamily, Ending::kRound>, Shapes::kRound>();
+        variants.coefficients =
+            each<Round<kFamily, Ending::kCoefficients>, Shapes::kCoefficients>();
+        if constexpr (kWide<kType, kFamily>) {
+            variants.shares = each<Share<true>, Shapes::kWideShares>();
+        } else {
+            variants.shares = each<Share<false>, Shapes::kShares>();
+        }
+        if constexpr (kFamily == Family::kNmf) {
+            variants.last = each<Round<kFamily, Ending::kFeatures>, Shapes::kRound>();
+        }
+        return variants;
     }
 
-    template <Family kFamily, Ending kEnding, size_t kIndex>
-    static constexpr RoundVariant round() {
-        constexpr ColumnShape s = with_gram(kFamily, kEnding, kShapes[kIndex]);
-        return {s, shared_bytes_of<RoundPlaces<kType, kTransposed, kFamily, s.own, s.pixels>>,
-                launch_blocks<
-                    round_kernel<kType, kTransposed, kFamily, kEnding, s.own, s.rank, s.pixels>,
-                    RoundParams>};
-    }
-
-    template <size_t kIndex>
-    static constexpr NmfBackwardVariant backward() {
-        constexpr ColumnShape s = kShapes[kIndex];
-        return {s, shared_bytes_of<NmfBackwardPlaces<kType, kTransposed, s.own, s.pixels>>,
-                launch_blocks<nmf_backward_kernel<kType, kTransposed, s.own, s.rank, s.pixels>,
-                              NmfBackwardParams>};
-    }
-
-    template <size_t... kIndex>
-    static FactorVariants all(std::index_sequence<kIndex...>) {
-        static constexpr RoundVariant means[] = {
-            round<Family::kMeans, Ending::kRound, kIndex>()...};
-        static constexpr RoundVariant nmf[] = {round<Family::kNmf, Ending::kRound, kIndex>()...};
-        static constexpr RoundVariant nmf_last[] = {
-            round<Family::kNmf, Ending::kFeatures, kIndex>()...};
-        static constexpr NmfBackwardVariant nmf_backward[] = {backward<kIndex>()...};
-        FactorVariants variants{means, nmf, nmf_last, nmf_backward,
+    static FactorVariants all() {
+        FactorVariants variants{family<Family::kMeans>(), family<Family::kNmf>(),
+                                each<Backward, Shapes::kBackward>(),
                                 launch_blocks<gram_kernel<kType>, GramParams>};
         if constexpr (kType == Type::kBf16) {
             variants.resident_em =
                 launch_cluster<resident_kernel<kType, kTransposed, Family::kMeans>>;
         }
-        if constexpr (sizeof(Element<kType>) == 2) {
+        if constexpr (sizeof(T) == 2) {
             variants.resident_nmf =
                 launch_cluster<resident_kernel<kType, kTransposed, Family::kNmf>>;
         }
@@ -79,10 +114,7 @@ struct CompiledFactors {
 
 template <Type kType>
 FactorVariants compiled_factor_variants(bool transposed) {
-    constexpr auto indices =
-        std::make_index_sequence<std::size(ColumnShapes<sizeof(Element<kType>)>::kAll)>();
-    return transposed ? CompiledFactors<kType, true>::all(indices)
-                      : CompiledFactors<kType, false>::all(indices);
+    return transposed ? CompiledFactors<kType, true>::all() : CompiledFactors<kType, false>::all();
 }
 
 }  // namespace mfops::cuda

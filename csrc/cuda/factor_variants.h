@@ -6,30 +6,42 @@
 
 #include "cuda/nmf_backward.cuh"
 #include "cuda/resident.cuh"
+#include "cuda/shares.cuh"
 #include "cuda/update.cuh"
 
 namespace mfops::cuda {
-
-// whole: all of Y stays in shared memory; two (backward alone): X and G' come, not one of them.
-using ColumnBytes = size_t (*)(int rank, int64_t channels, int stages, bool whole, bool two);
 
 template <class Params>
 using Launch = void (*)(unsigned blocks, size_t shared_bytes, void* stream, const Params&);
 
 struct RoundVariant {
     ColumnShape shape;
-    ColumnBytes shared_bytes;
+    size_t (*shared_bytes)(int rank, int64_t channels, int stages);
     Launch<RoundParams> launch;
+};
+
+struct ShareVariant {
+    ColumnShape shape;
+    size_t (*shared_bytes)(int set, int stages);
+    Launch<ShareParams> launch;
 };
 
 struct NmfBackwardVariant {
     ColumnShape shape;
-    ColumnBytes shared_bytes;
+    // whole: all of Y stays in shared memory; two: X and G' come, not one of them.
+    size_t (*shared_bytes)(int rank, int64_t channels, int stages, bool whole, bool two);
     Launch<NmfBackwardParams> launch;
 };
 
+// What a family of methods has, each for several shapes of tiles.
+struct FamilyVariants {
+    std::span<const RoundVariant> rounds, coefficients;
+    std::span<const ShareVariant> shares;
+    std::span<const RoundVariant> last;  // nmf
+};
+
 struct FactorVariants {
-    std::span<const RoundVariant> means, nmf, nmf_last;
+    FamilyVariants means, nmf;
     std::span<const NmfBackwardVariant> nmf_backward;
     Launch<GramParams> gram;
     Launch<ResidentParams> resident_em = nullptr;   // bfloat16

@@ -20,20 +20,21 @@ struct FactorProblem {
     Lines x;  // lines are channels, or pixels where transposed
 };
 
-// How blocks share the tiles of pixels of all images. A group owns `own` channels.
+// How blocks share the tiles of pixels of all images. What is computed of a tile is shared by
+// `groups` blocks.
 struct ColumnWork {
     int tiles = 0;   // of an image
     int ranges = 1;  // of tiles
-    int groups = 1;  // of channels
-    int chunks = 1;  // the groups that there are channels for
+    int groups = 1;
+    int chunks = 1;  // of channels
 
     int64_t blocks(int64_t batch) const { return batch * ranges * groups; }
 };
 
 struct ColumnPlan {
-    int shape = 0;  // index into the table of tile shapes
-    int stages = 1;
-    bool whole = false;  // all of Y (and of Y^T Y) lies in shared memory, for all tiles
+    int shape = 0;       // index into the table of tile shapes
+    int stages = 0;      // 0: there is no such plan
+    bool whole = false;  // nmf's gradient: all of Y lies in shared memory, for all tiles
     ColumnWork work;
     size_t shared_bytes = 0;
 };
@@ -45,10 +46,15 @@ struct FactorPlan {
     int padded = 0;      // K in whole 16s
     int span = 0;        // > 0: one launch for all rounds, a block keeping so many columns of X
     size_t shared_bytes = 0;
-    ColumnPlan round, last;
+    bool split = false;         // a round is two kernels: Z, then its products
+    ColumnPlan round, last;     // split: those that find Z
+    ColumnPlan shares;          // split: those that multiply by it
+    int set = 0;                // of the bases, that a block of them takes
+    bool features = false;      // X' and its error are computed too
     int slice = 0, slices = 0;  // channels whose bases one block updates, and their number
     // Bytes from the beginning of the workspace.
-    size_t squares = 0, factors = 0, shares = 0, sums = 0, gram = 0, coefficients = 0, errors = 0;
+    size_t squares = 0, factors = 0, shares_at = 0, sums = 0, gram = 0, coefficients = 0,
+           errors = 0;
     size_t workspace_bytes = 0;
 };
 
@@ -63,8 +69,8 @@ struct Factors {
 
 FactorPlan plan_factors(const FactorProblem&, const Limits&, Method, int steps, bool solve);
 
-// `y0` in float32: lines are channels. The rounds, and with `solve` what follows them: for nmf all
-// of it; for em the caller computes X' from z and the rounded bases where plan.span is 0.
+// `y0` in float32: lines are channels. The rounds, and with `solve` what follows them; X' and its
+// error only where plan.features is set: else the caller computes them from z and `bases`.
 void find_factors(const FactorProblem&, const FactorPlan&, const Lines& y0, const Factors&,
                   void* workspace, void* stream);
 

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(const Tensor& x, const 
     factors.bases = bases.data_ptr();
     factors.z = z.data_ptr();
     factors.slope = slope.data_ptr();
-    if (!nmf && !plan.span) {
+    if (!plan.features) {
         find_factors(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
         const Tensor rounded = torch::stable::narrow(bases, 2, 0, p.rank);
         const auto [x_hat, mse] = reconstruct(x, rounded, z, tf32);

@@ -1,8 +1,10 @@
 // The gradient of X through nmf's last update, in one pass over X and G'. With E = s (X - Y Z),
 // s = 2 g / elements, and D = G' - E it is E + Y (W * (Y^T D)).
 //
-// Every chunk of a tile's channels gives D and its part of Y^T D; the own chunk, the last, keeps E
-// in registers until Y (W * ..) is added to it.
+// A block owns up to `own` channels of an image and goes through a range of its tiles. Every chunk
+// of a tile's channels gives D and its part of Y^T D; the own chunk, the last, keeps E in registers
+// until Y (W * ..) is added to it. With more channels than one block owns the groups' blocks run
+// side by side and find each other's chunks in the L2.
 #pragma once
 
 #include "cuda/rounds.cuh"
@@ -51,6 +53,14 @@ struct NmfBackwardPlaces {
     __host__ __device__ constexpr int elements() const { return z(stages); }
 };
 
+// One step of a block: a chunk of channels of a tile.
+struct NmfBackwardStep {
+    int tile;
+    int64_t pixel;
+    int channel, channels;
+    bool first, last;  // of the tile's chunks
+};
+
 template <Type kType, bool kTransposed, int kOwn, int kRank, int kPixels>
 __global__ void __launch_bounds__(kThreads, 1)
     nmf_backward_kernel(const __grid_constant__ NmfBackwardParams params) {
@@ -59,14 +69,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     using X = typename At::X;
     // Coefficients: lines are bases, as channels are of features that are not transposed.
     using Z = ChunkTile<T, false, kRank, kPixels>;
-    using C = Columns<kOwn, kPixels>;
     const FactorProblem& p = params.problem;
     const ColumnWork& work = params.work;
     const bool has_grad = params.grad_x_hat.data != nullptr, has_error = params.grad_mse != nullptr;
     const int padded = padded_16(p.rank);
     const At at{padded, params.stages, static_cast<int>(p.channels), params.whole,
                 has_grad && has_error};
-    const ColumnItem item = C::item(p, work, blockIdx.x);
+    const ColumnItem item = item_of(work, p.batch, work.groups, blockIdx.x);
     const T* const bases = static_cast<const T*>(params.bases) + item.image * p.channels * padded;
 
     const float s =
@@ -74,14 +83,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Without G' the factor s is applied at the end, so that D does not vanish in float16.
     const float inner = has_grad ? s : 1.0f, outer = has_grad ? 1.0f : s;
 
-    const auto bases_tile = [&](int step, const ColumnStep& c) {
+    const auto step_of = [&](int step) {
+        const int tile = step / work.chunks, i = step - tile * work.chunks;
+        const int channel = (item.group + 1 + i) % work.chunks * kOwn;
+        return NmfBackwardStep{tile,    static_cast<int64_t>(item.first_tile + tile) * kPixels,
+                               channel, within(p.channels - channel, kOwn),
+                               i == 0,  i == work.chunks - 1};
+    };
+    const auto bases_tile = [&](int step, const NmfBackwardStep& c) {
         return Tile<T, true>{
             params.whole ? at.bases() + c.channel * at.pitch() : at.streamed(step % params.stages),
             at.pitch()};
     };
 
     const auto load = [&](int step) {
-        const ColumnStep c = C::step(p, work, item, step);
+        const NmfBackwardStep c = step_of(step);
         const int slot = step % params.stages, z_slot = c.tile % params.stages;
         if (has_error) {
             X::load(at.stage(slot), p.x, item.image, c.channel, c.channels, c.pixel, p.pixels);
@@ -103,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Accumulators<kType, kPixels, kRank, kWarps> scores, slope;
 
     const auto compute = [&](int step) {
-        const ColumnStep c = C::step(p, work, item, step);
+        const NmfBackwardStep c = step_of(step);
         const int slot = step % params.stages, z_slot = c.tile % params.stages;
         const int pixels = within(p.pixels - c.pixel, kPixels), channels = padded_16(c.channels);
         const int lines = kTransposed ? kPixels : channels;

@@ -19,9 +19,17 @@ from test_cuda_emulated import KIB, TYPES
 
 from mfops.methods import METHODS
 
-# From more bases than a block has rows of Z Z^T to all that the kernels take; channels for one
-# group of blocks, for several, for fewer groups than Z Z^T wants.
-RANK_SHAPES = [(1, 40, 256, 35), (1, 140, 128, 40), (1, 300, 70, 20), (1, 1100, 64, 17)]
+# From more bases than a block takes of X Z^T to all that kernels take; all channels of a tile at
+# once, or chunk by chunk; on small GPUs chunk by chunk, but with several shares of each.
+RANK_SHAPES = [
+    (1, 40, 256, 35),
+    (1, 140, 128, 40),
+    (1, 300, 70, 20),
+    (2, 300, 33, 99),
+    (1, 250, 60, 201),
+    (1, 1100, 64, 17),
+    (1, 2048, 64, 5),
+]
 
 
 TYPES_IN_ORDER = [type_.values[1] for type_ in TYPES]
@@ -69,7 +77,7 @@ def test_every_rank_on_every_gpu(run, monkeypatch, shape, kib, dtype, operands):
     monkeypatch.setenv("MFOPS_EMULATOR_SHARED_BYTES", str(kib * KIB))
     i = RANK_SHAPES.index(shape) + kib // 60
     rounds = [("nmf", 2), ("em", 2), (("vq", "cd")[i % 2], 1)]
-    if shape[1] > 1000:  # half a minute for all three
+    if shape[1] > 1000:  # many seconds for all three
         j = (TYPES_IN_ORDER.index(operands) + i) % 3
         rounds = rounds[j : j + 1]
     for method, steps in rounds:
@@ -174,18 +182,23 @@ def test_base_far_from_every_pixel_lives_in_float16(run, clusters, layout):
     check(run, case, "em", torch.float16, steps=1)
 
 
+CHANNELS = [6, 300]  # all of a tile at once, chunk by chunk
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_constant_and_zero_features_give_finite_factors(run, method):
-    y0 = METHODS[method].noise(6, 3)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_constant_and_zero_features_give_finite_factors(run, channels, method):
+    y0 = METHODS[method].noise(channels, 3)
     for value in (0.0, 1.0, 3e4):
-        for result in run.iterate(torch.full((2, 6, 20), value), y0, method, 3, False):
+        for result in run.iterate(torch.full((2, channels, 20), value), y0, method, 3, False):
             assert result.isfinite().all(), value
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_image(run, method, value):
-    case = make((3, 6, 4, 20), "contiguous", torch.float32, method)
+def test_nan_and_inf_stay_in_their_image(run, channels, method, value):
+    case = make((3, channels, 4, 20), "contiguous", torch.float32, method)
     x = case.x.clone()
     x[1, 2, 3] = value
     clean, spoilt = (run.iterate(t, case.y0, method, 2, False) for t in (case.x, x))
