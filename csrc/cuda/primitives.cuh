@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -208,12 +209,28 @@ __device__ __forceinline__ void store_cluster(void* to, unsigned rank, uint2 bit
                  : "memory");
 }
 
+// Lets blocks of Kernel have all the dynamic shared memory that the current device offers. Never
+// less than all: other threads may be about to launch the same kernel with more than this one.
+template <auto Kernel>
+void allow_shared_memory() {
+    static std::atomic<uint64_t> allowed{0};  // a bit for each device; beyond 64 it is asked again
+    int device = 0;
+    MFOPS_CUDA_CHECK(cudaGetDevice(&device));
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (allowed.load(std::memory_order_acquire) & bit) return;
+    int bytes = 0;
+    MFOPS_CUDA_CHECK(
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    MFOPS_CUDA_CHECK(
+        cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allowed.fetch_or(bit, std::memory_order_release);
+}
+
 // Launches Kernel(params) in clusters of `cluster` blocks and checks the launch.
 template <auto Kernel, class Params>
 void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
                      void* stream, const Params& params) {
-    MFOPS_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+    allow_shared_memory<Kernel>();
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = cluster;
@@ -232,10 +249,7 @@ void launch_clusters(unsigned blocks, unsigned cluster, unsigned threads, size_t
 template <auto Kernel, class Params>
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, void* stream,
             const Params& params) {
-    if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking
-        MFOPS_CUDA_CHECK(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(shared_bytes)));
-    }
+    if (shared_bytes > 48 * 1024) allow_shared_memory<Kernel>();  // no need to ask for less
     Kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     MFOPS_CUDA_CHECK(cudaGetLastError());
 }

@@ -24,6 +24,12 @@ struct ElementOf<Type::kF16> {
 template <Type kType>
 using Element = typename ElementOf<kType>::T;
 
+// Whether lines start on 16 bytes, known when compiling.
+template <class>
+inline constexpr bool kAlwaysAligned = true;
+template <class T>
+inline constexpr bool kAlwaysAligned<Tile<T, false>> = false;
+
 // How warps share a rows x cols matrix: the split whose pieces have the shortest sides, which is
 // the one that reads least shared memory.
 struct WarpGrid {
@@ -44,49 +50,12 @@ constexpr WarpGrid warp_grid(int rows, int cols, int warps, int min_cols) {
     return best;
 }
 
-// A (16 x 16) and B (16 x 16, as two 16 x 8) fragments of 16-bit elements. `kByK`: the tile's lines
-// run along the contracted index k.
+// Two neighbours along the contracted index k. `kByK`: the tile's lines run along k.
 template <bool kByK, class Tile>
 __device__ __forceinline__ uint32_t pair_along_k(const Tile& tile, int other, int k) {
     const auto low = kByK ? *tile.at(other, k) : *tile.at(k, other);
     const auto high = kByK ? *tile.at(other, k + 1) : *tile.at(k + 1, other);
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
-}
-
-template <bool kByK, class Tile>
-__device__ __forceinline__ void load_a(uint32_t (&a)[4], const Tile& tile, int row, int k) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
-    if (tile.aligned()) {
-        if constexpr (kByK) {
-            ldmatrix(a, tile.at(row + matrix % 2 * 8 + within, k + matrix / 2 * 8));
-        } else {
-            ldmatrix_trans(a, tile.at(k + matrix / 2 * 8 + within, row + matrix % 2 * 8));
-        }
-        return;
-    }
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        a[i] = pair_along_k<kByK>(tile, row + g + i % 2 * 8, k + 2 * t + i / 2 * 8);
-    }
-}
-
-template <bool kByK, class Tile>
-__device__ __forceinline__ void load_b(uint32_t (&b)[4], const Tile& tile, int k, int col) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
-    if (tile.aligned()) {
-        if constexpr (kByK) {
-            ldmatrix(b, tile.at(col + matrix / 2 * 8 + within, k + matrix % 2 * 8));
-        } else {
-            ldmatrix_trans(b, tile.at(k + matrix % 2 * 8 + within, col + matrix / 2 * 8));
-        }
-        return;
-    }
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        b[i] = pair_along_k<kByK>(tile, col + g + i / 2 * 8, k + 2 * t + i % 2 * 8);
-    }
 }
 
 // Four values along k from k on, for plain FMAs.
@@ -109,6 +78,118 @@ __device__ __forceinline__ void load_four(float (&v)[4], const Tile& tile, int o
     }
 }
 
+// What one step along k multiplies: a piece of A (16 x kStep), a piece of B (kStep x 8 kPieces),
+// and their product, added to kPieces of the 16 x 8 pieces that accumulators are made of.
+template <Type kType>
+struct Fragments {  // 16 bits
+    static constexpr int kStep = 16, kPieces = 2;
+    using A = uint32_t[4];
+    using B = uint32_t[4];
+
+    template <bool kByK, class Tile>
+    static __device__ __forceinline__ void load_a(A& a, const Tile& tile, int row, int k) {
+        const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
+        if (tile.aligned()) {
+            if constexpr (kByK) {
+                ldmatrix(a, tile.at(row + matrix % 2 * 8 + within, k + matrix / 2 * 8));
+            } else {
+                ldmatrix_trans(a, tile.at(k + matrix / 2 * 8 + within, row + matrix % 2 * 8));
+            }
+            return;
+        }
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            a[i] = pair_along_k<kByK>(tile, row + g + i % 2 * 8, k + 2 * t + i / 2 * 8);
+        }
+    }
+
+    template <bool kByK, class Tile>
+    static __device__ __forceinline__ void load_b(B& b, const Tile& tile, int k, int col) {
+        const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
+        if (tile.aligned()) {
+            if constexpr (kByK) {
+                ldmatrix(b, tile.at(col + matrix / 2 * 8 + within, k + matrix % 2 * 8));
+            } else {
+                ldmatrix_trans(b, tile.at(k + matrix % 2 * 8 + within, col + matrix / 2 * 8));
+            }
+            return;
+        }
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            b[i] = pair_along_k<kByK>(tile, col + g + i / 2 * 8, k + 2 * t + i % 2 * 8);
+        }
+    }
+
+    static __device__ __forceinline__ void multiply(float (*acc)[4], const A& a, const B& b) {
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+        mma<Element<kType>>(acc[0], a, left);
+        mma<Element<kType>>(acc[1], a, right);
+    }
+};
+
+template <>
+struct Fragments<Type::kTf32> {
+    static constexpr int kStep = 8, kPieces = 1;
+    using A = uint32_t[4];
+    using B = uint32_t[2];
+
+    template <bool kByK, class Tile>
+    static __device__ __forceinline__ void load_a(A& a, const Tile& tile, int row, int k) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int r = row + g + i % 2 * 8, kk = k + t + i / 2 * 4;
+            a[i] = to_tf32(to_float(kByK ? *tile.at(r, kk) : *tile.at(kk, r)));
+        }
+    }
+
+    template <bool kByK, class Tile>
+    static __device__ __forceinline__ void load_b(B& b, const Tile& tile, int k, int col) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int kk = k + t + i * 4;
+            b[i] = to_tf32(kByK ? *tile.at(col + g, kk) : *tile.at(kk, col + g));
+        }
+    }
+
+    static __device__ __forceinline__ void multiply(float (*acc)[4], const A& a, const B& b) {
+        mma_tf32(acc[0], a, b);
+    }
+};
+
+template <>
+struct Fragments<Type::kFloat32> {  // on the plain FMA units
+    static constexpr int kStep = 4, kPieces = 1;
+    using A = float[2][4];  // rows g and g + 8
+    using B = float[2][4];  // columns 2t and 2t + 1
+
+    template <bool kByK, class Tile>
+    static __device__ __forceinline__ void load_a(A& a, const Tile& tile, int row, int k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            load_four<kByK>(a[half], tile, row + 8 * half + threadIdx.x % 32 / 4, k);
+        }
+    }
+
+    template <bool kByK, class Tile>
+    static __device__ __forceinline__ void load_b(B& b, const Tile& tile, int k, int col) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            load_four<kByK>(b[side], tile, col + threadIdx.x % 4 * 2 + side, k);
+        }
+    }
+
+    static __device__ __forceinline__ void multiply(float (*acc)[4], const A& a, const B& b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) acc[0][j] += a[j / 2][i] * b[j % 2][i];
+    }
+};
+
 // The accumulators of a kRows x kCols matrix.
 template <Type kType, int kRows, int kCols, int kWarps,
           WarpGrid kGrid = warp_grid(kRows, kCols, kWarps, sizeof(Element<kType>) == 2 ? 16 : 8)>
@@ -128,19 +209,29 @@ class Accumulators {
     }
 
     // Adds A B, A (kRows x contraction), B (contraction x kCols), contraction a multiple of 16.
-    // Pieces from row_limit, col_limit (multiples of 16) on are left alone.
+    template <bool kAByK, bool kBByK, class TileA, class TileB>
+    __device__ __forceinline__ void add(const TileA& a, const TileB& b, int contraction) {
+        if constexpr (kTwoSteps && kAlwaysAligned<TileA> && kAlwaysAligned<TileB>) {
+            add_ahead<kAByK, kBByK>(a, b, contraction);
+        } else {
+            add_in_turn<true, kAByK, kBByK>(a, b, contraction, kRows, kCols);
+        }
+    }
+
+    // The same, but pieces from row_limit, col_limit (multiples of 16) on are left alone.
     template <bool kAByK, bool kBByK, class TileA, class TileB>
     __device__ __forceinline__ void add(const TileA& a, const TileB& b, int contraction,
-                                        int row_limit = kRows, int col_limit = kCols) {
-#pragma unroll 1
-        for (int k = 0; k < contraction; k += kStep) {
-            if constexpr (kType == Type::kFloat32) {
-                add_fma<kAByK, kBByK>(a, b, k, row_limit, col_limit);
-            } else if constexpr (kType == Type::kTf32) {
-                add_tf32<kAByK, kBByK>(a, b, k, row_limit, col_limit);
-            } else {
-                add_16_bit<kAByK, kBByK>(a, b, k, row_limit, col_limit);
+                                        int row_limit, int col_limit) {
+        if constexpr (kRoomy) {
+            // Most warps have all of their pieces inside, or none.
+            const int rows = row_limit - first_row(), cols = col_limit - first_col();
+            if (rows >= 16 * kM && cols >= 8 * kN) {
+                add<kAByK, kBByK>(a, b, contraction);
+            } else if ((kM > 1 || kN > 2) && rows > 0 && cols > 0) {
+                add_in_turn<false, kAByK, kBByK>(a, b, contraction, row_limit, col_limit);
             }
+        } else {
+            add_in_turn<false, kAByK, kBByK>(a, b, contraction, row_limit, col_limit);
         }
     }
 
@@ -169,8 +260,8 @@ class Accumulators {
     }
 
    private:
-    static constexpr int kStep = kType == Type::kFloat32 ? 4 : kType == Type::kTf32 ? 8 : 16;
     static_assert(kGrid.rows > 0, "the warps cannot share a matrix of this shape");
+    using F = Fragments<kType>;
     static constexpr int kM = kRows / kGrid.rows / 16, kN = kCols / kGrid.cols / 8;
 
     static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
@@ -181,93 +272,75 @@ class Accumulators {
         return threadIdx.x / 32 % kGrid.cols * (8 * kN);
     }
 
+    // What a step multiplies.
+    struct Step {
+        typename F::A a[kM];
+        typename F::B b[kN / F::kPieces];
+    };
+    // A thread of 8 warps has 255 registers, one of 16 has 128: none to spare.
+    static constexpr bool kRoomy = kWarps <= 8, kTwoSteps = kRoomy && sizeof(Step) <= 64;
+
     template <bool kAByK, bool kBByK, class TileA, class TileB>
-    __device__ __forceinline__ void add_16_bit(const TileA& a, const TileB& b, int k, int row_limit,
-                                               int col_limit) {
-        uint32_t fa[kM][4];
+    static __device__ __forceinline__ void load(Step& step, const TileA& a, const TileB& b, int k) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-            const int row = first_row() + 16 * m;
-            if (row < row_limit) load_a<kAByK>(fa[m], a, row, k);
+            F::template load_a<kAByK>(step.a[m], a, first_row() + 16 * m, k);
         }
 #pragma unroll
-        for (int n = 0; n < kN; n += 2) {
-            const int col = first_col() + 8 * n;
-            if (col >= col_limit) continue;
-            uint32_t fb[4];
-            load_b<kBByK>(fb, b, k, col);
-            const uint32_t left[2] = {fb[0], fb[1]}, right[2] = {fb[2], fb[3]};
-#pragma unroll
-            for (int m = 0; m < kM; ++m) {
-                if (first_row() + 16 * m >= row_limit) continue;
-                mma<T>(acc_[m][n], fa[m], left);
-                mma<T>(acc_[m][n + 1], fa[m], right);
-            }
+        for (int n = 0; n < kN; n += F::kPieces) {
+            F::template load_b<kBByK>(step.b[n / F::kPieces], b, k, first_col() + 8 * n);
         }
     }
 
-    template <bool kAByK, bool kBByK, class TileA, class TileB>
-    __device__ __forceinline__ void add_tf32(const TileA& a, const TileB& b, int k, int row_limit,
-                                             int col_limit) {
-        const int g = lane() / 4, t = lane() % 4;
-        uint32_t fa[kM][4];
+    __device__ __forceinline__ void multiply(const Step& step) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            const int row = first_row() + 16 * m;
-            if (row >= row_limit) continue;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int r = row + g + i % 2 * 8, kk = k + t + i / 2 * 4;
-                fa[m][i] = to_tf32(to_float(kAByK ? *a.at(r, kk) : *a.at(kk, r)));
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-            const int col = first_col() + 8 * n;
-            if (col >= col_limit) continue;
-            uint32_t fb[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int kk = k + t + i * 4;
-                fb[i] = to_tf32(kBByK ? *b.at(col + g, kk) : *b.at(kk, col + g));
-            }
+        for (int n = 0; n < kN; n += F::kPieces)
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-                if (first_row() + 16 * m < row_limit) mma_tf32(acc_[m][n], fa[m], fb);
+                F::multiply(&acc_[m][n], step.a[m], step.b[n / F::kPieces]);
             }
-        }
     }
 
+    // What the next step multiplies is on its way from shared memory meanwhile.
     template <bool kAByK, bool kBByK, class TileA, class TileB>
-    __device__ __forceinline__ void add_fma(const TileA& a, const TileB& b, int k, int row_limit,
-                                            int col_limit) {
-        const int g = lane() / 4, t = lane() % 4;
-        float fa[kM][2][4];
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-            const int row = first_row() + 16 * m;
-            if (row >= row_limit) continue;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                load_four<kAByK>(fa[m][half], a, row + 8 * half + g, k);
-            }
+    __device__ __forceinline__ void add_ahead(const TileA& a, const TileB& b, int contraction) {
+        Step step, next;
+        load<kAByK, kBByK>(step, a, b, 0);
+#pragma unroll 2
+        for (int k = F::kStep; k < contraction; k += F::kStep) {
+            load<kAByK, kBByK>(next, a, b, k);
+            multiply(step);
+            step = next;
         }
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-            const int col = first_col() + 8 * n;
-            if (col >= col_limit) continue;
-            float fb[2][4];
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                load_four<kBByK>(fb[side], b, col + 2 * t + side, k);
-            }
+        multiply(step);
+    }
+
+    // Step by step, where one alone takes many registers; in what order a step's loads and products
+    // are issued the compiler decides. kAll: no limits, and so no branches.
+    template <bool kAll, bool kAByK, bool kBByK, class TileA, class TileB>
+    __device__ __forceinline__ void add_in_turn(const TileA& a, const TileB& b, int contraction,
+                                                int row_limit, int col_limit) {
+        constexpr int kUnrolled = kAll && kRoomy && kType != Type::kFloat32 ? 2 : 1;
+#pragma unroll kUnrolled
+        for (int k = 0; k < contraction; k += F::kStep) {
+            typename F::A fa[kM];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-                if (first_row() + 16 * m >= row_limit) continue;
+                const int row = first_row() + 16 * m;
+                if (kAll || row < row_limit) F::template load_a<kAByK>(fa[m], a, row, k);
+            }
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
+            for (int n = 0; n < kN; n += F::kPieces) {
+                const int col = first_col() + 8 * n;
+                if (!kAll && col >= col_limit) continue;
+                typename F::B fb;
+                F::template load_b<kBByK>(fb, b, k, col);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) acc_[m][n][j] += fa[m][j / 2][i] * fb[j % 2][i];
+                for (int m = 0; m < kM; ++m) {
+                    if (kAll || first_row() + 16 * m < row_limit) {
+                        F::multiply(&acc_[m][n], fa[m], fb);
+                    }
+                }
             }
         }
     }

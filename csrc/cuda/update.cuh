@@ -141,11 +141,20 @@ struct GramParams {
     void* gram;         // (B, padded, padded)
 };
 
-inline constexpr int kGramChunk = 32, kGramStages = 2;
+inline constexpr int kGramStages = 4;
+
+// Channels on their way at a time: there is little to multiply, so what counts is how seldom memory
+// is waited for. All stages fit the 99 KiB that a block has at least.
+template <class T>
+__host__ __device__ constexpr int gram_chunk(int padded) {
+    const int line = base_pitch<T>(padded) * static_cast<int>(sizeof(T));
+    const int fits = 96 * 1024 / (kGramStages * line) / 16 * 16;
+    return fits < 128 ? fits : 128;
+}
 
 template <class T>
 constexpr size_t gram_shared_bytes(int padded) {
-    return sizeof(T) * kGramStages * kGramChunk * base_pitch<T>(padded);
+    return sizeof(T) * kGramStages * gram_chunk<T>(padded) * base_pitch<T>(padded);
 }
 
 // Y^T Y in Y's rounded type, a block for 16 of its rows.
@@ -153,25 +162,27 @@ template <Type kType>
 __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ GramParams params) {
     using T = Element<kType>;
     const int padded = params.padded, pitch = base_pitch<T>(padded), blocks = padded / 16;
+    const int chunk = gram_chunk<T>(padded);
     const int64_t image = blockIdx.x / blocks;
     const int row = blockIdx.x % blocks * 16;
     const T* const bases = static_cast<const T*>(params.bases) + image * params.channels * padded;
     const auto tile = [&](int step) {
-        return Tile<T, true>{step % kGramStages * kGramChunk * pitch, pitch};
+        return Tile<T, true>{step % kGramStages * chunk * pitch, pitch};
+    };
+    const auto channels = [&](int step) {
+        return within(params.channels - static_cast<int64_t>(step) * chunk, chunk);
     };
     Accumulators<kType, 16, kMaxRank, kWarps> sum;
     const auto load = [&](int step) {
-        const int64_t first = static_cast<int64_t>(step) * kGramChunk;
-        load_dense(tile(step), bases + first * padded, kGramChunk, padded,
-                   within(params.channels - first, kGramChunk));
+        load_dense(tile(step), bases + static_cast<int64_t>(step) * chunk * padded,
+                   padded_16(channels(step)), padded, channels(step));
     };
     const auto compute = [&](int step) {
-        const auto chunk = tile(step);
-        sum.template add<false, false>(Tile<T, true>{chunk.start + row, pitch}, chunk, kGramChunk,
-                                       16, padded);
+        const auto all = tile(step);
+        sum.template add<false, false>(Tile<T, true>{all.start + row, pitch}, all,
+                                       padded_16(channels(step)), 16, padded);
     };
-    pipeline(static_cast<int>((params.channels + kGramChunk - 1) / kGramChunk), kGramStages, load,
-             compute);
+    pipeline(static_cast<int>((params.channels + chunk - 1) / chunk), kGramStages, load, compute);
     T* const gram = static_cast<T*>(params.gram) + (image * padded + row) * padded;
     sum.for_each_pair([&](int r, int c, float& v, float& w) {
         if (c >= padded) return;
