@@ -273,10 +273,11 @@ class Accumulators {
         typename F::A a[kM];
         typename F::B b[kN / F::kPieces];
     };
-    // A thread of 8 warps has 255 registers, one of 16 has 128: none to spare. Two steps are kept
-    // where they are small and A's part is no smaller than B's: with pieces that are wide, as for
-    // 256 bases, registers are short.
-    static constexpr bool kRoomy = kWarps <= 8;
+    // Whether registers have room for a second path: a thread of 16 warps has 128, one of 8 has
+    // 255, but float32's fragments are large.
+    static constexpr bool kRoomy = kWarps <= 8 && kType != Type::kFloat32;
+    // And for two steps: small ones with no more of B than of A, since with pieces that are wide,
+    // as for 256 bases, registers are short.
     static constexpr bool kTwoSteps =
         kRoomy && sizeof(Step) <= 64 && sizeof(Step::a) >= sizeof(Step::b);
 
