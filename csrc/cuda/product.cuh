@@ -214,7 +214,7 @@ class Accumulators {
         if constexpr (kTwoSteps && kAlwaysAligned<TileA> && kAlwaysAligned<TileB>) {
             add_ahead<kAByK, kBByK>(a, b, contraction);
         } else {
-            add_in_turn<true, kAByK, kBByK>(a, b, contraction, kRows, kCols);
+            add_in_turn<true, kAByK, kBByK>(a, b, contraction, 16 * kM, 8 * kN);
         }
     }
 
@@ -222,16 +222,12 @@ class Accumulators {
     template <bool kAByK, bool kBByK, class TileA, class TileB>
     __device__ __forceinline__ void add(const TileA& a, const TileB& b, int contraction,
                                         int row_limit, int col_limit) {
-        if constexpr (kRoomy) {
-            // Most warps have all of their pieces inside, or none.
-            const int rows = row_limit - first_row(), cols = col_limit - first_col();
-            if (rows >= 16 * kM && cols >= 8 * kN) {
-                add<kAByK, kBByK>(a, b, contraction);
-            } else if ((kM > 1 || kN > 2) && rows > 0 && cols > 0) {
-                add_in_turn<false, kAByK, kBByK>(a, b, contraction, row_limit, col_limit);
-            }
-        } else {
-            add_in_turn<false, kAByK, kBByK>(a, b, contraction, row_limit, col_limit);
+        // Of this warp's pieces; mostly all are inside, or none.
+        const int rows = row_limit - first_row(), cols = col_limit - first_col();
+        if (kRoomy && rows >= 16 * kM && cols >= 8 * kN) {
+            add<kAByK, kBByK>(a, b, contraction);
+        } else if (!kRoomy || ((kM > 1 || kN > 2) && rows > 0 && cols > 0)) {
+            add_in_turn<false, kAByK, kBByK>(a, b, contraction, rows, cols);
         }
     }
 
@@ -277,8 +273,13 @@ class Accumulators {
         typename F::A a[kM];
         typename F::B b[kN / F::kPieces];
     };
-    // A thread of 8 warps has 255 registers, one of 16 has 128: none to spare.
-    static constexpr bool kRoomy = kWarps <= 8, kTwoSteps = kRoomy && sizeof(Step) <= 64;
+    // Whether registers have room for a second path: a thread of 16 warps has 128, one of 8 has
+    // 255, but float32's fragments are large.
+    static constexpr bool kRoomy = kWarps <= 8 && kType != Type::kFloat32;
+    // And for two steps: small ones with no more of B than of A, since with pieces that are wide,
+    // as for 256 bases, registers are short.
+    static constexpr bool kTwoSteps =
+        kRoomy && sizeof(Step) <= 64 && sizeof(Step::a) >= sizeof(Step::b);
 
     template <bool kAByK, bool kBByK, class TileA, class TileB>
     static __device__ __forceinline__ void load(Step& step, const TileA& a, const TileB& b, int k) {
@@ -319,27 +320,23 @@ class Accumulators {
     // are issued the compiler decides. kAll: no limits, and so no branches.
     template <bool kAll, bool kAByK, bool kBByK, class TileA, class TileB>
     __device__ __forceinline__ void add_in_turn(const TileA& a, const TileB& b, int contraction,
-                                                int row_limit, int col_limit) {
-        constexpr int kUnrolled = kAll && kRoomy && kType != Type::kFloat32 ? 2 : 1;
-#pragma unroll kUnrolled
+                                                int rows, int cols) {
+#pragma unroll 1
         for (int k = 0; k < contraction; k += F::kStep) {
             typename F::A fa[kM];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-                const int row = first_row() + 16 * m;
-                if (kAll || row < row_limit) F::template load_a<kAByK>(fa[m], a, row, k);
+                if (!kAll && 16 * m >= rows) continue;
+                F::template load_a<kAByK>(fa[m], a, first_row() + 16 * m, k);
             }
 #pragma unroll
             for (int n = 0; n < kN; n += F::kPieces) {
-                const int col = first_col() + 8 * n;
-                if (!kAll && col >= col_limit) continue;
+                if (!kAll && 8 * n >= cols) continue;
                 typename F::B fb;
-                F::template load_b<kBByK>(fb, b, k, col);
+                F::template load_b<kBByK>(fb, b, k, first_col() + 8 * n);
 #pragma unroll
                 for (int m = 0; m < kM; ++m) {
-                    if (kAll || first_row() + 16 * m < row_limit) {
-                        F::multiply(&acc_[m][n], fa[m], fb);
-                    }
+                    if (kAll || 16 * m < rows) F::multiply(&acc_[m][n], fa[m], fb);
                 }
             }
         }
