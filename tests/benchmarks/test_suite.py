@@ -81,7 +81,7 @@ def test_the_whole_suite(tmp_path, images):
         assert all(float(row[f"{part}_s"]) > 0 for part in ("loader", "forward", "backward"))
     accuracy = {row["rival"]: row for row in found["accuracy"]}
     assert {name: row["network"] for name, row in accuracy.items()} == {
-        "none": "deeplabv3plus (none)",
+        "none": "deeplabv3plus (context none)",
         "emanet": "emanet",
     }
     assert all(0 <= float(row["mIoU"]) <= 1 and row["seed"] == "3" for row in accuracy.values())
