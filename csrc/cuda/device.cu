@@ -2,8 +2,8 @@
 #include <mutex>
 
 #include "cuda/check.cuh"
+#include "cuda/cluster.cuh"
 #include "cuda/device.h"
-#include "cuda/resident.cuh"
 
 namespace mfops::cuda {
 namespace {
