@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfnet.data import denormalise
 from mfnet.files import written_whole
+from mfnet.normalisation import IMAGENET
 from mfnet.visualize import overlay, save_image
 
 SUMMARY = "summary.json"
@@ -110,11 +111,12 @@ class RunRecord(Callback):
 
     def _write_samples(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         arrays: dict[str, Any] = {"epoch": trainer.current_epoch}
+        normalisation = getattr(pl_module, "normalisation", IMAGENET)
         for index, (image, mask) in enumerate(self._chosen):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 images = trainer.precision_plugin.convert_input(image[None].to(pl_module.device))
                 logits = pl_module(images)
-            arrays[f"image_{index}"] = denormalise(image).permute(1, 2, 0).numpy()
+            arrays[f"image_{index}"] = denormalise(image, normalisation).permute(1, 2, 0).numpy()
             arrays[f"truth_{index}"] = mask.numpy().astype(np.uint8)
             arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
         with written_whole(path) as partial:

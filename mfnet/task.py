@@ -16,8 +16,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfnet.models import SegmentationNetwork
+from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
 
 IGNORE_INDEX = 255
+RECORD = "mfnet"  # a checkpoint's entry
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -66,6 +68,17 @@ class SegmentationTask(L.LightningModule):
         reconstruction_weight: weight of the auxiliary loss (the paper's lambda; EncNet's SE-loss
             has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
+        image_mean: mean of R, G, B that images are normalised with, in 0 to 1. ``None``: what
+            timm's configuration says of the weights of the timm model inside the network,
+            ImageNet's where there is none; after a checkpoint was loaded, the checkpoint's.
+        image_std: standard deviation, likewise.
+
+    Attributes:
+        normalisation: the mean and standard deviation in effect. The data modules look here.
+        network_config: ``class_path`` and ``init_args`` that built the network, if known.
+
+    A checkpoint's entry ``"mfnet"`` holds what a prediction needs beside the weights:
+    ``class_names``, ``palette`` (of the trainer's data module), ``normalisation``, ``network``.
     """
 
     def __init__(
@@ -79,6 +92,8 @@ class SegmentationTask(L.LightningModule):
         power: float = 0.9,
         reconstruction_weight: float = 0.1,
         reconstruction_warmup: int = 10,
+        image_mean: Triple | None = None,
+        image_std: Triple | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -90,6 +105,9 @@ class SegmentationTask(L.LightningModule):
         self.power = power
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction_warmup = reconstruction_warmup
+        self._given = image_mean, image_std
+        self.normalisation = self._unless_given(normalisation_of(network))
+        self.network_config: dict[str, Any] | None = None
         # Labels were checked where they were read; validate_args would wait for the GPU.
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
@@ -195,6 +213,31 @@ class SegmentationTask(L.LightningModule):
         fault = _misfit(checkpoint.get("state_dict"), self.state_dict())
         if fault:
             raise ValueError(f"checkpoint '{self.trainer.ckpt_path}' does not fit: {fault}")
+        record = checkpoint.get(RECORD, {})
+        classes = record.get("class_names", self.class_names)
+        if classes != self.class_names:
+            raise ValueError(
+                f"checkpoint '{self.trainer.ckpt_path}' does not fit: its classes are "
+                f"{', '.join(classes)}; those of the data are {', '.join(self.class_names)}"
+            )
+        # Before checkpoints told, ImageNet's was used for every network.
+        stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
+        self.normalisation = self._unless_given(stored)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        palette = getattr(self.trainer.datamodule, "palette", None)
+        checkpoint[RECORD] = {
+            "class_names": self.class_names,
+            "palette": palette and [list(map(int, colour)) for colour in palette],
+            "normalisation": {
+                name: list(value) for name, value in self.normalisation._asdict().items()
+            },
+            "network": self.network_config,
+        }
+
+    def _unless_given(self, normalisation: Normalisation) -> Normalisation:
+        pairs = zip(self._given, normalisation, strict=True)
+        return Normalisation(*(tuple(own if given is None else given) for given, own in pairs))
 
     @torch.inference_mode(False)  # else a later fit could not update what a validation created
     def _reset_metrics(self) -> None:

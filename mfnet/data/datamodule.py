@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
 
 from mfnet.data import synthetic, transforms, voc
 from mfnet.data.dataset import (
@@ -23,15 +25,17 @@ from mfnet.data.files import find_images
 from mfnet.data.loader import ResumableLoader
 from mfnet.data.transforms import Recipe
 from mfnet.data.voc import Palette, Sample, Split
+from mfnet.normalisation import IMAGENET, Normalisation
 
 
 class SegmentationDataModule(L.LightningDataModule):
     """What all data sets share; a subclass says which classes and files there are.
 
-    Batches are ``(image, mask)``: normalised float32 (B, 3, H, W) and int64 (B, H, W) with 255
-    where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one image:
-    normalised float32 (1, 3, h, w) and uint8 (1, 3, H, W). ``test`` runs on the ``val`` split:
-    PASCAL keeps the masks of its test set to itself.
+    Batches are ``(image, mask)``: float32 (B, 3, H, W), normalised as the trainer's module says in
+    ``normalisation`` (without one: by ImageNet's mean and standard deviation), and int64 (B, H, W)
+    with 255 where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one
+    image: normalised float32 (1, 3, h, w) and uint8 (1, 3, H, W). ``test`` runs on the ``val``
+    split: PASCAL keeps the masks of its test set to itself.
 
     A class has ``class_names``, ``num_classes`` and ``palette`` (RGB) once it is constructed.
     """
@@ -90,16 +94,20 @@ class SegmentationDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict":
             return
-        size = (self.recipe, self.crop_size, self.resize)
         self.val_set = SegmentationDataset(
-            self.list_samples("val"), self.num_classes, transforms.eval_transform(*size)
+            self.list_samples("val"), self.num_classes, self._transform(transforms.eval_transform)
         )
         if stage in (None, "fit"):
             self.train_set = SegmentationDataset(
-                self.list_samples("train"), self.num_classes, transforms.train_transform(*size)
+                self.list_samples("train"),
+                self.num_classes,
+                self._transform(transforms.train_transform),
             )
 
+    # A checkpoint is loaded between setup and these: the normalisation may be another since.
+
     def train_dataloader(self) -> DataLoader:
+        self.train_set.transform = self._transform(transforms.train_transform)
         rank, world_size = self._rank_and_world_size()
         sampler = TrainSampler(self.train_set, world_size, rank, seed=_seed())
         if self.trainer is not None:
@@ -108,6 +116,7 @@ class SegmentationDataModule(L.LightningDataModule):
         return self._loader(self.train_set, sampler, self.batch_size, kind=ResumableLoader)
 
     def val_dataloader(self) -> DataLoader:
+        self.val_set.transform = self._transform(transforms.eval_transform)
         sampler = ShardSampler(self.val_set, *reversed(self._rank_and_world_size()))
         return self._loader(self.val_set, sampler, self.eval_batch_size)
 
@@ -118,7 +127,9 @@ class SegmentationDataModule(L.LightningDataModule):
         if self.predict_images is None:
             raise ValueError("predict_images: expected a file, a folder or a glob, got none")
         paths = find_images(self.predict_images)
-        dataset = PredictionDataset(paths, transforms.predict_transform(self.resize))
+        dataset = PredictionDataset(
+            paths, transforms.predict_transform(self.resize, self._normalisation())
+        )
         sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
         return self._loader(dataset, sampler, batch_size=1, collate_fn=None)
 
@@ -141,6 +152,13 @@ class SegmentationDataModule(L.LightningDataModule):
             # Its own: loading must not advance the random numbers that dropout draws from.
             generator=torch.Generator().manual_seed(_seed()),
         )
+
+    def _transform(self, make: Callable[..., v2.Transform]) -> v2.Transform:
+        return make(self.recipe, self.crop_size, self.resize, self._normalisation())
+
+    def _normalisation(self) -> Normalisation:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, "normalisation", IMAGENET)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:

@@ -25,14 +25,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from mfnet.data.files import IGNORE_INDEX
+from mfnet.normalisation import IMAGENET, Normalisation
 
 Recipe = Literal["paper", "modern"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# The mean colour is 0 after normalisation.
-_FILL = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE_INDEX}
 
 
 class Rescale(v2.Transform):
@@ -61,35 +56,46 @@ class Rescale(v2.Transform):
 
 
 def train_transform(
-    recipe: Recipe, crop_size: tuple[int, int], resize: tuple[int, int] | None = None
+    recipe: Recipe,
+    crop_size: tuple[int, int],
+    resize: tuple[int, int] | None = None,
+    normalisation: Normalisation = IMAGENET,
 ) -> v2.Transform:
     """Augmentation of (image, mask) to ``crop_size`` (h, w); ``resize`` (h, w) comes first."""
-    crop = v2.RandomCrop(crop_size, pad_if_needed=True, fill=_FILL)
+    # The mean colour is 0 after normalisation.
+    colour = tuple(round(255 * mean) for mean in normalisation.mean)
+    fill = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORE_INDEX}
+    crop = v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill)
     flip = v2.RandomHorizontalFlip()
     if recipe == "paper":
         steps = [flip, Rescale((0.5, 2.0), cover=crop_size), crop]
     else:
         jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05)
         steps = [Rescale((0.5, 2.0)), crop, flip, jitter]
-    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors()])
+    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors(normalisation)])
 
 
 def eval_transform(
-    recipe: Recipe, crop_size: tuple[int, int], resize: tuple[int, int] | None = None
+    recipe: Recipe,
+    crop_size: tuple[int, int],
+    resize: tuple[int, int] | None = None,
+    normalisation: Normalisation = IMAGENET,
 ) -> v2.Transform:
     """Deterministic transform of (image, mask): centre crop (paper) or whole image (modern)."""
     steps = [Rescale(cover=crop_size), v2.CenterCrop(crop_size)] if recipe == "paper" else []
-    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors()])
+    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors(normalisation)])
 
 
-def predict_transform(resize: tuple[int, int] | None = None) -> v2.Transform:
+def predict_transform(
+    resize: tuple[int, int] | None = None, normalisation: Normalisation = IMAGENET
+) -> v2.Transform:
     """Transform of a lone image: the whole of it, at its own size or at ``resize`` (h, w)."""
-    return v2.Compose([*_resize(resize), *_to_normalised_tensors()])
+    return v2.Compose([*_resize(resize), *_to_normalised_tensors(normalisation)])
 
 
-def denormalise(image: Tensor) -> Tensor:
+def denormalise(image: Tensor, normalisation: Normalisation = IMAGENET) -> Tensor:
     """Undo the normalisation: float (..., 3, H, W) -> uint8 of the same shape."""
-    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in normalisation)
     return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -97,10 +103,10 @@ def _resize(size: tuple[int, int] | None) -> list[v2.Transform]:
     return [] if size is None else [v2.Resize(list(size), antialias=True)]
 
 
-def _to_normalised_tensors() -> list[v2.Transform]:
+def _to_normalised_tensors(normalisation: Normalisation) -> list[v2.Transform]:
     dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
     return [
         v2.ToDtype(dtypes, scale=True),
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.Normalize(*normalisation),
         v2.ToPureTensor(),
     ]

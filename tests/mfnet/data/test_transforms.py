@@ -6,13 +6,12 @@ from torchvision import tv_tensors
 
 from mfnet.data import denormalise
 from mfnet.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Rescale,
     eval_transform,
     predict_transform,
     train_transform,
 )
+from mfnet.normalisation import IMAGENET, Normalisation
 
 
 def _pair(height, width, margin=12):
@@ -110,10 +109,21 @@ def test_scales_cover_the_range():
     assert 57 < max(covered) <= 60
 
 
-def test_normalisation_and_its_inverse():
+@pytest.mark.parametrize("normalisation", [IMAGENET, Normalisation((0.5,) * 3, (0.25,) * 3)])
+def test_normalisation_and_its_inverse(normalisation):
     image = tv_tensors.Image(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8))
-    out = predict_transform()(image)
-    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)
-    torch.testing.assert_close(out, (image / 255 - mean) / std[:, None, None])
-    assert torch.equal(denormalise(out), image.as_subclass(torch.Tensor))
-    assert torch.equal(denormalise(out[None])[0], denormalise(out))
+    out = predict_transform(normalisation=normalisation)(image)
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalisation)
+    torch.testing.assert_close(out, (image / 255 - mean) / std)
+    undone = denormalise(out, normalisation)
+    assert torch.equal(undone, image.as_subclass(torch.Tensor))
+    assert torch.equal(denormalise(out[None], normalisation)[0], undone)
+
+
+def test_training_pads_with_the_mean_of_its_own_normalisation():
+    transform = train_transform(
+        "paper", (97, 97), normalisation=Normalisation((0.5,) * 3, (1,) * 3)
+    )
+    torch.manual_seed(1)
+    image, mask = transform(*_pair(40, 40))
+    assert image[:, mask == 255].abs().max() < 0.01
