@@ -18,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from tqdm import tqdm
 
-from mfnet import run_directory
+from mfnet import from_checkpoint, run_directory
 from mfnet.callbacks import OverlayWriter, RunRecord
 from mfnet.data import DataError, SegmentationDataModule
+from mfnet.from_checkpoint import PHOTOGRAPHS
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
 
@@ -127,8 +128,31 @@ class MFNetCLI(LightningCLI):
             "data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate"
         )
 
+    def setup_parser(self, add_subcommands: bool, *rest: Any) -> None:
+        super().setup_parser(add_subcommands, *rest)
+        if add_subcommands:
+            self._parser("predict").set_defaults({"data": {"class_path": PHOTOGRAPHS}})
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        if self.config.get("subcommand") not in (None, "fit"):
+            self._take_from_checkpoint(parser, args, self.config.subcommand)
+
+    def _take_from_checkpoint(
+        self, parser: LightningArgumentParser, args: Any, subcommand: str
+    ) -> None:
+        """Network and classes are the checkpoint's where flags and files do not tell them."""
+        config = self.config[subcommand]
+        checkpoint = _find_checkpoint(config.ckpt_path, config.trainer.default_root_dir, subcommand)
+        record = {} if checkpoint is None else run_directory.read_record(checkpoint)
+        if record:
+            self._parser(subcommand).set_defaults(from_checkpoint.defaults(record, subcommand))
+            self.config = parser.parse_args(args)
+            config = self.config[subcommand]
+            from_checkpoint.without_starting_weights(config.model.network)
+            if subcommand == "predict" and config.data.class_path.startswith("mfnet.data."):
+                config.data = from_checkpoint.photographs(config.data, record)
+        config.ckpt_path = checkpoint
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's would let a checkpoint's hyperparameters override the command line."""
@@ -138,18 +162,23 @@ class MFNetCLI(LightningCLI):
             return
         config = self.config[self.subcommand]
         folder = Path(config.trainer.default_root_dir)
-        config.ckpt_path = _find_checkpoint(config.ckpt_path, folder, self.subcommand)
         if self.subcommand == "predict":  # what the overlays show need not be kept in memory
             config.return_predictions = bool(config.return_predictions)
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
+        config.ckpt_path = _find_checkpoint(config.ckpt_path, folder, self.subcommand)
         old_run = config.ckpt_path is None and (folder / run_directory.CONFIG).exists()
         if old_run and not config.trainer.fast_dev_run:
             raise FileExistsError(
                 f"'{folder}' holds a run already: continue it with --ckpt_path last, "
                 "or choose another --trainer.default_root_dir"
             )
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        network = self._get(self.config, "model").network
+        self.model.network_config = network.as_dict()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -208,14 +237,16 @@ def _say(message: str) -> None:
     tqdm.write(f"mfnet: {message}", file=sys.stderr)  # on a line of its own, bars or not
 
 
-def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | None:
+def _find_checkpoint(path: str | None, folder: str | Path, subcommand: str) -> str | None:
     if path is None:
         if subcommand != "fit":
             rank_zero_warn("no --ckpt_path: the network is used as it was initialised")
         return None
     file = Path(path)
+    if subcommand != "fit" and file.is_dir():  # a run's folder
+        file = file / run_directory.CHECKPOINTS / "best.ckpt"
     if path in ("best", "last"):
-        file = folder / run_directory.CHECKPOINTS / f"{path}.ckpt"
+        file = Path(folder) / run_directory.CHECKPOINTS / f"{path}.ckpt"
         if path == "last" and subcommand == "fit" and not file.is_file():
             # One command line can then start a job and, when it is run again, continue it.
             rank_zero_info(f"no '{file}' yet: starting from the beginning")

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mfnet.files import written_whole
+from mfnet.task import RECORD
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -112,6 +113,15 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
             raise ValueError(f"checkpoint '{path}' was not written by a training run")
         return checkpoint
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint tells beside its weights; see :class:`mfnet.task.SegmentationTask`.
+
+    Empty for one that was written before checkpoints told. Raises as
+    :meth:`WholeFileCheckpointIO.load_checkpoint`.
+    """
+    return WholeFileCheckpointIO().load_checkpoint(path).get(RECORD, {})
 
 
 class ContinuedCSVLogger(CSVLogger):

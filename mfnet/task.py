@@ -78,7 +78,8 @@ class SegmentationTask(L.LightningModule):
         network_config: ``class_path`` and ``init_args`` that built the network, if known.
 
     A checkpoint's entry ``"mfnet"`` holds what a prediction needs beside the weights:
-    ``class_names``, ``palette`` (of the trainer's data module), ``normalisation``, ``network``.
+    ``class_names``, ``palette`` and ``resize`` of the trainer's data module, ``normalisation``, and
+    ``network``, which is ``network_config``.
     """
 
     def __init__(
@@ -225,10 +226,12 @@ class SegmentationTask(L.LightningModule):
         self.normalisation = self._unless_given(stored)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        palette = getattr(self.trainer.datamodule, "palette", None)
+        data = self.trainer.datamodule
+        palette, resize = getattr(data, "palette", None), getattr(data, "resize", None)
         checkpoint[RECORD] = {
             "class_names": self.class_names,
             "palette": palette and [list(map(int, colour)) for colour in palette],
+            "resize": resize and list(resize),
             "normalisation": {
                 name: list(value) for name, value in self.normalisation._asdict().items()
             },

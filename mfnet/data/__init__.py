@@ -2,12 +2,14 @@
 
 from mfnet.data.datamodule import PascalVOC, SegmentationDataModule, Synthetic, VOCFolder
 from mfnet.data.files import IGNORE_INDEX, DataError
+from mfnet.data.photographs import Photographs
 from mfnet.data.transforms import denormalise
 
 __all__ = [
     "IGNORE_INDEX",
     "DataError",
     "PascalVOC",
+    "Photographs",
     "SegmentationDataModule",
     "Synthetic",
     "VOCFolder",

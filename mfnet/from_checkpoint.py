@@ -1,0 +1,40 @@
+"""What a command line need not say because the checkpoint it names tells it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import Namespace
+
+PHOTOGRAPHS = "mfnet.data.Photographs"
+
+# Arguments that only say where training started; the checkpoint holds all weights.
+_STARTING_WEIGHTS = ("backbone_weights", "encoder_weights")
+_OF_PHOTOGRAPHS = ("predict_images", "resize", "num_workers")
+
+
+def defaults(record: dict[str, Any], subcommand: str) -> dict[str, Any]:
+    """Defaults of the subcommand's parser, from a checkpoint's record."""
+    values: dict[str, Any] = {}
+    if record.get("network"):
+        values["model.network"] = record["network"]
+    if subcommand == "predict":
+        arguments = {"resize": record.get("resize")}
+        values["data"] = {"class_path": PHOTOGRAPHS, "init_args": arguments}
+    return values
+
+
+def without_starting_weights(network: Namespace) -> None:
+    """Lets the network start anywhere: no file is read and nothing is fetched."""
+    arguments = network.get("init_args", Namespace())
+    for name in _STARTING_WEIGHTS:
+        if name in arguments:
+            arguments[name] = None
+
+
+def photographs(data: Namespace, record: dict[str, Any]) -> Namespace:
+    """The data of a prediction, in place of a data set that need not be at hand."""
+    given = data.get("init_args", Namespace())
+    kept = {name: given[name] for name in _OF_PHOTOGRAPHS if name in given}
+    arguments = Namespace(class_names=record["class_names"], palette=record.get("palette"), **kept)
+    return Namespace(class_path=PHOTOGRAPHS, init_args=arguments)

@@ -1,0 +1,101 @@
+"""A checkpoint tells network, classes and normalisation: no command line needs to repeat them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mfnet.cli import MFNetCLI, main
+from mfnet.data import synthetic
+from mfnet.task import RECORD
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=2, val=1, size=33)
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: an unusual network, from weights in a file, whose data are gone since."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    root = folder.parent / "data"
+    shutil.copytree(images, root)
+    weights = folder.parent / "resnet18.pth"
+    cli = MFNetCLI(["--data=VOCFolder", f"--data.root={root}", *NETWORK], run=False)
+    torch.save(_of_timm(cli.model.network.backbone.features.state_dict()), weights)
+    main([
+        "fit", "--data=VOCFolder", f"--data.root={root}", *NETWORK,
+        f"--model.network.backbone_weights={weights}", "--data.resize=[40,48]",
+        "--data.crop_size=33", "--data.batch_size=2", "--data.num_workers=0",
+        "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}",
+    ])  # fmt: skip
+    shutil.rmtree(root)
+    weights.unlink()
+    return folder
+
+
+NETWORK = [
+    "--model.network.name=emanet",
+    "--model.network.backbone=resnet18",
+    "--model.network.dict_kwargs.bases=5",
+]
+
+
+def _of_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if "num_batches" not in key}
+
+
+def predict(run: Path, images: Path, output: Path, *flags: str) -> Image.Image:
+    main([
+        "predict", *flags, "--data.num_workers=0", "--trainer.accelerator=cpu",
+        f"--data.predict_images={images / 'JPEGImages' / 'val_00000.jpg'}",
+        "--trainer.enable_progress_bar=false", f"--overlays.output={output}",
+    ])  # fmt: skip
+    with Image.open(output / "val_00000.png") as picture:
+        return picture.copy()
+
+
+def test_predict_needs_only_the_checkpoint(run: Path, images: Path, tmp_path: Path) -> None:
+    file = run / "checkpoints" / "best.ckpt"
+    alone = predict(run, images, tmp_path / "alone", f"--ckpt_path={file}")
+    folder = predict(run, images, tmp_path / "folder", f"--ckpt_path={run}")
+    configured = predict(
+        run, images, tmp_path / "config", f"--config={run / 'config.yaml'}", "--ckpt_path=best"
+    )
+    assert alone.size == (33, 33)
+    assert alone.tobytes() == folder.tobytes() == configured.tobytes()
+
+
+def test_validate_takes_the_network_from_the_checkpoint(
+    run: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([
+        "validate", "--data=VOCFolder", f"--data.root={images}", f"--ckpt_path={run}",
+        "--data.resize=[40,48]", "--data.num_workers=0", "--trainer.accelerator=cpu",
+    ])  # fmt: skip
+    assert "val/mIoU" in capsys.readouterr().out
+
+
+def test_the_record_of_a_checkpoint(run: Path) -> None:
+    record = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)[RECORD]
+    assert record["class_names"] == list(synthetic.CLASSES)
+    assert record["resize"] == [40, 48]
+    assert record["network"]["class_path"] == "mfnet.create_model"
+    assert record["network"]["init_args"]["name"] == "emanet"
+
+
+def test_without_a_record_the_classes_are_asked_for(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    del checkpoint[RECORD]  # as one of the version before
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(SystemExit):
+        predict(run, images, tmp_path, f"--ckpt_path={tmp_path / 'old.ckpt'}")
+    assert "nothing tells the classes" in capsys.readouterr().err.splitlines()[-1]
