@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfnet.data import denormalise
 from mfnet.files import written_whole
+from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET
 from mfnet.visualize import overlay, save_image
 
@@ -38,11 +39,13 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
         name: torch.empty_like(tensor, device="meta")
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]
     }
+    dtypes = [t.dtype for t in stand_ins.values() if t.is_floating_point()]
+    dtype = dtypes[0] if dtypes else torch.float32
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as flops:
-            image = torch.empty(1, 3, *size, device="meta")
+            image = torch.empty(1, 3, *size, device="meta", dtype=dtype)
             torch.func.functional_call(network, stand_ins, (image,))
     finally:
         for module, training in modes:
@@ -87,7 +90,7 @@ class RunRecord(Callback):
         self._write_samples(folder / SAMPLES, trainer, pl_module)
 
     def _write_summary(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        network = pl_module.network
+        network = unwrapped(pl_module.network)
         size = tuple(self._chosen[0][0].shape[-2:])
         try:
             gflops = count_flops(network, size) / 1e9

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfnet.backbone import Backbone
-from mfnet.contexts import CONTEXTS, LossContext
+from mfnet.contexts import CONTEXTS
 from mfnet.contexts.nonlocal_ import NonLocalBlock
 from mfnet.decoder import DeepLabDecoder, PointwiseDecoder, upsample
 
@@ -59,8 +59,10 @@ class SegmentationNetwork(nn.Module):
         """
         _check_images(x)
         low, high = self.backbone(x)
-        if return_loss and isinstance(self.context, LossContext):
-            labels = {"masks": masks} if self.context.needs_masks else {}
+        # Asked of the context, not of its class: a compiled one answers for what is inside.
+        needs_masks = getattr(self.context, "needs_masks", None)
+        if return_loss and needs_masks is not None:
+            labels = {"masks": masks} if needs_masks else {}
             context, loss = self.context(high, return_loss=True, **labels)
         else:
             context, loss = self.context(high), x.new_zeros((), dtype=torch.float32)
@@ -77,6 +79,19 @@ class SegmentationNetwork(nn.Module):
 
     def _head(self) -> nn.ModuleList:
         return nn.ModuleList((self.context, self.decoder))
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile``, ``DistributedDataParallel`` and averaging wrappers."""
+    while True:
+        takes = signature(network.forward).parameters.values()
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
+        inner = getattr(network, "_orig_mod", None)
+        if inner is None and passes_on:
+            inner = getattr(network, "module", None)
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
 
 
 class _Recipe(NamedTuple):
@@ -147,7 +162,7 @@ def create_model(
     if context not in CONTEXTS:
         raise ValueError(f"unknown context '{context}': choose from {', '.join(CONTEXTS)}")
     build_context = CONTEXTS[context]
-    options = list(inspect.signature(build_context).parameters)[2:]  # after in_, out_channels
+    options = list(signature(build_context).parameters)[2:]  # after in_, out_channels
     if factorizer is not None and context != "mf":
         raise TypeError(f"factorizer: only context 'mf' takes one, this is '{context}'")
     for keyword in kwargs:

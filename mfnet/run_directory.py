@@ -47,9 +47,9 @@ def loggers(folder: Path) -> list[Logger]:
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """A checkpoint after every epoch and, on SIGTERM, after the batch at hand.
+    """A checkpoint after every epoch and, on SIGTERM, after the step at hand.
 
-    Whichever rank gets the signal, all of them stop after the same batch, with a
+    Whichever rank gets the signal, all of them stop after the same step, with a
     ``SIGTERMException``. Lightning's own handler communicates at whatever point it interrupts,
     which can leave the ranks waiting for one another. On other errors nothing is saved: one
     rank's failure would wait for the others in vain.
@@ -63,9 +63,18 @@ class LastCheckpoint(ModelCheckpoint):
             signal.signal(signal.SIGTERM, self._on_sigterm)  # Lightning puts the old one back
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, *rest)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # Gradients that wait for more batches are in no checkpoint: their images would be lost.
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches
+        if accumulating and not trainer.is_last_batch:
+            return
         if trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
             raise SIGTERMException
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import lightning as L
@@ -15,8 +18,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from mfnet.models import SegmentationNetwork
+from mfnet.data.loader import ResumableLoader
+from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
+from mfops import FactorizedContext, set_loss_scaling
 
 IGNORE_INDEX = 255
 RECORD = "mfnet"  # a checkpoint's entry
@@ -26,6 +31,7 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
     """The usual scores of a confusion matrix (classes, classes), rows the truth, float64.
 
     With ``tp`` the diagonal: ``IoU_c = tp_c / (truth_c + predicted_c - tp_c)``;
+    All are NaN where no pixel has a truth;
     ``mIoU`` = mean of IoU_c over the classes that occur in the truth or in the predictions (an
     absent one has no IoU: NaN, left out); ``fwIoU = sum_c truth_c / all IoU_c``;
     ``accuracy = sum_c tp_c / all``. All are taken over the whole set, not averaged per image.
@@ -37,7 +43,7 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
     return {
         "IoU": iou,
         "mIoU": iou.nanmean(),
-        "fwIoU": (frequency * iou).nansum(),
+        "fwIoU": (frequency * iou).nansum() + 0 * frequency[0],  # NaN where there is no truth
         "accuracy": hits.sum() / truth.sum(),
     }
 
@@ -46,25 +52,31 @@ class SegmentationTask(L.LightningModule):
     """Cross entropy, plus a network's own auxiliary loss, by SGD with polynomial decay.
 
     The loss is ``CE + reconstruction_weight * auxiliary``, the weight being 0 for the first
-    ``reconstruction_warmup`` epochs. CE is the mean over the pixels that are not
-    ignored (255) in the batches of all ranks together, so that n processes with batch b take the
-    step of one process with batch n b; a batch without any such pixel has CE 0.
+    ``reconstruction_warmup`` epochs. The auxiliary loss is what the network returns where its
+    ``forward`` takes ``return_loss``; in any other network, what its ``FactorizedContext`` modules
+    inject in the backward pass, with this weight in place of their own. CE is the mean over the
+    pixels that are not ignored (255) in the batches of all ranks together, so that n processes with
+    batch b take the step of one process with batch n b; a batch without any such pixel has CE 0.
 
     Batches are ``(images (B, 3, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
     ``train/ce``, ``train/reconstruction`` (unweighted), ``lr-backbone``, ``lr-head``,
     ``val/loss`` (CE over all pixels of the set) and the scores of :func:`segmentation_scores`
     are logged: ``val/mIoU``, ``val/fwIoU``, ``val/accuracy``, ``val/IoU/<class>``.
 
+    On resuming, the learning rates, momentum and weight decay given here win over the
+    checkpoint's, and the decay goes on from the share of training that is done.
+
     Args:
         network: a :class:`mfnet.SegmentationNetwork` or any module that maps images to logits
-            ``(B, classes, H, W)``.
+            ``(B, classes, H, W)``; compiled, distributed or averaging wrappers of one too.
         class_names: the classes, in the order of the logits' channels.
         backbone_lr: learning rate of ``network.backbone_parameters()``; in another module, of
             its submodule ``backbone`` or ``encoder``.
         head_lr: learning rate of all other parameters.
         momentum: SGD's momentum.
         weight_decay: SGD's weight decay.
-        power: the rates are multiplied by ``(1 - step / steps) ** power`` at every step.
+        power: the rates are multiplied by ``(1 - share) ** power`` at every step, ``share`` being
+            that of the epochs (or of ``max_steps``, if those end first) that are done.
         reconstruction_weight: weight of the auxiliary loss (the paper's lambda; EncNet's SE-loss
             has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
@@ -125,15 +137,20 @@ class SegmentationTask(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._seed = torch.initial_seed()
+        # As configured: a checkpoint that is loaded next brings those of its own run.
+        self._configured = [
+            [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            for groups in self._groups_in_use()
+        ]
 
     def on_train_start(self) -> None:
-        # Not in configure_optimizers: asking builds the training loader, which has to wait until
-        # a resumed run knows its epoch.
-        self._steps = self.trainer.estimated_stepping_batches
+        self._continue_epoch()
+        self._restore_configured()
 
     def on_train_epoch_start(self) -> None:
-        for group in self.optimizers().param_groups:
-            self.log(f"lr-{group['name']}", group["lr"], sync_dist=True)
+        groups = [group for groups in self._groups_in_use() for group in groups]
+        for index, group in enumerate(groups):
+            self.log(f"lr-{group.get('name', index)}", group["lr"], sync_dist=True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout draws from (seed, rank, epoch, batch) alone: a resumed run repeats exactly what
@@ -143,18 +160,22 @@ class SegmentationTask(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, masks = batch
-        if isinstance(self.network, SegmentationNetwork):
-            logits, auxiliary = self.network(images, return_loss=True, masks=masks)
+        # Weighted by 0 rather than left out: parameters that only this loss reaches would else
+        # have no gradient during the warm-up, which DistributedDataParallel does not accept.
+        warming_up = self.current_epoch < self.reconstruction_warmup
+        weight = 0.0 if warming_up else self.reconstruction_weight
+        takes = signature(unwrapped(self.network).forward).parameters
+        if "return_loss" in takes:
+            labels = {"masks": masks} if "masks" in takes else {}
+            logits, auxiliary = self.network(images, return_loss=True, **labels)
         else:
-            logits, auxiliary = self.network(images), None
+            with self._injected_with(weight):
+                logits, auxiliary = self.network(images), None
         total, pixels = self._cross_entropy(self._checked(logits, images), masks)
         ce = total / _mean_over_ranks(pixels).clamp(min=1)
         loss = ce
         if auxiliary is not None:
-            # Weighted by 0 rather than left out: parameters that only this loss reaches would else
-            # have no gradient during the warm-up, which DistributedDataParallel does not accept.
-            warming_up = self.current_epoch < self.reconstruction_warmup
-            loss = ce + (0.0 if warming_up else self.reconstruction_weight) * auxiliary
+            loss = ce + weight * auxiliary
 
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         per_epoch = {"train/loss": loss.detach(), "train/ce": ce.detach()}
@@ -164,6 +185,20 @@ class SegmentationTask(L.LightningModule):
             per_epoch, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images)
         )
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning has scaled ``loss``; injected losses are scaled here as it was."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+
+        def scaled(injected: Tensor) -> Tensor:
+            injected = injected / self.trainer.accumulate_grad_batches
+            return injected if scaler is None else scaler.scale(injected)
+
+        previous = set_loss_scaling(scaled)
+        try:
+            super().backward(loss, *args, **kwargs)
+        finally:
+            set_loss_scaling(previous)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
@@ -199,19 +234,19 @@ class SegmentationTask(L.LightningModule):
             weight_decay=self.weight_decay,
         )
 
-        def decay(step: int) -> float:
-            return max(0.0, 1 - step / self._steps) ** self.power if step else 1.0
-
-        # LambdaLR rather than PolynomialLR, whose checkpoint would fix the number of steps: a run
-        # continued with more epochs follows the longer schedule.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+        # LambdaLR rather than PolynomialLR, which counts steps: a run that goes on with more epochs
+        # or with batches of another size is still at the share of training that it has reached.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self._decay())
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        fault = _misfit(checkpoint.get("state_dict"), self.state_dict())
+        own = self.state_dict()
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = _named_as(own, checkpoint["state_dict"])
+        fault = _misfit(checkpoint.get("state_dict"), own)
         if fault:
             raise ValueError(f"checkpoint '{self.trainer.ckpt_path}' does not fit: {fault}")
         record = checkpoint.get(RECORD, {})
@@ -226,6 +261,7 @@ class SegmentationTask(L.LightningModule):
         self.normalisation = self._unless_given(stored)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._end_inside_epoch(checkpoint)
         data = self.trainer.datamodule
         palette, resize = getattr(data, "palette", None), getattr(data, "resize", None)
         checkpoint[RECORD] = {
@@ -241,6 +277,84 @@ class SegmentationTask(L.LightningModule):
     def _unless_given(self, normalisation: Normalisation) -> Normalisation:
         pairs = zip(self._given, normalisation, strict=True)
         return Normalisation(*(tuple(own if given is None else given) for given, own in pairs))
+
+    def _groups_in_use(self) -> list[list[dict[str, Any]]]:
+        return [optimizer.param_groups for optimizer in self.trainer.optimizers]
+
+    def _decay(self) -> float:
+        return (1 - self._share_done()) ** self.power
+
+    def _share_done(self) -> float:
+        """The share of the training's steps that are done, in 0 to 1."""
+        trainer = self.trainer
+        shares = [0.0]
+        if trainer.max_steps > 0:
+            shares.append(trainer.global_step / trainer.max_steps)
+        if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != math.inf:
+            accumulated = trainer.accumulate_grad_batches
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            steps = math.ceil(batches / accumulated)
+            per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))
+            shares.append(
+                (trainer.current_epoch * per_epoch + steps) / (trainer.max_epochs * per_epoch)
+            )
+        return min(1.0, max(shares))
+
+    def _continue_epoch(self) -> None:
+        """Count a restarted epoch's batches as they are now: their size may be another."""
+        loader, fit_loop = self.trainer.train_dataloader, self.trainer.fit_loop
+        if not isinstance(loader, ResumableLoader):
+            return
+        inside = fit_loop.epoch_progress.current.started > fit_loop.epoch_progress.current.processed
+        done = loader.batches_done if inside else loader.start_over()
+        progress = fit_loop.epoch_loop.batch_progress.current
+        shift = done - progress.ready
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(progress, count, getattr(progress, count) + shift)
+
+    def _end_inside_epoch(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning takes an epoch that ``max_steps`` has cut short for a whole one."""
+        fit_loop = self.trainer.fit_loop
+        batches = fit_loop.epoch_loop.batch_progress.current.ready
+        ended = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
+        if ended is None or not 0 < batches < self.trainer.num_training_batches:
+            return
+        for counts in (ended["current"], ended["total"]):
+            if counts["processed"] == counts["started"]:
+                counts["processed"] -= 1
+            counts["completed"] = min(counts["completed"], counts["processed"])
+
+    def _restore_configured(self) -> None:
+        """Put what ``configure_optimizers`` gave over what a checkpoint has brought."""
+        for optimizer, configured in zip(self.trainer.optimizers, self._configured, strict=True):
+            for group, given in zip(optimizer.param_groups, configured, strict=False):
+                before = group.get("initial_lr", group["lr"])
+                now = given.get("initial_lr", given["lr"])
+                # A scheduler has moved the rate from where it started; it keeps that factor.
+                rate = group["lr"] * (now / before) if before else now
+                group.update({**given, "lr": rate})
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+                continue
+            groups = scheduler.optimizer.param_groups
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+                    group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
+    @contextmanager
+    def _injected_with(self, weight: float) -> Iterator[None]:
+        """The weight of every loss that the network's modules inject."""
+        contexts = [m for m in self.network.modules() if isinstance(m, FactorizedContext)]
+        own = [context.loss_weight for context in contexts]
+        for context in contexts:
+            context.loss_weight = weight
+        try:
+            yield
+        finally:
+            for context, previous in zip(contexts, own, strict=True):
+                context.loss_weight = previous
 
     @torch.inference_mode(False)  # else a later fit could not update what a validation created
     def _reset_metrics(self) -> None:
@@ -290,12 +404,21 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
 
 def _parameter_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable parameters that take the backbone's learning rate, and the others."""
-    if isinstance(network, SegmentationNetwork):
-        return network.backbone_parameters(), network.head_parameters()
+    network = unwrapped(network)
     backbone = getattr(network, "backbone", getattr(network, "encoder", None))
     inner = set(backbone.parameters()) if isinstance(backbone, nn.Module) else set()
     trainable = [p for p in network.parameters() if p.requires_grad]
     return [p for p in trainable if p in inner], [p for p in trainable if p not in inner]
+
+
+def _named_as(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``given`` under the names that a compiled network, or one that is not, has for them."""
+    names = {_uncompiled(key): key for key in own}
+    return {names.get(_uncompiled(key), key): tensor for key, tensor in given.items()}
+
+
+def _uncompiled(key: str) -> str:
+    return key.replace("_orig_mod.", "")
 
 
 def _misfit(given: Mapping[str, Tensor] | None, own: Mapping[str, Tensor]) -> str:

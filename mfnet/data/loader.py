@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 
 class ResumableLoader(DataLoader):
     """A training ``DataLoader`` whose place in the epoch goes into Lightning's checkpoints.
 
-    Its sampler has an attribute ``skip``: the number of indices that its next pass leaves out.
-    The pass begins with the first batch that is asked for, not with ``iter``: a resumed Lightning
-    creates the iterator before it tells the sampler the epoch.
+    The place is the number of samples that all ranks together have taken, so that a run goes on
+    with batches of another size or on another number of devices.
+
+    Its sampler is a ``DistributedSampler`` with an attribute ``skip``: the number of indices that
+    its next pass leaves out. The pass begins with the first batch that is asked for, not with
+    ``iter``: a resumed Lightning creates the iterator before it tells the sampler the epoch.
     """
 
-    _served = 0
+    _served = 0  # samples of this rank
     _skip = 0
 
     def __iter__(self) -> Iterator[Any]:
         self._served, self._skip = self._skip, 0
-        self.sampler.skip = self._served * self.batch_size
+        self.sampler.skip = self._served
         for batch in super().__iter__():
-            self._served += 1
+            self._served = min(self._served + self.batch_size, len(self.sampler))
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self._served}
+        return {"samples": self._served * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["batches"] % len(self)
+        ranks = self.sampler.num_replicas
+        # Before samples were counted, a checkpoint told the number of batches.
+        samples = state.get("samples", state.get("batches", 0) * self.batch_size * ranks)
+        self._skip = samples // ranks % len(self.sampler)
+        if self._skip and samples % ranks:
+            rank_zero_warn(
+                f"resuming inside an epoch on {ranks} processes, after {samples} images: "
+                f"{samples % ranks} of them are seen twice in this epoch"
+            )
+
+    @property
+    def batches_done(self) -> int:
+        """How many of ``len(loader)`` batches the next pass leaves out."""
+        return len(self) - math.ceil((len(self.sampler) - self._skip) / self.batch_size)
+
+    def start_over(self) -> int:
+        """Begin the next pass at its first batch; return 0, the batches it leaves out."""
+        self._skip = 0
+        return 0

@@ -36,7 +36,8 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        # A worker of pytest-xdist's would take itself for one, and benchmarks would be off.
+        env={**{k: v for k, v in os.environ.items() if "XDIST" not in k}, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

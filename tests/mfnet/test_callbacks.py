@@ -170,6 +170,13 @@ def test_flops_of_the_papers_networks():
         assert count_flops(network, (513, 513)) / 1e9 == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_flops_of_a_network_in_another_precision(dtype):
+    network = create_model("mfnet", num_classes=3, backbone="resnet18")
+    expected = count_flops(network, (65, 65))
+    assert count_flops(network.to(dtype), (65, 65)) == expected > 0
+
+
 def test_counting_flops_disturbs_nothing():
     network = create_model("emanet", num_classes=3, backbone="resnet18").train()
     network.backbone.eval()

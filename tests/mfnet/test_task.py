@@ -237,3 +237,63 @@ def test_what_is_not_logits_is_refused(answer: str, got: str) -> None:
     expected = rf"network: expected Foreign .* \(2, 3, 33, 33\) .*, got {got}$"
     with pytest.raises(ValueError, match=expected):
         trainer().fit(task, batches(2, 2))
+
+
+def test_scores_of_nothing_are_not_numbers() -> None:
+    scores = segmentation_scores(torch.zeros(3, 3))
+    assert all(score.isnan().all() for score in scores.values())
+    data = [(torch.zeros(1, 3, 33, 33), torch.full((1, 33, 33), 255))]
+    loader = DataLoader(data, batch_size=None)
+    task = SegmentationTask(tiny_network(), CLASSES)
+    (results,) = trainer().validate(task, loader, verbose=False)
+    assert all(value != value for value in results.values()), results
+
+
+class PassesOn(nn.Module):
+    """As DistributedDataParallel and AveragedModel do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.module(*args, **kwargs)
+
+
+WRAPPERS = {
+    "compiled": lambda network: torch.compile(network, backend="eager"),
+    "passed on": PassesOn,
+    "averaged": lambda network: torch.optim.swa_utils.AveragedModel(network),
+    "compiled inside": lambda network: PassesOn(torch.compile(network, backend="eager")),
+}
+
+
+def compiled_context(network: SegmentationNetwork) -> SegmentationNetwork:
+    network.context = torch.compile(network.context, backend="eager")
+    return network
+
+
+@pytest.mark.parametrize("wrap", [*WRAPPERS.values(), compiled_context], ids=[*WRAPPERS, "context"])
+def test_a_wrapped_network_trains_with_the_same_loss(wrap: object) -> None:
+    gradients = []
+    for change in (lambda network: network, wrap):
+        torch.manual_seed(0)
+        network = tiny_network().eval()  # dropout would draw other numbers
+        task = SegmentationTask(change(network), CLASSES, reconstruction_warmup=0)
+        task.trainer = trainer()
+        task.log = task.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        task.training_step(next(iter(batches(2, 2))), 0).backward()
+        gradients.append({p: p.grad for p in task.network.parameters()})
+        (optimizer,) = [task.configure_optimizers()["optimizer"]]
+        assert [len(group["params"]) for group in optimizer.param_groups] == [4, 18]
+    for plain, wrapped in zip(gradients[0].values(), gradients[1].values(), strict=True):
+        torch.testing.assert_close(plain, wrapped)
+
+
+def test_compiled_and_plain_load_each_others_checkpoints() -> None:
+    plain = SegmentationTask(tiny_network(), CLASSES)
+    compiled = SegmentationTask(torch.compile(tiny_network()), CLASSES)
+    for giver, taker in ((plain, compiled), (compiled, plain)):
+        checkpoint = {"state_dict": giver.state_dict()}
+        taker.on_load_checkpoint(checkpoint)
+        taker.load_state_dict(checkpoint["state_dict"])

@@ -1,0 +1,102 @@
+"""The losses that a network's modules inject are the trainer's: scale, weight and warm-up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mfnet.task import SegmentationTask
+from mfops import FactorizedContext, set_loss_scaling
+
+
+class Foreign(nn.Module):
+    """A network of somebody else's, with our context inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 4, 1)
+        self.context = FactorizedContext(4, rank=2, size=(3, 3), loss_weight=0.7)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.context(self.encoder(x)))
+
+    def with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, mse = self.context(self.encoder(x), return_loss=True)
+        return self.head(y), mse
+
+
+class FixedScaler:
+    """What the precision plugin of 16-mixed has."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return 8 * loss
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(2, 3, 3, 3), torch.randint(0, 2, (2, 3, 3))) for _ in range(count)]
+
+
+def gradients(network: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+class Recorded(SegmentationTask):
+    """Keeps the gradients that the optimizer was given."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.given = gradients(self.network)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("scaler", [None, FixedScaler()])
+def test_gradients_are_those_of_the_sum_of_losses(
+    accumulate: int, warmup: int, scaler: FixedScaler | None
+) -> None:
+    torch.manual_seed(0)
+    network = Foreign()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    task = Recorded(network, ["a", "b"], reconstruction_weight=0.3, reconstruction_warmup=warmup)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    if scaler is not None:
+        trainer.precision_plugin.scaler = scaler
+        trainer.precision_plugin.pre_backward = lambda loss, module: scaler.scale(loss)
+    data = batches(accumulate)
+    trainer.fit(task, DataLoader(data, batch_size=None))
+
+    explicit = Foreign()
+    explicit.load_state_dict(state)
+    for images, masks in data:
+        logits, mse = explicit.with_loss(images)
+        loss = F.cross_entropy(logits, masks) + (0.0 if warmup else 0.3) * mse
+        ((8 if scaler else 1) * loss / accumulate).backward()
+    for given, expected in zip(task.given, gradients(explicit), strict=True):
+        torch.testing.assert_close(given, expected)
+    assert network.context.loss_weight == 0.7
+
+
+def test_what_was_set_before_is_put_back() -> None:
+    def mine(loss: Tensor) -> Tensor:
+        return 2 * loss
+
+    set_loss_scaling(mine)
+    try:
+        task = SegmentationTask(Foreign(), ["a", "b"])
+        plugin = SimpleNamespace(scaler=None)
+        task.trainer = SimpleNamespace(precision_plugin=plugin, accumulate_grad_batches=1)
+        with pytest.raises(RuntimeError):
+            task.backward(torch.zeros(()))  # which requires no gradient
+        assert set_loss_scaling(None) is mine
+    finally:
+        set_loss_scaling(None)
