@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfnet.data import denormalise
+from mfnet.data import DataError, denormalise
+from mfnet.data.prediction import Skipped
 from mfnet.files import written_whole
 from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET
@@ -136,15 +138,18 @@ class OverlayWriter(BasePredictionWriter):
     share. Colours are the data module's ``palette``.
 
     Raises ``ValueError`` before anything is predicted when two images would share an overlay, or
-    an overlay would replace one of the images.
+    an overlay would replace one of the images; ``DataError`` at the end, naming the images that
+    could not be predicted (:class:`mfnet.data.prediction.Skipped`), all others being written.
     """
 
     def __init__(self, output: str | Path) -> None:
         super().__init__("batch")
         self.output = Path(output)
         self._targets: dict[Path, Path] = {}
+        self._skipped: list[Skipped] = []
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._skipped = []
         self._targets = overlay_targets(trainer.predict_dataloaders.dataset.paths, self.output)
         self.output.mkdir(parents=True, exist_ok=True)
 
@@ -152,12 +157,15 @@ class OverlayWriter(BasePredictionWriter):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Tensor,
+        prediction: Tensor | Skipped,
         batch_indices: Sequence[int] | None,
         batch: tuple[Tensor, Sequence[Tensor], Sequence[str]],
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if isinstance(prediction, Skipped):
+            self._skipped.append(prediction)
+            return
         _, originals, paths = batch
         for output, original, path in zip(prediction, originals, paths, strict=True):
             mask = classes_at(output, original.shape[-2:])
@@ -167,6 +175,19 @@ class OverlayWriter(BasePredictionWriter):
                 trainer.datamodule.palette,
             )
             save_image(picture, self._targets[Path(path)])
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        skipped = self._skipped
+        if dist.is_available() and dist.is_initialized():
+            of_ranks: list[list[Skipped]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(of_ranks, self._skipped)
+            skipped = [one for some in of_ranks for one in some]
+        total = len(self._targets)
+        if trainer.is_global_zero:
+            print(f"{total - len(skipped)} overlays written to {self.output.absolute()}")
+        if skipped:
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped)
+            raise DataError(f"{len(skipped)} of {total} images were not predicted: {reasons}")
 
 
 def overlay_targets(paths: Sequence[str | Path], output: Path) -> dict[Path, Path]:

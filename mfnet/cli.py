@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from mfnet.from_checkpoint import PHOTOGRAPHS
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
 
+PREDICT_IMAGES = "--data.predict_images"
 SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
 
 # Lightning's own use of torch, and what is meant to be when a run is resumed.
@@ -230,7 +233,18 @@ def _dispatch(arguments: list[str]) -> None:
 
         report.main(arguments[1:])
     else:
-        MFNetCLI(arguments or [command])
+        MFNetCLI(_with_image_list(arguments) or [command])
+
+
+def _with_image_list(arguments: list[str]) -> list[str]:
+    """``--data.predict_images a.jpg b.jpg``, which a shell makes of ``*.jpg``, with a list."""
+    if PREDICT_IMAGES not in arguments:
+        return arguments
+    start = arguments.index(PREDICT_IMAGES) + 1
+    images = list(takewhile(lambda word: not word.startswith("-"), arguments[start:]))
+    if len(images) < 2:
+        return arguments
+    return [*arguments[:start], json.dumps(images), *arguments[start + len(images) :]]
 
 
 def _say(message: str) -> None:

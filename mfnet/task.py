@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfnet.data.loader import ResumableLoader
+from mfnet.data.prediction import Skipped
 from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
 from mfops import FactorizedContext, set_loss_scaling
@@ -218,9 +219,14 @@ class SegmentationTask(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits of a batch whose first item are the images."""
-        return self(batch[0])
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | Skipped:
+        """Logits of a batch ``(images, originals, paths)`` of one image."""
+        if isinstance(batch, Skipped):
+            return batch
+        try:
+            return self(batch[0])
+        except ValueError as error:  # too small an image, say, is no reason to leave out others
+            return Skipped(batch[2][0], str(error))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         backbone, head = _parameter_groups(self.network)

@@ -10,22 +10,25 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from mfnet.data import synthetic, transforms, voc
 from mfnet.data.dataset import (
-    PredictionDataset,
     SegmentationDataset,
     ShardSampler,
     TrainSampler,
     collate,
 )
-from mfnet.data.files import find_images
+from mfnet.data.files import image_size
 from mfnet.data.loader import ResumableLoader
+from mfnet.data.prediction import PredictionDataset, collate_one, find_images
 from mfnet.data.transforms import Recipe
 from mfnet.data.voc import Palette, Sample, Split
 from mfnet.normalisation import IMAGENET, Normalisation
+
+MOSTLY = 0.5  # the share of padding in a crop from which on it is worth a word
 
 
 class SegmentationDataModule(L.LightningDataModule):
@@ -34,8 +37,8 @@ class SegmentationDataModule(L.LightningDataModule):
     Batches are ``(image, mask)``: float32 (B, 3, H, W), normalised as the trainer's module says in
     ``normalisation`` (without one: by ImageNet's mean and standard deviation), and int64 (B, H, W)
     with 255 where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one
-    image: normalised float32 (1, 3, h, w) and uint8 (1, 3, H, W). ``test`` runs on the ``val``
-    split: PASCAL keeps the masks of its test set to itself.
+    image: normalised float32 (1, 3, h, w) and uint8 (1, 3, H, W), or a
+    :class:`mfnet.data.prediction.Skipped`.
 
     A class has ``class_names``, ``num_classes`` and ``palette`` (RGB) once it is constructed.
     """
@@ -53,7 +56,7 @@ class SegmentationDataModule(L.LightningDataModule):
         batch_size: int = 4,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
-        predict_images: str | None = None,
+        predict_images: str | list[str] | None = None,
     ) -> None:
         """
         Args:
@@ -66,7 +69,7 @@ class SegmentationDataModule(L.LightningDataModule):
             eval_batch_size: images per process in a validation step. By default batch_size where
                 all images come out at one size, else 1, so that no padding touches a result.
             num_workers: processes that load images; by default up to 4, as processors allow.
-            predict_images: the images to predict: a file, a folder or a glob.
+            predict_images: the images to predict: a file, a folder or a glob, or several.
         """
         super().__init__()
         if recipe not in ("paper", "modern"):
@@ -94,14 +97,16 @@ class SegmentationDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict":
             return
-        self.val_set = SegmentationDataset(
-            self.list_samples("val"), self.num_classes, self._transform(transforms.eval_transform)
-        )
+        if stage == "test":
+            self.test_set = self._evaluated("test")
+            return
+        self.val_set = self._evaluated("val")
         if stage in (None, "fit"):
+            samples = self.list_samples("train")
+            self._warn_of_overlap(samples)
+            self._warn_of_padding(samples[0])
             self.train_set = SegmentationDataset(
-                self.list_samples("train"),
-                self.num_classes,
-                self._transform(transforms.train_transform),
+                samples, self.num_classes, self._transform(transforms.train_transform)
             )
 
     # A checkpoint is loaded between setup and these: the normalisation may be another since.
@@ -116,22 +121,53 @@ class SegmentationDataModule(L.LightningDataModule):
         return self._loader(self.train_set, sampler, self.batch_size, kind=ResumableLoader)
 
     def val_dataloader(self) -> DataLoader:
-        self.val_set.transform = self._transform(transforms.eval_transform)
-        sampler = ShardSampler(self.val_set, *reversed(self._rank_and_world_size()))
-        return self._loader(self.val_set, sampler, self.eval_batch_size)
+        return self._evaluation_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
+        return self._evaluation_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader:
-        if self.predict_images is None:
-            raise ValueError("predict_images: expected a file, a folder or a glob, got none")
+        if not self.predict_images:
+            raise ValueError(
+                "predict_images: expected a file, a folder or a glob, got none; for instance "
+                "--data.predict_images photos"
+            )
         paths = find_images(self.predict_images)
         dataset = PredictionDataset(
             paths, transforms.predict_transform(self.resize, self._normalisation())
         )
         sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
-        return self._loader(dataset, sampler, batch_size=1, collate_fn=None)
+        return self._loader(dataset, sampler, batch_size=1, collate_fn=collate_one)
+
+    def _evaluated(self, split: Split) -> SegmentationDataset:
+        transform = self._transform(transforms.eval_transform)
+        return SegmentationDataset(self.list_samples(split), self.num_classes, transform)
+
+    def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader:
+        dataset.transform = self._transform(transforms.eval_transform)
+        sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
+        return self._loader(dataset, sampler, self.eval_batch_size)
+
+    def _warn_of_overlap(self, samples: list[Sample]) -> None:
+        both = {sample.image for sample in samples} & {s.image for s in self.val_set.samples}
+        if both:
+            rank_zero_warn(
+                f"{len(both)} images are in the training and in the validation split, "
+                f"{min(both)} among them: scores on them say nothing of other images"
+            )
+
+    def _warn_of_padding(self, sample: Sample) -> None:
+        """Crops that are mostly padding are trained on few pixels; the recipe 'paper' scales."""
+        height, width = self.resize or image_size(sample.image)
+        crop_height, crop_width = self.crop_size
+        inside = min(height, crop_height) * min(width, crop_width)
+        padded = 1 - inside / (crop_height * crop_width)
+        if self.recipe == "modern" and padded > MOSTLY:
+            rank_zero_warn(
+                f"crop_size: {padded:.0%} of a crop of {crop_height} x {crop_width} is padding "
+                f"around an image of {height} x {width} ({sample.image}); for instance "
+                f"--data.crop_size [{height},{width}]"
+            )
 
     def _loader(
         self,
@@ -167,9 +203,10 @@ class SegmentationDataModule(L.LightningDataModule):
 
 
 class VOCFolder(SegmentationDataModule):
-    """A folder in VOC layout: ``JPEGImages/*.jpg``, ``SegmentationClass/*.png``,
-    ``ImageSets/Segmentation/train.txt`` and ``val.txt``, and ``classes.txt`` with a class name per
-    line (without it, PASCAL's 21 classes if the masks carry PASCAL's palette)."""
+    """A folder in VOC layout: images in ``JPEGImages``, masks in ``SegmentationClass``,
+    ``ImageSets/Segmentation/train.txt``, ``val.txt`` and ``test.txt`` with a name per line, each
+    needed where its split is, and ``classes.txt`` with a class name per line (without it, PASCAL's
+    21 classes if the masks carry PASCAL's palette)."""
 
     def __init__(self, root: str, **kwargs: Any) -> None:
         """
@@ -177,19 +214,15 @@ class VOCFolder(SegmentationDataModule):
             root: the folder.
 
         Raises:
-            FileNotFoundError: the folder, a split file, an image, a mask or classes.txt is missing.
-            ValueError: an argument, split file or classes.txt is not as expected.
+            FileNotFoundError: the folder or classes.txt is missing.
+            ValueError: an argument or classes.txt is not as expected.
         """
         super().__init__(**kwargs)
-        folder = Path(root).expanduser()
-        self._samples = {
-            "train": voc.list_folder(folder, "train"),
-            "val": voc.list_folder(folder, "val"),
-        }
-        self.class_names, self.palette = voc.read_classes(folder, self._samples["train"][0])
+        self.root = Path(root).expanduser()
+        self.class_names, self.palette = voc.read_classes(self.root)
 
     def list_samples(self, split: Split) -> list[Sample]:
-        return self._samples[split]
+        return voc.list_folder(self.root, split)
 
 
 class PascalVOC(SegmentationDataModule):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,30 +63,6 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"got {wrong.unique().tolist()}"
             )
         return self.transform(image, mask)
-
-
-class PredictionDataset(Dataset[tuple[Tensor, Tensor, str]]):
-    """Triples of a normalised float32 image (3, h, w), the original uint8 image (3, H, W), upright
-    as its EXIF orientation says, and its path.
-
-    Args:
-        paths: image files.
-        transform: of the image alone.
-
-    Raises:
-        DataError: (by indexing) the image cannot be read.
-    """
-
-    def __init__(self, paths: Sequence[Path], transform: v2.Transform) -> None:
-        self.paths = paths
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        original = read_image(self.paths[index], upright=True)
-        return self.transform(original), original.as_subclass(torch.Tensor), str(self.paths[index])
 
 
 class TrainSampler(DistributedSampler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
 IGNORE_INDEX = 255
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 # What Pillow raises on damaged files, and on files too large to be images.
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -69,6 +67,15 @@ def read_mask(path: str | Path) -> tv_tensors.Mask:
     return tv_tensors.Mask(torch.from_numpy(pixels))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) as stored; only the file's head is read. Raises ``DataError``."""
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except _BROKEN as error:
+        raise _unreadable(path, "image", error) from error
+
+
 def read_palette(path: str | Path) -> list[tuple[int, int, int]]:
     """RGB colours of a palette image; empty for a grey one. Raises ``DataError``."""
     try:
@@ -79,20 +86,10 @@ def read_palette(path: str | Path) -> list[tuple[int, int, int]]:
     return [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)] if flat else []
 
 
-def find_images(pattern: str) -> list[Path]:
-    """The images that ``pattern`` names: a file, the images in a folder, or a glob (``**`` too).
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    path = Path(pattern)
-    if path.is_file():
-        return [path]
-    candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    found = sorted(p for p in candidates if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise FileNotFoundError(f"{pattern}: expected an image, a folder or a glob of images")
-    return found
+def has_image_suffix(path: Path) -> bool:
+    """Whether Pillow reads files that are called so; dot files (``._x.jpg``) are no images."""
+    extensions = Image.registered_extensions()
+    return not path.name.startswith(".") and extensions.get(path.suffix.lower()) in Image.OPEN
 
 
 def _read_sbd_mask(path: str | Path) -> np.ndarray:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torchvision.datasets import SBDataset, VOCSegmentation
 
-from mfnet.data.files import DataError, read_palette
+from mfnet.data.files import DataError, has_image_suffix, read_palette
+from mfnet.data.textfiles import Line, read_class_names, read_lines
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "test"]
 Palette = list[tuple[int, int, int]]
 
 PASCAL_CLASSES = (
@@ -39,39 +42,97 @@ def pascal_palette(num_classes: int) -> Palette:
 def list_folder(root: str | Path, split: Split) -> list[Sample]:
     """Files of a split, in the order of ``ImageSets/Segmentation/<split>.txt``.
 
+    A line names an image by its place below ``JPEGImages``, with or without its extension; its
+    mask has that place below ``SegmentationClass``. Both may have any extension that Pillow reads.
+
     Raises:
         FileNotFoundError: the folder, the split file, an image or a mask is missing.
-        ValueError: the split file names no image.
+        ValueError: the split file names no image, or a line fits more than one file.
     """
     root = Path(root)
     _require(root)
-    split_file = _require(root / "ImageSets" / "Segmentation" / f"{split}.txt")
-    names = _lines(split_file)
+    split_file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if split == "test" and not split_file.exists():
+        raise FileNotFoundError(
+            f"{split_file}: no such file; it names the images of a test split. "
+            "'mfnet validate' scores the validation split"
+        )
+    lines = read_lines(_require(split_file))
+    images, masks = _Folder(root / "JPEGImages"), _Folder(root / "SegmentationClass")
     samples = [
-        Sample(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png")
-        for name in names
+        Sample(images.find(line, split_file), masks.find(line, split_file)) for line in lines
     ]
-    return _checked(samples, split_file)
+    if not samples:
+        raise ValueError(f"{split_file}: names no image")
+    _warn_of_repetitions(samples, lines, split_file)
+    return samples
 
 
-def read_classes(root: str | Path, sample: Sample) -> tuple[list[str], Palette]:
+class _Folder:
+    """Finds the files that lines of a split name, from one listing of each folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = _require(path)
+        self._listed: dict[Path, dict[str, list[Path]]] = {}
+
+    def find(self, line: Line, split_file: Path) -> Path:
+        """Raises ``FileNotFoundError`` or ``ValueError``, naming the split file's line."""
+        name = self.path / line.text.removeprefix("JPEGImages/")
+        known = self._list(name.parent)
+        found = known.get(name.name, [])
+        if not found and has_image_suffix(name):  # the image's extension, of a mask of another
+            found = known.get(name.stem, [])
+        where = f"{split_file}, line {line.number}"
+        if not found:
+            raise FileNotFoundError(f"{name}: no file of that name, but {where}, names it")
+        if len(found) > 1:
+            names = " and ".join(str(path) for path in found)
+            raise ValueError(f"{where}: '{line.text}' fits {names}; write the extension, too")
+        return found[0]
+
+    def _list(self, folder: Path) -> dict[str, list[Path]]:
+        """Files by their names, and by their names without extension, in composed Unicode."""
+        if folder not in self._listed:
+            known: dict[str, list[Path]] = {}
+            for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+                name = Path(unicodedata.normalize("NFC", path.name))
+                if has_image_suffix(name):
+                    known.setdefault(name.stem, []).append(path)
+                    known.setdefault(name.name, []).append(path)
+            self._listed[folder] = known
+        return self._listed[folder]
+
+
+def _warn_of_repetitions(samples: list[Sample], lines: list[Line], split_file: Path) -> None:
+    first: dict[Path, int] = {}
+    for sample, line in zip(samples, lines, strict=True):
+        if sample.image in first:
+            rank_zero_warn(
+                f"{split_file}, line {line.number}: '{line.text}' stands in line "
+                f"{first[sample.image]} already; it counts twice"
+            )
+            return
+        first[sample.image] = line.number
+
+
+def read_classes(root: str | Path) -> tuple[list[str], Palette]:
     """Class names and palette of a folder in VOC layout.
 
-    Names are the lines of ``classes.txt``. Without it, the classes are PASCAL's 21 if the mask of
-    ``sample`` carries PASCAL's palette. The palette is that mask's; colours it lacks (a grey mask
-    has none) are PASCAL's.
+    Names are the lines of ``classes.txt``. Without it, the classes are PASCAL's 21 if the first
+    mask, by name, carries PASCAL's palette. The palette is that mask's; colours it lacks (a grey
+    mask has none) are PASCAL's.
 
     Raises:
-        FileNotFoundError: no ``classes.txt``, and the palette is not PASCAL's.
-        ValueError: ``classes.txt`` is empty, has a name twice, or more than 255 names.
+        FileNotFoundError: no ``root``; no ``classes.txt``, and the palette is not PASCAL's.
+        ValueError: ``classes.txt`` does not hold 2 to 255 different names.
         DataError: the mask cannot be read.
     """
-    file = Path(root) / "classes.txt"
-    colours = read_palette(sample.mask)
+    file = _require(Path(root)) / "classes.txt"
+    folder = Path(root) / "SegmentationClass"
+    masks = [path for path in folder.iterdir() if has_image_suffix(path)] if folder.is_dir() else []
+    colours = read_palette(min(masks)) if masks else []
     if file.is_file():
-        names = _lines(file)
-        if not 0 < len(names) <= 255 or len(set(names)) < len(names):
-            raise ValueError(f"{file}: expected 1 to 255 different names, one per line")
+        names = read_class_names(file)
     elif colours[: len(PASCAL_CLASSES)] == pascal_palette(len(PASCAL_CLASSES)):
         names = list(PASCAL_CLASSES)
     else:
@@ -100,8 +161,14 @@ def list_pascal(
 
     Raises:
         FileNotFoundError: a folder, split file, image or mask is missing.
+        ValueError: the test split is asked for.
         DataError: SBD is asked for and scipy, which reads its masks, is not installed.
     """
+    if split == "test":
+        raise ValueError(
+            f"{root}: the masks of PASCAL VOC's test images are not public; 'mfnet validate' "
+            "scores the validation split"
+        )
     voc = {name: _list_voc2012(root, name, download) for name in ("train", "val")}
     if split == "val" or sbd_root is None:
         return voc[split]
@@ -138,11 +205,6 @@ def _list_sbd(root: str | Path, download: bool) -> list[Sample]:
 
 def _pairs(data: VOCSegmentation | SBDataset) -> Iterable[Sample]:
     return (Sample(Path(i), Path(m)) for i, m in zip(data.images, data.masks, strict=True))
-
-
-def _lines(path: Path) -> list[str]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line]
 
 
 def _require(path: Path) -> Path:

@@ -99,3 +99,30 @@ def test_without_a_record_the_classes_are_asked_for(
     with pytest.raises(SystemExit):
         predict(run, images, tmp_path, f"--ckpt_path={tmp_path / 'old.ckpt'}")
     assert "nothing tells the classes" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_cannot_be_predicted_is_named_and_all_else_written(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos [1]"
+    photos.mkdir()
+    good = images / "JPEGImages" / "val_00000.jpg"
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        shutil.copy(good, photos / name)
+    (photos / "._a.jpg").write_bytes(b"what a Mac leaves")
+    (photos / "broken.jpg").write_bytes(good.read_bytes()[:300])
+    Image.new("RGB", (9, 9)).save(photos / "small.png")
+    flags = [f"--ckpt_path={run}", "--data.num_workers=0", "--trainer.accelerator=cpu"]
+    flags += ["--data.resize=null", f"--overlays.output={tmp_path / 'out'}"]
+    names = sorted(str(path) for path in photos.glob("[!.]*"))  # as a shell expands *
+    with pytest.raises(SystemExit) as exit_:
+        main(["predict", "--data.predict_images", *names, *flags])
+    assert exit_.value.code == 1
+    printed = capsys.readouterr()
+    assert f"3 overlays written to {tmp_path / 'out'}" in printed.out
+    line = printed.err.splitlines()[-1]
+    assert line.startswith("mfnet: error: 2 of 5 images were not predicted: ")
+    assert f"{photos / 'broken.jpg'}: cannot read image" in line
+    assert f"{photos / 'small.png'}: x: expected images of at least 33 x 33" in line
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.png"]
+    main(["predict", f"--data.predict_images={photos / 'a.jpg'}", *flags])

@@ -5,10 +5,9 @@ import pytest
 import torch
 from made_up import write_image, write_mask
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from mfnet.data import DataError, VOCFolder
-from mfnet.data.files import find_images, read_image, read_mask
+from mfnet.data.files import read_image, read_mask
 
 
 def _truncate(path):
@@ -51,8 +50,8 @@ def _gone(folder):
 
 def _loading_error(folder, damage, num_workers):
     data = VOCFolder(str(folder), crop_size=33, num_workers=num_workers)
-    damage(folder)
     data.setup("fit")
+    damage(folder)
     with pytest.raises(DataError) as caught:
         list(data.train_dataloader())
     return str(caught.value)
@@ -113,42 +112,3 @@ def test_exif_orientation_only_where_asked(tmp_path):
     Image.new("RGB", (50, 40)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (3, 40, 50)
     assert read_image(tmp_path / "turned.jpg", upright=True).shape == (3, 50, 40)
-
-
-def test_find_images(tmp_path):
-    for name in ("b.jpg", "a.PNG", "sub/c.jpeg", "odd[1].png"):
-        write_image(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("")
-    assert [p.name for p in find_images(str(tmp_path))] == ["a.PNG", "b.jpg", "odd[1].png"]
-    assert [p.name for p in find_images(f"{tmp_path}/*.jpg")] == ["b.jpg"]
-    assert [p.name for p in find_images(f"{tmp_path}/**/*.jp*g")] == ["b.jpg", "c.jpeg"]
-    assert find_images(f"{tmp_path}/odd[1].png") == [tmp_path / "odd[1].png"]
-    for pattern in ("nothing", "*.gif"):
-        with pytest.raises(FileNotFoundError, match="expected an image, a folder or a glob"):
-            find_images(str(tmp_path / pattern))
-
-
-def test_predict_batches(folder):
-    images = folder / "JPEGImages"
-    write_image(images / "big.jpg", size=(60, 80), value=124)
-    data = VOCFolder(str(folder), resize=(33, 45), predict_images=f"{images}/*g.jpg", num_workers=0)
-    data.setup("predict")
-    loader = data.predict_dataloader()
-    assert isinstance(loader, DataLoader)
-    [(image, original, paths)] = loader
-    assert image.shape == (1, 3, 33, 45)
-    assert image.dtype == torch.float32
-    assert abs(image).max() < 0.4  # near the mean colour
-    assert original.shape == (1, 3, 60, 80)
-    assert original.dtype == torch.uint8
-    assert type(image) is type(original) is torch.Tensor
-    assert list(paths) == [str(images / "big.jpg")]
-
-
-def test_predict_names_a_bad_image(folder):
-    _no_image(folder)
-    data = VOCFolder(str(folder), predict_images=str(folder / "JPEGImages"), num_workers=0)
-    with pytest.raises(DataError, match=r"b\.jpg: cannot read image"):
-        list(data.predict_dataloader())
-    with pytest.raises(ValueError, match="predict_images: expected"):
-        VOCFolder(str(folder)).predict_dataloader()

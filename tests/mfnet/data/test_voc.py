@@ -85,22 +85,23 @@ def test_what_is_missing_is_named(folder, missing):
     else:
         path.unlink()
     with pytest.raises(FileNotFoundError) as caught:
-        VOCFolder(str(folder))
-    assert str(caught.value).startswith(f"{path}: ")
+        VOCFolder(str(folder)).setup("fit")
+    named = path.with_suffix("") if "." in path.name and path.suffix != ".txt" else path
+    assert str(caught.value).startswith(f"{named}: no ")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "sky\nroad\nsky\n"])
+@pytest.mark.parametrize("text", ["", "sky\nroad\nsky\n", "sky\n"])
 def test_unusable_classes_txt_is_named(folder, text):
     (folder / "classes.txt").write_text(text)
-    with pytest.raises(ValueError, match=r"classes\.txt: expected 1 to 255 different names"):
+    with pytest.raises(ValueError, match=r"classes\.txt.*: expected"):
         VOCFolder(str(folder))
 
 
 def test_empty_split_is_named(folder):
     (folder / "ImageSets" / "Segmentation" / "train.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"train\.txt: names no image"):
-        VOCFolder(str(folder))
+        VOCFolder(str(folder)).setup("fit")
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""Lone images to be predicted: which files, and what becomes of those that cannot be read."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision.transforms import v2
+
+from mfnet.data.files import DataError, has_image_suffix, read_image
+
+
+class Skipped(NamedTuple):
+    """An image that is not predicted, and why: in place of a sample, a batch or a prediction."""
+
+    path: str
+    reason: str
+
+
+class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
+    """Triples of a normalised float32 image (3, h, w), the original uint8 image (3, H, W), upright
+    as its EXIF orientation says, and its path; :class:`Skipped` where the file cannot be read.
+
+    Args:
+        paths: image files.
+        transform: of the image alone.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: v2.Transform) -> None:
+        self.paths = paths
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str] | Skipped:
+        path = self.paths[index]
+        try:
+            original = read_image(path, upright=True)
+        except DataError as error:
+            return Skipped(str(path), str(error).removeprefix(f"{path}: "))
+        return self.transform(original), original.as_subclass(torch.Tensor), str(path)
+
+
+def collate_one(samples: Sequence[tuple[Tensor, Tensor, str] | Skipped]) -> object:
+    """The batch of one sample; one that is skipped stays as it is."""
+    (sample,) = samples
+    return sample if isinstance(sample, Skipped) else default_collate([sample])
+
+
+def find_images(patterns: str | Sequence[str]) -> list[Path]:
+    """The images that are named: by files, folders or globs (``**`` too), each once.
+
+    A file or folder of that very name comes before a glob, so that brackets may stand in names.
+    Dot files are passed over in folders and by globs.
+
+    Raises:
+        FileNotFoundError: one of them names no image.
+    """
+    found: dict[Path, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found |= dict.fromkeys(_find(pattern))
+    return list(found)
+
+
+def _find(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        candidates = path.iterdir()
+    else:
+        candidates = map(Path, glob.glob(str(path), recursive=True))
+    found = sorted(p for p in candidates if has_image_suffix(p) and p.is_file())
+    if not found:
+        raise FileNotFoundError(f"{pattern}: expected an image, a folder or a glob of images")
+    return found
