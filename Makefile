@@ -25,8 +25,9 @@ install: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/mfnet demo
 
+# Two processes of one thread each; a file's tests stay together, as they share what is costly.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # BENCH: further options of the suite, for instance make bench BENCH='--data DIR'.
 BENCH ?=

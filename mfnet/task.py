@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from mfnet.data.loader import ResumableLoader
+from mfnet import resume
 from mfnet.data.prediction import Skipped
 from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
@@ -139,17 +138,15 @@ class SegmentationTask(L.LightningModule):
     def on_fit_start(self) -> None:
         self._seed = torch.initial_seed()
         # As configured: a checkpoint that is loaded next brings those of its own run.
-        self._configured = [
-            [{key: value for key, value in group.items() if key != "params"} for group in groups]
-            for groups in self._groups_in_use()
-        ]
+        self._configured = resume.settings(self.trainer)
 
     def on_train_start(self) -> None:
-        self._continue_epoch()
-        self._restore_configured()
+        resume.continue_epoch(self.trainer)
+        resume.restore(self.trainer, self._configured)
 
     def on_train_epoch_start(self) -> None:
-        groups = [group for groups in self._groups_in_use() for group in groups]
+        optimizers = self.trainer.optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for index, group in enumerate(groups):
             self.log(f"lr-{group.get('name', index)}", group["lr"], sync_dist=True)
 
@@ -267,7 +264,7 @@ class SegmentationTask(L.LightningModule):
         self.normalisation = self._unless_given(stored)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._end_inside_epoch(checkpoint)
+        resume.mark_unfinished_epoch(self.trainer, checkpoint)
         data = self.trainer.datamodule
         palette, resize = getattr(data, "palette", None), getattr(data, "resize", None)
         checkpoint[RECORD] = {
@@ -284,70 +281,8 @@ class SegmentationTask(L.LightningModule):
         pairs = zip(self._given, normalisation, strict=True)
         return Normalisation(*(tuple(own if given is None else given) for given, own in pairs))
 
-    def _groups_in_use(self) -> list[list[dict[str, Any]]]:
-        return [optimizer.param_groups for optimizer in self.trainer.optimizers]
-
     def _decay(self) -> float:
-        return (1 - self._share_done()) ** self.power
-
-    def _share_done(self) -> float:
-        """The share of the training's steps that are done, in 0 to 1."""
-        trainer = self.trainer
-        shares = [0.0]
-        if trainer.max_steps > 0:
-            shares.append(trainer.global_step / trainer.max_steps)
-        if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != math.inf:
-            accumulated = trainer.accumulate_grad_batches
-            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            steps = math.ceil(batches / accumulated)
-            per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))
-            shares.append(
-                (trainer.current_epoch * per_epoch + steps) / (trainer.max_epochs * per_epoch)
-            )
-        return min(1.0, max(shares))
-
-    def _continue_epoch(self) -> None:
-        """Count a restarted epoch's batches as they are now: their size may be another."""
-        loader, fit_loop = self.trainer.train_dataloader, self.trainer.fit_loop
-        if not isinstance(loader, ResumableLoader):
-            return
-        inside = fit_loop.epoch_progress.current.started > fit_loop.epoch_progress.current.processed
-        done = loader.batches_done if inside else loader.start_over()
-        progress = fit_loop.epoch_loop.batch_progress.current
-        shift = done - progress.ready
-        for count in ("ready", "started", "processed", "completed"):
-            setattr(progress, count, getattr(progress, count) + shift)
-
-    def _end_inside_epoch(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning takes an epoch that ``max_steps`` has cut short for a whole one."""
-        fit_loop = self.trainer.fit_loop
-        batches = fit_loop.epoch_loop.batch_progress.current.ready
-        ended = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress")
-        if ended is None or not 0 < batches < self.trainer.num_training_batches:
-            return
-        for counts in (ended["current"], ended["total"]):
-            if counts["processed"] == counts["started"]:
-                counts["processed"] -= 1
-            counts["completed"] = min(counts["completed"], counts["processed"])
-
-    def _restore_configured(self) -> None:
-        """Put what ``configure_optimizers`` gave over what a checkpoint has brought."""
-        for optimizer, configured in zip(self.trainer.optimizers, self._configured, strict=True):
-            for group, given in zip(optimizer.param_groups, configured, strict=False):
-                before = group.get("initial_lr", group["lr"])
-                now = given.get("initial_lr", given["lr"])
-                # A scheduler has moved the rate from where it started; it keeps that factor.
-                rate = group["lr"] * (now / before) if before else now
-                group.update({**given, "lr": rate})
-        for config in self.trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-                continue
-            groups = scheduler.optimizer.param_groups
-            scheduler.base_lrs = [group["initial_lr"] for group in groups]
-            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-                for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
-                    group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+        return (1 - resume.share_done(self.trainer)) ** self.power
 
     @contextmanager
     def _injected_with(self, weight: float) -> Iterator[None]:

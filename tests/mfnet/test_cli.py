@@ -246,7 +246,8 @@ def another_label(file: Path) -> None:
 )
 def test_missing_files(file: str, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (broken / file).unlink()
-    assert str(broken / file) in fails(["validate", *small(broken, broken / "run")], capsys)
+    named = str(broken / file).removesuffix(".png")  # any extension would do
+    assert named in fails(["validate", *small(broken, broken / "run")], capsys)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
