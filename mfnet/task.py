@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from mfnet.label_check import LabelCheck
 from mfnet.models import SegmentationNetwork
 
 IGNORE_INDEX = 255
@@ -103,6 +104,9 @@ class SegmentationTask(L.LightningModule):
             ValueError: the network returns something else.
         """
         return self._checked(self.network(images), images)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [LabelCheck()]
 
     def on_fit_start(self) -> None:
         self._seed = torch.initial_seed()

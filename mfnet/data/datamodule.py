@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from mfnet.data.dataset import (
     TrainSampler,
     collate,
 )
-from mfnet.data.files import find_images
+from mfnet.data.files import find_images, read_palette
+from mfnet.data.labels import LabelEntries, LabelMap
 from mfnet.data.loader import ResumableLoader
 from mfnet.data.transforms import Recipe
 from mfnet.data.voc import Palette, Sample, Split
@@ -50,6 +52,7 @@ class SegmentationDataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         predict_images: str | None = None,
+        label_map: LabelEntries | None = None,
     ) -> None:
         """
         Args:
@@ -63,6 +66,9 @@ class SegmentationDataModule(L.LightningDataModule):
                 all images come out at one size, else 1, so that no padding touches a result.
             num_workers: processes that load images; by default up to 4, as processors allow.
             predict_images: the images to predict: a file, a folder or a glob.
+            label_map: what the numbers or colours in the masks mean: a mapping ('{0: 0, 255: 1}',
+                '{"#000000": sky, "#ff0000": ignore}'), or the path of a YAML or JSON file that
+                holds one; see docs/data.md.
         """
         super().__init__()
         if recipe not in ("paper", "modern"):
@@ -78,10 +84,20 @@ class SegmentationDataModule(L.LightningDataModule):
         available = len(os.sched_getaffinity(0))
         self.num_workers = min(4, available) if num_workers is None else num_workers
         self.predict_images = predict_images
+        self._label_entries = label_map
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @functools.cached_property
+    def label_map(self) -> LabelMap | None:
+        """What turns masks into labels, if not their own numbers are the labels."""
+        if self._label_entries is None:
+            return None
+        given = self._label_entries
+        entries = given if isinstance(given, LabelEntries) else LabelEntries(given)
+        return LabelMap(entries.read(), self.class_names)
 
     def list_samples(self, split: Split) -> list[Sample]:
         """The files of a split."""
@@ -92,11 +108,17 @@ class SegmentationDataModule(L.LightningDataModule):
             return
         size = (self.recipe, self.crop_size, self.resize)
         self.val_set = SegmentationDataset(
-            self.list_samples("val"), self.num_classes, transforms.eval_transform(*size)
+            self.list_samples("val"),
+            self.num_classes,
+            transforms.eval_transform(*size),
+            self.label_map,
         )
         if stage in (None, "fit"):
             self.train_set = SegmentationDataset(
-                self.list_samples("train"), self.num_classes, transforms.train_transform(*size)
+                self.list_samples("train"),
+                self.num_classes,
+                transforms.train_transform(*size),
+                self.label_map,
             )
 
     def train_dataloader(self) -> DataLoader:
@@ -168,7 +190,10 @@ class VOCFolder(SegmentationDataModule):
             "train": voc.list_folder(folder, "train"),
             "val": voc.list_folder(folder, "val"),
         }
-        self.class_names, self.palette = voc.read_classes(folder, self._samples["train"][0])
+        first = self._samples["train"][0]
+        self.class_names, self.palette = voc.read_classes(folder, first)
+        if self.label_map is not None:
+            self.palette = self.label_map.palette(read_palette(first.mask), self.num_classes)
 
     def list_samples(self, split: Split) -> list[Sample]:
         return self._samples[split]

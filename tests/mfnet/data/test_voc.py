@@ -147,7 +147,7 @@ def test_sbd_masks_train(voc2012, sbd):
     image, mask = data.train_set[3]
     assert image.shape == (3, 33, 33)
     assert set(mask.unique().tolist()) <= {20, 255}
-    assert (read_mask(data.train_set.samples[3].mask) == 20).all()
+    assert (read_mask(data.train_set.samples[3].mask).pixels == 20).all()
 
 
 def test_pascal_names_what_is_missing(voc2012, sbd):
