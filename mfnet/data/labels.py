@@ -263,7 +263,7 @@ def _describe(
 
 def _flag(codes: NDArray[Any], colours: bool) -> str:
     """The flag to fill in."""
-    found, _ = _found(codes, colours)
+    found = _found(codes, colours)[0] if colours else np.unique(codes).tolist()
     more = ", ..." if len(found) > _SHOWN else ""
     entries = ", ".join(f"{name}: ..." for name in found[:_SHOWN])
     return f"--data.label_map '{{{entries}{more}}}'"
