@@ -147,9 +147,10 @@ class OverlayWriter(BasePredictionWriter):
         self.output = Path(output)
         self._targets: dict[Path, Path] = {}
         self._skipped: list[Skipped] = []
+        self._written = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._skipped = []
+        self._skipped, self._written = [], 0
         self._targets = overlay_targets(trainer.predict_dataloaders.dataset.paths, self.output)
         self.output.mkdir(parents=True, exist_ok=True)
 
@@ -175,19 +176,22 @@ class OverlayWriter(BasePredictionWriter):
                 trainer.datamodule.palette,
             )
             save_image(picture, self._targets[Path(path)])
+            self._written += 1
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        skipped = self._skipped
+        of_ranks = [(self._written, self._skipped)]
         if dist.is_available() and dist.is_initialized():
-            of_ranks: list[list[Skipped]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(of_ranks, self._skipped)
-            skipped = [one for some in of_ranks for one in some]
-        total = len(self._targets)
+            of_ranks *= dist.get_world_size()
+            dist.all_gather_object(of_ranks, (self._written, self._skipped))
+        written = sum(count for count, _ in of_ranks)
+        skipped = [one for _, some in of_ranks for one in some]
         if trainer.is_global_zero:
-            print(f"{total - len(skipped)} overlays written to {self.output.absolute()}")
+            print(f"{written} overlays written to {self.output.absolute()}")
         if skipped:
             reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped)
-            raise DataError(f"{len(skipped)} of {total} images were not predicted: {reasons}")
+            raise DataError(
+                f"{len(skipped)} of {written + len(skipped)} images were not predicted: {reasons}"
+            )
 
 
 def overlay_targets(paths: Sequence[str | Path], output: Path) -> dict[Path, Path]:

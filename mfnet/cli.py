@@ -242,8 +242,8 @@ def _with_image_list(arguments: list[str]) -> list[str]:
         return arguments
     start = arguments.index(PREDICT_IMAGES) + 1
     images = list(takewhile(lambda word: not word.startswith("-"), arguments[start:]))
-    if len(images) < 2:
-        return arguments
+    if len(images) < 2 and not all(Path(image).exists() for image in images):
+        return arguments  # a glob, or a list already
     return [*arguments[:start], json.dumps(images), *arguments[start + len(images) :]]
 
 

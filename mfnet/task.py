@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfnet import resume
 from mfnet.data.prediction import Skipped
+from mfnet.label_check import LabelCheck
 from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
 from mfops import FactorizedContext, set_loss_scaling
@@ -135,6 +136,9 @@ class SegmentationTask(L.LightningModule):
         """
         return self._checked(self.network(images), images)
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [LabelCheck()]
+
     def on_fit_start(self) -> None:
         self._seed = torch.initial_seed()
         # As configured: a checkpoint that is loaded next brings those of its own run.
@@ -222,7 +226,8 @@ class SegmentationTask(L.LightningModule):
             return batch
         try:
             return self(batch[0])
-        except ValueError as error:  # too small an image, say, is no reason to leave out others
+        # What one image is too small or too large for is no reason to leave out the others.
+        except (ValueError, RuntimeError) as error:
             return Skipped(batch[2][0], str(error))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

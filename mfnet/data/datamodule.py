@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from mfnet.data.dataset import (
     collate,
 )
 from mfnet.data.files import image_size
+from mfnet.data.labels import LabelEntries, LabelMap
 from mfnet.data.loader import ResumableLoader
 from mfnet.data.prediction import PredictionDataset, collate_one, find_images
 from mfnet.data.transforms import Recipe
@@ -57,6 +59,7 @@ class SegmentationDataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         predict_images: str | list[str] | None = None,
+        label_map: LabelEntries | None = None,
     ) -> None:
         """
         Args:
@@ -70,6 +73,9 @@ class SegmentationDataModule(L.LightningDataModule):
                 all images come out at one size, else 1, so that no padding touches a result.
             num_workers: processes that load images; by default up to 4, as processors allow.
             predict_images: the images to predict: a file, a folder or a glob, or several.
+            label_map: what the numbers or colours in the masks mean: a mapping ('{0: 0, 255: 1}',
+                '{"#000000": sky, "#ff0000": ignore}'), or the path of a YAML or JSON file that
+                holds one; see docs/data.md.
         """
         super().__init__()
         if recipe not in ("paper", "modern"):
@@ -85,10 +91,20 @@ class SegmentationDataModule(L.LightningDataModule):
         available = len(os.sched_getaffinity(0))
         self.num_workers = min(4, available) if num_workers is None else num_workers
         self.predict_images = predict_images
+        self._label_entries = label_map
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @functools.cached_property
+    def label_map(self) -> LabelMap | None:
+        """What turns masks into labels, if not their own numbers are the labels."""
+        if self._label_entries is None:
+            return None
+        given = self._label_entries
+        entries = given if isinstance(given, LabelEntries) else LabelEntries(given)
+        return LabelMap(entries.read(), self.class_names)
 
     def list_samples(self, split: Split) -> list[Sample]:
         """The files of a split."""
@@ -106,7 +122,10 @@ class SegmentationDataModule(L.LightningDataModule):
             self._warn_of_overlap(samples)
             self._warn_of_padding(samples[0])
             self.train_set = SegmentationDataset(
-                samples, self.num_classes, self._transform(transforms.train_transform)
+                samples,
+                self.num_classes,
+                self._transform(transforms.train_transform),
+                self.label_map,
             )
 
     # A checkpoint is loaded between setup and these: the normalisation may be another since.
@@ -141,7 +160,8 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def _evaluated(self, split: Split) -> SegmentationDataset:
         transform = self._transform(transforms.eval_transform)
-        return SegmentationDataset(self.list_samples(split), self.num_classes, transform)
+        samples = self.list_samples(split)
+        return SegmentationDataset(samples, self.num_classes, transform, self.label_map)
 
     def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader:
         dataset.transform = self._transform(transforms.eval_transform)
@@ -163,10 +183,11 @@ class SegmentationDataModule(L.LightningDataModule):
         inside = min(height, crop_height) * min(width, crop_width)
         padded = 1 - inside / (crop_height * crop_width)
         if self.recipe == "modern" and padded > MOSTLY:
+            smaller = f"[{min(height, crop_height)},{min(width, crop_width)}]"
             rank_zero_warn(
                 f"crop_size: {padded:.0%} of a crop of {crop_height} x {crop_width} is padding "
                 f"around an image of {height} x {width} ({sample.image}); for instance "
-                f"--data.crop_size [{height},{width}]"
+                f"--data.crop_size {smaller}"
             )
 
     def _loader(
@@ -219,7 +240,11 @@ class VOCFolder(SegmentationDataModule):
         """
         super().__init__(**kwargs)
         self.root = Path(root).expanduser()
-        self.class_names, self.palette = voc.read_classes(self.root)
+        self.class_names, colours = voc.read_classes(self.root)
+        if self.label_map is None:
+            self.palette = voc.completed(colours, self.num_classes)
+        else:
+            self.palette = self.label_map.palette(colours, self.num_classes)
 
     def list_samples(self, split: Split) -> list[Sample]:
         return voc.list_folder(self.root, split)
@@ -239,7 +264,6 @@ class PascalVOC(SegmentationDataModule):
             download: fetch what is missing (2 GB for VOC, 1.4 GB for SBD).
 
         Raises:
-            FileNotFoundError: download is off and a folder or file is missing.
             ValueError: an argument is not as expected.
         """
         super().__init__(**kwargs)
@@ -248,18 +272,14 @@ class PascalVOC(SegmentationDataModule):
         self.download = download
         self.class_names = list(voc.PASCAL_CLASSES)
         self.palette = voc.pascal_palette(len(self.class_names))
-        if not download:
-            self._list_all()
 
     def prepare_data(self) -> None:
-        if self.download:
-            self._list_all(download=True)
+        predicting = self.trainer is not None and self.trainer.predicting
+        if self.download and not predicting:
+            voc.list_pascal(self.root, "train", self.sbd_root, download=True)
 
     def list_samples(self, split: Split) -> list[Sample]:
         return voc.list_pascal(self.root, split, self.sbd_root)
-
-    def _list_all(self, download: bool = False) -> None:
-        voc.list_pascal(self.root, "train", self.sbd_root, download)
 
 
 class Synthetic(SegmentationDataModule):

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from mfnet.data.files import IGNORE_INDEX, DataError, read_image, read_mask
+from mfnet.data.files import IGNORE_INDEX, read_pair
+from mfnet.data.label_record import LabelRecord
+from mfnet.data.labels import LabelMap, to_labels
 from mfnet.data.voc import Sample
 
 
@@ -25,18 +28,28 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         samples: the files.
         num_classes: labels are below this, or 255 (ignored).
         transform: joint transform of (image, mask), both ``tv_tensors`` of dtype uint8.
+        label_map: turns masks into labels; without it, their numbers are the labels.
+
+    Attributes:
+        record: what the masks that were read hold.
 
     Raises:
-        DataError: (by indexing) a file cannot be read, image and mask differ in size, or a label
-            is neither a class nor 255.
+        DataError: (by indexing) a file cannot be read, image and mask differ in size, a label is
+            neither a class nor 255, or, without a label map, a palette contradicts another mask's.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], num_classes: int, transform: v2.Transform
+        self,
+        samples: Sequence[Sample],
+        num_classes: int,
+        transform: v2.Transform,
+        label_map: LabelMap | None = None,
     ) -> None:
         self.samples = samples
         self.num_classes = num_classes
         self.transform = transform
+        self.label_map = label_map
+        self.record = LabelRecord([sample.mask for sample in samples])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -51,18 +64,11 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
         sample = self.samples[index]
-        image, mask = read_image(sample.image), read_mask(sample.mask)
-        if image.shape[-2:] != mask.shape:
-            raise DataError(
-                f"{sample.mask}: expected the size of its image, {_size(image)}, got {_size(mask)}"
-            )
-        wrong = mask[(mask >= self.num_classes) & (mask != IGNORE_INDEX)]
-        if wrong.numel():
-            raise DataError(
-                f"{sample.mask}: expected labels 0 to {self.num_classes - 1} or {IGNORE_INDEX}, "
-                f"got {wrong.unique().tolist()}"
-            )
-        return self.transform(image, mask)
+        image, mask = read_pair(sample.image, sample.mask)
+        labels = to_labels(mask, self.num_classes, self.label_map)
+        # A label map says whether the numbers or the colours count.
+        self.record.add(index, labels, mask if self.label_map is None else None)
+        return self.transform(image, tv_tensors.Mask(torch.from_numpy(labels)))
 
 
 class TrainSampler(DistributedSampler):
@@ -119,7 +125,3 @@ def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         padded.append((F.pad(image, padding), F.pad(mask, padding, value=IGNORE_INDEX)))
     images, masks = default_collate(padded)
     return images, masks
-
-
-def _size(tensor: Tensor) -> str:
-    return "{} x {}".format(*tensor.shape[-2:])

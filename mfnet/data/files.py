@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
 IGNORE_INDEX = 255
+
+_SUBFILE_TYPE = 254  # TIFF's tag; bit 0: a smaller copy of another picture in the file
+
+# Formats that Pillow knows by name but cannot read without another library.
+_NO_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
 
 # What Pillow raises on damaged files, and on files too large to be images.
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -27,69 +37,200 @@ class DataError(ValueError):
         super().__init__(" ".join(line.split()))
 
 
-def read_image(path: str | Path, upright: bool = False) -> tv_tensors.Image:
-    """RGB image, uint8 (3, H, W); grey and CMYK files are converted.
+class StoredMask(NamedTuple):
+    """A mask as its file holds it, upright as its EXIF orientation says.
 
-    Args:
-        path: an image file.
-        upright: turn the image as its EXIF orientation says. Masks are drawn on the stored pixels,
-            so images that belong to a mask are left as they are.
-
-    Raises:
-        DataError: the file is missing, truncated or no image.
+    ``pixels`` are numbers (H, W) of an integer dtype or colours uint8 (H, W, 3); ``palette`` are
+    the colours uint8 (n, 3) of the numbers, where the file has them.
     """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file) if upright else file
-            pixels = np.array(image.convert("RGB"))
-    except _BROKEN as error:
-        raise _unreadable(path, "image", error) from error
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+
+    path: Path
+    mode: str
+    pixels: NDArray[Any]
+    palette: NDArray[np.uint8] | None = None
 
 
-def read_mask(path: str | Path) -> tv_tensors.Mask:
-    """Class indices, uint8 (H, W), from a palette or grey PNG, or from a ``.mat`` file of SBD.
+def read_image(path: str | Path) -> tv_tensors.Image:
+    """RGB image, uint8 (3, H, W), upright as its EXIF orientation says.
+
+    16-bit images are scaled by the range of 16 bits. Transparency is left out, so that the colours
+    are those stored.
 
     Raises:
-        DataError: the file is missing, truncated or no mask.
+        DataError: the file is missing, truncated or no image; its range of values is not known
+            (float, 32 bits), it holds several pictures, or nothing but its transparency differs.
+    """
+    with _opened(path, "image") as file:
+        return _rgb(ImageOps.exif_transpose(file), path, file.format)
+
+
+def read_pair(image: str | Path, mask: str | Path) -> tuple[tv_tensors.Image, StoredMask]:
+    """An image as :func:`read_image` returns it, and its mask.
+
+    EXIF orientation: annotation tools show and mark the upright image, so the image is turned
+    upright where it then has the mask's size, which includes the cases that the size cannot decide
+    (half turns, mirrored and square images). Where only the stored pixels have the mask's size,
+    they are left as stored. A mask that a script drew on the stored pixels of a square or
+    half-turned image is thus taken the wrong way round: strip the orientation of such images.
+
+    Raises:
+        DataError: a file cannot be used, or image and mask differ in size either way.
+    """
+    stored_mask = read_mask(mask)
+    size = stored_mask.pixels.shape[1::-1]
+    with _opened(image, "image") as file:
+        stored = file.size
+        upright = ImageOps.exif_transpose(file)
+        picture = file if size == stored != upright.size else upright
+        if picture.size != size:
+            how = "" if upright.size == stored else f" turned by EXIF, {_size(stored)} as stored"
+            raise DataError(
+                f"{mask}: expected the size of its image, {_size(upright.size)}{how}, "
+                f"got {_size(size)}"
+            )
+        return _rgb(picture, image, file.format), stored_mask
+
+
+def read_mask(path: str | Path) -> StoredMask:
+    """The mask in an image file, or in a ``.mat`` file of SBD.
+
+    Float masks of whole numbers are numbers; transparency is left out where the colour alone says
+    what a pixel is.
+
+    Raises:
+        DataError: the file is missing, truncated or no mask, or holds several pictures.
     """
     if Path(path).suffix == ".mat":
-        return tv_tensors.Mask(torch.from_numpy(_read_sbd_mask(path)))
-    try:
-        with Image.open(path) as file:
-            mode, pixels = file.mode, np.array(file)
-    except _BROKEN as error:
-        raise _unreadable(path, "mask", error) from error
-    if mode not in ("P", "L"):
+        return StoredMask(Path(path), "L", _read_sbd_mask(path))
+    with _opened(path, "mask") as file:
+        # Pillow cuts channels of 16 bits to 8, which in a mask is not another shade but nonsense.
+        deep = any(";16" in str(tile.args) for tile in file.tile)
+        upright = ImageOps.exif_transpose(file)
+        mode, pixels = upright.mode, np.array(upright)
+        flat = upright.getpalette("RGB") if mode == "P" else None
+    if mode in ("LA", "RGBA") and not deep:
+        pixels = _without_alpha(pixels, path)
+    elif mode == "1":
+        pixels = pixels.astype(np.uint8)
+    elif mode == "F" and (pixels == np.rint(pixels)).all() and (np.abs(pixels) < 2**24).all():
+        pixels = pixels.astype(np.int32)
+    elif mode not in ("P", "L", "I") and not mode.startswith("I;16") and (mode != "RGB" or deep):
         raise DataError(
-            f"{path}: expected a palette (P) or grey (L) mask of class indices, got mode {mode}"
+            f"{path}: expected a mask of whole numbers (palette, grey, 16 or 32 bits) or of 8-bit "
+            f"colours (RGB, RGBA), got mode {mode}{' of 16 bits' if deep else ''}"
         )
-    return tv_tensors.Mask(torch.from_numpy(pixels))
+    palette = None if flat is None else np.array(flat, np.uint8).reshape(-1, 3)
+    return StoredMask(Path(path), mode, pixels, palette)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) as stored; only the file's head is read. Raises ``DataError``."""
-    try:
-        with Image.open(path) as file:
-            return file.height, file.width
-    except _BROKEN as error:
-        raise _unreadable(path, "image", error) from error
+    with _opened(path, "image") as file:
+        return file.height, file.width
 
 
 def read_palette(path: str | Path) -> list[tuple[int, int, int]]:
     """RGB colours of a palette image; empty for a grey one. Raises ``DataError``."""
-    try:
-        with Image.open(path) as file:
-            flat = file.getpalette("RGB") if file.mode == "P" else None
-    except _BROKEN as error:
-        raise _unreadable(path, "mask", error) from error
+    with _opened(path, "mask") as file:
+        flat = file.getpalette("RGB") if file.mode == "P" else None
     return [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)] if flat else []
 
 
 def has_image_suffix(path: Path) -> bool:
     """Whether Pillow reads files that are called so; dot files (``._x.jpg``) are no images."""
-    extensions = Image.registered_extensions()
-    return not path.name.startswith(".") and extensions.get(path.suffix.lower()) in Image.OPEN
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    pictures = kind in Image.OPEN and kind not in _NO_PICTURES
+    return not path.name.startswith(".") and (pictures or kind == "MPO")  # read as a JPEG
+
+
+@contextmanager
+def _opened(path: str | Path, kind: str) -> Iterator[Image.Image]:
+    """The only picture of a file; raises ``DataError`` for all that Pillow finds wrong with it."""
+    try:
+        with Image.open(path) as file:
+            pictures = _count_pictures(file)
+            if pictures > 1:
+                raise DataError(
+                    f"{path}: expected one picture, got {pictures}: write one file each"
+                )
+            yield file
+    except DataError:
+        raise
+    except _BROKEN as error:
+        raise _unreadable(path, kind, error) from error
+
+
+def _count_pictures(file: Image.Image) -> int:
+    frames = getattr(file, "n_frames", 1)
+    if frames == 1 or file.format in ("MPO", "PSD"):  # a preview, layers: the first is the picture
+        return 1
+    if file.format != "TIFF":
+        return frames
+    reduced = 0
+    for frame in range(1, frames):  # overviews, as GeoTIFFs have them
+        file.seek(frame)
+        reduced += file.tag_v2.get(_SUBFILE_TYPE, 0) & 1
+    file.seek(0)
+    return frames - reduced
+
+
+def _rgb(image: Image.Image, path: str | Path, file_format: str | None) -> tv_tensors.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow's converter clips these to 0 to 255.
+        grey = _scaled(np.array(image), image.mode, path, file_format)
+        return tv_tensors.Image(torch.from_numpy(grey).expand(3, -1, -1).contiguous())
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getextrema()[3]
+        colours = image.convert("RGB").getextrema()
+        if alpha[0] < alpha[1] and all(low == high for low, high in colours):
+            raise DataError(
+                f"{path}: expected an image, got one colour throughout, only its transparency "
+                "differs: lay it over a background"
+            )
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return tv_tensors.Image(pixels.permute(2, 0, 1).contiguous())
+
+
+def _scaled(
+    pixels: NDArray[Any], mode: str, path: str | Path, file_format: str | None
+) -> NDArray[np.uint8]:
+    """Grey values of more than 8 bits as uint8, if their range is known."""
+    # Pillow scales PGM's values to 16 bits, whatever their maximum.
+    if not mode.startswith("I;16") and not (mode == "I" and file_format == "PPM"):
+        raise DataError(
+            f"{path}: expected 8 or 16 bits a channel, got mode {mode}, values {pixels.min():g} "
+            f"to {pixels.max():g}, whose white is unknown: save it with 8 or 16 bits"
+        )
+    if pixels.max() < 2**12:
+        # By folder, so that it is said once.
+        warnings.warn(
+            f"{Path(path).parent}: 16-bit images whose values end below 4096 are read as nearly "
+            "black; if they hold 12 bits or fewer, scale them to 16",
+            stacklevel=2,
+        )
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _without_alpha(pixels: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8]:
+    """Colours (H, W, 3), or grey values (H, W), of pixels with an alpha channel."""
+    alpha = pixels[..., -1]
+    colours = pixels[..., :-1]
+    if (alpha != 255).any():
+        packed = packed_colours(colours if colours.shape[-1] == 3 else colours.repeat(3, -1))
+        both = np.intersect1d(packed[alpha == 255], packed[alpha != 255])
+        if both.size:
+            raise DataError(
+                f"{path}: expected a mask without transparency, got colour #{both[0]:06x} opaque "
+                "and transparent"
+            )
+    return np.ascontiguousarray(colours.squeeze(-1) if colours.shape[-1] == 1 else colours)
+
+
+def packed_colours(colours: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """RGB colours (..., 3) as numbers 0xrrggbb."""
+    red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
 
 
 def _read_sbd_mask(path: str | Path) -> np.ndarray:
@@ -104,3 +245,7 @@ def _read_sbd_mask(path: str | Path) -> np.ndarray:
 
 def _unreadable(path: str | Path, kind: str, error: BaseException) -> DataError:
     return DataError(f"{path}: cannot read {kind}: {error}")
+
+
+def _size(size: tuple[int, int]) -> str:
+    return "{1} x {0}".format(*size)

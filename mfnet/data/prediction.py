@@ -41,7 +41,7 @@ class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str] | Skipped:
         path = self.paths[index]
         try:
-            original = read_image(path, upright=True)
+            original = read_image(path)
         except DataError as error:
             return Skipped(str(path), str(error).removeprefix(f"{path}: "))
         return self.transform(original), original.as_subclass(torch.Tensor), str(path)
@@ -62,10 +62,11 @@ def find_images(patterns: str | Sequence[str]) -> list[Path]:
     Raises:
         FileNotFoundError: one of them names no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found |= dict.fromkeys(_find(pattern))
-    return list(found)
+        for path in _find(pattern):
+            found.setdefault(path.absolute(), path)
+    return list(found.values())
 
 
 def _find(pattern: str) -> list[Path]:

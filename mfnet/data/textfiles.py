@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 MAX_CLASSES = 255  # 255 itself is the label that is ignored
 
-_NUMBERED = re.compile(r"(\d+)\s*([:=,;]|\s)\s*(\S.*)")
+_NUMBERED = re.compile(r"(\d+)\s*([:=,;.)]|\s)\s*(\S.*)")
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -37,13 +38,13 @@ def read_lines(path: Path) -> list[Line]:
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
-        line = 1 + raw[: error.start].count(b"\n")
+        line = len(_LINE_END.split(raw[: error.start].decode("latin-1")))
         raise ValueError(
             f"{path}, line {line}: expected UTF-8 text, got byte 0x{raw[error.start]:02x}; "
             "save the file as UTF-8"
         ) from error
     lines = []
-    for number, written in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+    for number, written in enumerate(_LINE_END.split(text), start=1):
         if "\0" in written:
             raise ValueError(
                 f"{path}, line {number}: expected text, got a zero byte; save the file as UTF-8"

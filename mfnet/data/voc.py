@@ -52,15 +52,15 @@ def list_folder(root: str | Path, split: Split) -> list[Sample]:
     root = Path(root)
     _require(root)
     split_file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if split == "test" and not split_file.exists():
+    if not split_file.exists():
+        hint = "; 'mfnet validate' scores the validation split" if split == "test" else ""
         raise FileNotFoundError(
-            f"{split_file}: no such file; it names the images of a test split. "
-            "'mfnet validate' scores the validation split"
+            f"{split_file}: no such file; it names the images of the {split} split{hint}"
         )
-    lines = read_lines(_require(split_file))
+    lines = read_lines(split_file)
     images, masks = _Folder(root / "JPEGImages"), _Folder(root / "SegmentationClass")
     samples = [
-        Sample(images.find(line, split_file), masks.find(line, split_file)) for line in lines
+        Sample(images.find(line, split_file), masks.mask_of(line, split_file)) for line in lines
     ]
     if not samples:
         raise ValueError(f"{split_file}: names no image")
@@ -73,34 +73,55 @@ class _Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = _require(path)
-        self._listed: dict[Path, dict[str, list[Path]]] = {}
+        self._by_name: dict[Path, list[Path]] = {}
+        self._by_stem: dict[Path, list[Path]] = {}
+        self._listed: set[Path] = set()
 
     def find(self, line: Line, split_file: Path) -> Path:
-        """Raises ``FileNotFoundError`` or ``ValueError``, naming the split file's line."""
-        name = self.path / line.text.removeprefix("JPEGImages/")
-        known = self._list(name.parent)
-        found = known.get(name.name, [])
-        if not found and has_image_suffix(name):  # the image's extension, of a mask of another
-            found = known.get(name.stem, [])
-        where = f"{split_file}, line {line.number}"
+        """The file that a line names, with or without its extension.
+
+        Raises ``FileNotFoundError`` or ``ValueError``, naming the split file's line.
+        """
+        name = self._place(line, split_file)
+        found = self._by_name.get(name) or self._by_stem.get(name, [])
+        return self._only(found, name, f"{split_file}, line {line.number}", "write the extension")
+
+    def mask_of(self, line: Line, split_file: Path) -> Path:
+        """The mask of the image that a line names, whose extension need not be the image's."""
+        name = self._place(line, split_file)
+        found = self._by_stem.get(name, [])
+        if not found and has_image_suffix(name):
+            found = self._by_stem.get(name.with_suffix(""), [])
+        return self._only(found, name, f"{split_file}, line {line.number}", "keep one of them")
+
+    def _place(self, line: Line, split_file: Path) -> Path:
+        relative = Path(line.text.removeprefix("JPEGImages/"))
+        if relative.is_absolute():
+            raise ValueError(
+                f"{split_file}, line {line.number}: expected a name below {self.path}, got "
+                f"'{relative}'"
+            )
+        name = self.path / relative
+        if name.parent not in self._listed:
+            self._list(name.parent)
+        return name
+
+    def _list(self, folder: Path) -> None:
+        self._listed.add(folder)
+        for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+            # As lines are read: file systems differ in how they compose letters.
+            name = path.with_name(unicodedata.normalize("NFC", path.name))
+            if has_image_suffix(name):
+                self._by_name.setdefault(name, []).append(path)
+                self._by_stem.setdefault(name.with_suffix(""), []).append(path)
+
+    def _only(self, found: list[Path], name: Path, where: str, remedy: str) -> Path:
         if not found:
             raise FileNotFoundError(f"{name}: no file of that name, but {where}, names it")
         if len(found) > 1:
             names = " and ".join(str(path) for path in found)
-            raise ValueError(f"{where}: '{line.text}' fits {names}; write the extension, too")
+            raise ValueError(f"{where}: '{name.name}' fits {names}; {remedy}")
         return found[0]
-
-    def _list(self, folder: Path) -> dict[str, list[Path]]:
-        """Files by their names, and by their names without extension, in composed Unicode."""
-        if folder not in self._listed:
-            known: dict[str, list[Path]] = {}
-            for path in sorted(folder.iterdir() if folder.is_dir() else ()):
-                name = Path(unicodedata.normalize("NFC", path.name))
-                if has_image_suffix(name):
-                    known.setdefault(name.stem, []).append(path)
-                    known.setdefault(name.name, []).append(path)
-            self._listed[folder] = known
-        return self._listed[folder]
 
 
 def _warn_of_repetitions(samples: list[Sample], lines: list[Line], split_file: Path) -> None:
@@ -116,11 +137,10 @@ def _warn_of_repetitions(samples: list[Sample], lines: list[Line], split_file: P
 
 
 def read_classes(root: str | Path) -> tuple[list[str], Palette]:
-    """Class names and palette of a folder in VOC layout.
+    """Class names of a folder in VOC layout, and the colours of its first mask, by name.
 
-    Names are the lines of ``classes.txt``. Without it, the classes are PASCAL's 21 if the first
-    mask, by name, carries PASCAL's palette. The palette is that mask's; colours it lacks (a grey
-    mask has none) are PASCAL's.
+    Names are the lines of ``classes.txt``. Without it, the classes are PASCAL's 21 if that mask
+    carries PASCAL's palette. A grey mask has no colours.
 
     Raises:
         FileNotFoundError: no ``root``; no ``classes.txt``, and the palette is not PASCAL's.
@@ -140,7 +160,12 @@ def read_classes(root: str | Path) -> tuple[list[str], Palette]:
             f"{file}: missing, and the masks do not carry PASCAL's palette; "
             "expected one class name per line, in the order of the class indices"
         )
-    return names, colours[: len(names)] + pascal_palette(len(names))[len(colours) :]
+    return names, colours
+
+
+def completed(colours: Palette, num_classes: int) -> Palette:
+    """As many colours as there are classes: PASCAL's where there are too few."""
+    return colours[:num_classes] + pascal_palette(num_classes)[len(colours) :]
 
 
 def list_pascal(
@@ -169,8 +194,10 @@ def list_pascal(
             f"{root}: the masks of PASCAL VOC's test images are not public; 'mfnet validate' "
             "scores the validation split"
         )
+    if not download and (split == "val" or sbd_root is None):
+        return _list_voc2012(root, split, download)
     voc = {name: _list_voc2012(root, name, download) for name in ("train", "val")}
-    if split == "val" or sbd_root is None:
+    if sbd_root is None:
         return voc[split]
     known = {sample.image.stem for samples in voc.values() for sample in samples}
     extra = [s for s in _list_sbd(sbd_root, download) if s.image.stem not in known]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from made_up import write_image, write_mask
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mfnet.data import DataError, VOCFolder
+from mfnet.data import DataError, VOCFolder, denormalise
 from mfnet.data.files import read_image, read_mask
 
 
@@ -90,7 +90,7 @@ def test_ignored_label_is_kept(folder):
     assert (mask[1:] == 0).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
+@pytest.mark.parametrize("mode", ["L", "LA", "CMYK", "RGBA", "P"])
 def test_images_of_other_modes_become_rgb(tmp_path, mode):
     path = tmp_path / f"image.{'jpg' if mode == 'CMYK' else 'png'}"
     Image.new("RGB", (50, 40), (153, 153, 153)).convert(mode).save(path)
@@ -100,15 +100,140 @@ def test_images_of_other_modes_become_rgb(tmp_path, mode):
     assert (image.int() - 153).abs().max() <= 3
 
 
+RAMP = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32
+
+
+@pytest.mark.parametrize("name", ["i.png", "i.tif", "big_endian.tif", "i.jp2", "i.pgm"])
+def test_16_bit_images_are_scaled(tmp_path, name):
+    grey = Image.fromarray(RAMP.astype(">u2") if "big" in name else RAMP)
+    options = {"irreversible": False} if name.endswith("jp2") else {}
+    grey.save(tmp_path / name, **options)
+    image = read_image(tmp_path / name)
+    assert image.dtype == torch.uint8
+    expected = torch.from_numpy((RAMP / 257).round()).byte()
+    assert torch.equal(image, expected.expand(3, 40, 50))
+
+
+def test_16_bit_images_of_fewer_bits_are_warned_of(tmp_path):
+    Image.fromarray(RAMP // 16).save(tmp_path / "i.png")
+    with pytest.warns(UserWarning, match="16-bit images whose values end below 4096 are read as"):
+        assert read_image(tmp_path / "i.png").max() <= 16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (np.float32, "i.tif: expected 8 or 16 bits a channel, got mode F, values 0 to 63968"),
+        (np.int32, "i.tif: expected 8 or 16 bits a channel, got mode I, values 0 to 63968"),
+    ],
+)
+def test_images_without_a_known_range_are_refused(tmp_path, dtype, message):
+    Image.fromarray(RAMP.astype(dtype)).save(tmp_path / "i.tif")
+    with pytest.raises(DataError) as caught:
+        read_image(tmp_path / "i.tif")
+    assert message in str(caught.value)
+
+
+def test_bilevel_images_become_rgb(tmp_path):
+    pixels = RAMP > 999
+    Image.fromarray(pixels).save(tmp_path / "i.png")
+    expected = torch.from_numpy(pixels).byte() * 255
+    assert torch.equal(read_image(tmp_path / "i.png"), expected.expand(3, 40, 50))
+
+
+def _with_transparency(path, colours):
+    """An image whose left half is transparent."""
+    image = Image.new("RGBA", (50, 40), (*colours[0], 0))
+    image.paste((*colours[1], 255), (25, 0, 50, 40))
+    if path.stem == "P":
+        image = image.convert("RGB").quantize(2)
+        image.info["transparency"] = bytes([0, 255])
+    image.save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_transparency_is_left_out(tmp_path, mode, recwarn):
+    image = read_image(_with_transparency(tmp_path / f"{mode}.png", [(10, 20, 30), (90, 80, 70)]))
+    assert image[:, 0, 0].tolist() == [10, 20, 30]
+    assert image[:, 0, 49].tolist() == [90, 80, 70]
+    assert not recwarn.list
+
+
+def test_a_picture_in_the_transparency_alone_is_refused(tmp_path):
+    path = _with_transparency(tmp_path / "RGBA.png", [(0, 0, 0), (0, 0, 0)])
+    with pytest.raises(DataError, match=r"RGBA\.png: expected an image, got one colour throughout"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask])
+@pytest.mark.parametrize("name", ["pages.tif", "pages.gif", "pages.png"])
+def test_several_pictures_in_a_file_are_refused(tmp_path, name, read):
+    pages = [Image.new("L", (50, 40), value) for value in (0, 1, 2)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    with pytest.raises(DataError, match=r"pages\.\w+: expected one picture, got 3"):
+        read(tmp_path / name)
+
+
+def test_overviews_of_a_tiff_are_passed_over(tmp_path):
+    overview = Image.new("L", (25, 20))
+    overview.encoderinfo = {"tiffinfo": {254: 1}}
+    picture = Image.new("L", (50, 40), 7)
+    picture.save(tmp_path / "i.tif", save_all=True, append_images=[overview])
+    assert (read_image(tmp_path / "i.tif") == 7).all()
+    assert (read_mask(tmp_path / "i.tif").pixels == 7).all()
+
+
+def _exif(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("upright_mask", [True, False])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_where_the_mask_agrees(folder, orientation, upright_mask):
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    path = folder / "JPEGImages" / "x.jpg"
+    stored.save(path, format="PNG", exif=_exif(orientation))
+    with Image.open(path) as file:
+        upright = ImageOps.exif_transpose(file)
+    mask_size = (upright if upright_mask else stored).size
+    write_mask(folder / "SegmentationClass" / "x.png", np.zeros(mask_size[::-1]))
+    data = VOCFolder(str(folder))
+    data.setup("validate")
+    image, mask = data.val_set[0]
+    expected = stored if orientation > 4 and not upright_mask else upright
+    assert torch.equal(denormalise(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert image.shape[1:] == mask.shape
+
+
+def test_exif_orientation_of_a_mask_counts(folder):
+    write_image(folder / "JPEGImages" / "x.jpg", (50, 40))
+    mask = Image.new("L", (50, 40))
+    mask.putpixel((0, 0), 1)
+    mask.save(folder / "SegmentationClass" / "x.png", exif=_exif(6))
+    data = VOCFolder(str(folder))
+    data.setup("validate")
+    _, labels = data.val_set[0]
+    assert labels.nonzero().tolist() == [[0, 39]]
+
+
+def test_sizes_that_differ_either_way_name_exif(folder):
+    Image.new("RGB", (50, 41)).save(folder / "JPEGImages" / "x.jpg", exif=_exif(6))
+    data = VOCFolder(str(folder))
+    data.setup("validate")
+    expected = r"x\.png: .* its image, 50 x 41 turned by EXIF, 41 x 50 as stored, got 40 x 50"
+    with pytest.raises(DataError, match=expected):
+        data.val_set[0]
+
+
+def test_prediction_is_upright(tmp_path):
+    Image.new("RGB", (50, 40)).save(tmp_path / "turned.jpg", exif=_exif(6))
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 50, 40)
+
+
 def test_mask_of_palette_png_is_class_indices(tmp_path):
     expected = np.arange(256).reshape(16, 16)
     write_mask(tmp_path / "m.png", expected)
-    assert np.array_equal(read_mask(tmp_path / "m.png").numpy(), expected)
-
-
-def test_exif_orientation_only_where_asked(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    Image.new("RGB", (50, 40)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (3, 40, 50)
-    assert read_image(tmp_path / "turned.jpg", upright=True).shape == (3, 50, 40)
+    assert np.array_equal(read_mask(tmp_path / "m.png").pixels, expected)

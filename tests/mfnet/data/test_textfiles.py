@@ -23,6 +23,7 @@ from mfnet.data.voc import list_folder
         b"0: sky\n1: road\n2: 3 wheeler\n",
         b"0 sky\n1\troad\n2 3 wheeler\n",
         b"0,sky\n1,road\n2,3 wheeler\n",
+        b"0. sky\n1) road\n2. 3 wheeler\n",
     ],
 )
 def test_classes_are_read_as_meant(tmp_path, content):
@@ -34,6 +35,7 @@ def test_classes_are_read_as_meant(tmp_path, content):
     ("content", "message"),
     [
         ("sky\nf\xfaßball\n".encode("latin-1"), "line 2: expected UTF-8 text, got byte 0xfa"),
+        ("a\rb\rf\xfaß".encode("latin-1"), "line 3: expected UTF-8 text, got byte 0xfa"),
         ("sky\nroad\n".encode("utf-16-le"), "line 1: expected text, got a zero byte"),
         (b"sky\nroad\n\nsky\n", "line 4: expected different names, got 'sky' as in line 1"),
         (b"1: sky\n2: road\n", "line 1: expected number 0 in a numbered list"),
@@ -73,6 +75,25 @@ def test_any_extension_is_found_with_or_without_it(folder):
     assert [s.mask.name for s in samples] == ["p.tif", "q.PNG", "r.s.png", "a.png", "c.png"]
     write_split(folder, "p.png\nq.JPG\nr.s.webp\n")
     assert images_of(folder) == ["p.png", "q.JPG", "r.s.webp"]
+
+
+def test_two_masks_of_one_image_are_named(folder):
+    write_image(folder / "SegmentationClass" / "a.jpg")  # a preview
+    write_split(folder, "a.jpg\n")
+    with pytest.raises(ValueError, match=r"fits .*a\.jpg and .*a\.png; keep one of them"):
+        list_folder(folder, "train")
+
+
+def test_an_absolute_line_is_refused(folder):
+    write_image(folder / "a.png")
+    write_split(folder, f"{folder / 'a'}\n")
+    with pytest.raises(ValueError, match=r"line 1: expected a name below .*JPEGImages, got"):
+        list_folder(folder, "train")
+
+
+def test_files_that_are_no_pictures_are_passed_over(folder):
+    (folder / "JPEGImages" / "a.h5").write_bytes(b"features")
+    assert images_of(folder)[0] == "a.jpg"
 
 
 def test_two_files_of_one_name_are_named(folder):

@@ -148,18 +148,18 @@ def test_sbd_masks_train(voc2012, sbd):
     image, mask = data.train_set[3]
     assert image.shape == (3, 33, 33)
     assert set(mask.unique().tolist()) <= {20, 255}
-    assert (read_mask(data.train_set.samples[3].mask) == 20).all()
+    assert (read_mask(data.train_set.samples[3].mask).pixels == 20).all()
 
 
 def test_pascal_names_what_is_missing(voc2012, sbd):
-    with pytest.raises(FileNotFoundError, match=r"nowhere/VOCdevkit/VOC2012.*train\.txt: no such"):
-        PascalVOC("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/VOCdevkit/VOC2012.*val\.txt: no such"):
+        PascalVOC("nowhere").setup("fit")
     (sbd / "cls" / "d.mat").unlink()
     with pytest.raises(FileNotFoundError, match=r"cls/d\.mat: no such file"):
-        PascalVOC(str(voc2012), sbd_root=str(sbd))
+        PascalVOC(str(voc2012), sbd_root=str(sbd)).setup("fit")
     shutil.rmtree(sbd)
     with pytest.raises(FileNotFoundError, match=r"sbd/train\.txt: no such file"):
-        PascalVOC(str(voc2012), sbd_root=str(sbd))
+        PascalVOC(str(voc2012), sbd_root=str(sbd)).setup("fit")
 
 
 def test_damaged_mat_file_is_named(sbd):
@@ -173,7 +173,7 @@ def test_damaged_mat_file_is_named(sbd):
 def test_sbd_without_scipy_is_named(voc2012, sbd, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(DataError, match=r"sbd: reading SBD's \.mat masks needs scipy"):
-        PascalVOC(str(voc2012), sbd_root=str(sbd))
+        PascalVOC(str(voc2012), sbd_root=str(sbd)).setup("fit")
 
 
 def test_download_only_when_asked_and_only_what_is_missing(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_download_only_when_asked_and_only_what_is_missing(tmp_path, monkeypatch
 
     monkeypatch.setattr("torchvision.datasets.voc.download_and_extract_archive", fake_download)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        PascalVOC(str(tmp_path))
+        PascalVOC(str(tmp_path)).setup("fit")
     assert fetched == []
     data = PascalVOC(str(tmp_path), download=True)
     assert fetched == []  # one process per machine does it, in prepare_data
