@@ -57,7 +57,8 @@ class LabelEntries:
                 raise ValueError(f"{name}: cannot read as YAML: {error}") from error
         if not isinstance(entries, Mapping) or not entries:
             raise ValueError(
-                f"{name}: expected entries like '255: 1' or '\"#ff0000\": road', got {entries!r}"
+                f"{name}: expected entries like '255: 1' or '\"#ff0000\": road' (in quotes, as # "
+                f"begins a comment), got {entries!r}"
             )
         return dict(entries)
 
@@ -100,7 +101,9 @@ class LabelMap:
             )
         self.by_colour = bool(colours)
         listed = sorted((colours or numbers).items())
-        self._codes = np.array([code for code, _ in listed], dtype=np.int64)
+        self._codes = np.array(
+            [code for code, _ in listed], dtype=np.int32 if colours else np.int64
+        )
         self._labels = np.array([label for _, label in listed], dtype=np.int16)
 
     def __call__(self, mask: StoredMask) -> NDArray[np.uint8]:
@@ -204,10 +207,9 @@ def _label(key: Key, value: Key, class_names: Sequence[str]) -> int:
 
 def _parse_key(key: Key) -> tuple[str, int]:
     """``("number", n)`` or ``("colour", 0xrrggbb)``."""
-    if type(key) is int:
-        return "number", key
-    text = key.strip() if isinstance(key, str) else ""
-    if re.fullmatch(r"-?[0-9]+", text):  # JSON has no other keys than strings
+    text = str(key).strip() if type(key) in (int, str) else ""
+    # Digits in a string too: JSON has no other keys than strings.
+    if re.fullmatch(r"-?[0-9]+", text) and abs(int(text)) < 2**32:
         return "number", int(text)
     if re.fullmatch(r"#[0-9a-fA-F]{6}", text):
         return "colour", int(text[1:], 16)

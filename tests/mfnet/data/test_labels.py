@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from made_up import write_mask, write_voc
 from PIL import Image
 
 from mfnet.data import DataError, SegmentationDataModule, VOCFolder
+from mfnet.data.files import read_mask
+from mfnet.data.labels import LabelMap
 
 # What is drawn, as the number of one of four regions, and the labels that shall come of it.
 REGIONS = np.arange(40 * 50).reshape(40, 50) // 500
@@ -203,6 +208,7 @@ def test_what_is_no_mask_is_refused(folder, kind):
         ({"255,0": 1}, "got '255,0'"),
         ({"256,0,0": 1}, "got '256,0,0'"),
         ({1.5: 1}, "got 1.5"),
+        ({10**20: 1}, "got 1" + 20 * "0"),
         ({"#ff0000": 1, "255,0,0": 2}, "colour '255,0,0' is listed twice, for two classes"),
         ({5: 1, "5": 2}, "number '5' is listed twice"),
         ("nowhere.yaml", "label_map: nowhere.yaml: no such file"),
@@ -215,7 +221,7 @@ def test_bad_label_maps_are_named(folder, label_map, message):
 
 def test_files_that_are_no_label_map_are_named(folder):
     file = folder / "map.yaml"
-    for content in (b"a: [", b"", b"5", b"\xff\xfe\x00"):
+    for content in (b"a: [", b"", b"5", b"\xff\xfe\x00", b"#ff0000: 1\n"):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"label_map: .*map\.yaml: "):
             VOCFolder(str(folder), label_map=str(file))
@@ -313,16 +319,10 @@ def test_a_label_map_settles_contradicting_palettes(permuted, label_map):
     data = VOCFolder(str(permuted), crop_size=33, num_workers=0, label_map=label_map)
     data.setup("fit")
     list(data.train_dataloader())
-    masks = [data.label_map(stored) for stored in _stored(data)]
+    masks = [data.label_map(read_mask(sample.mask)) for sample in data.train_set.samples]
     same = "#090909" not in label_map
     assert np.array_equal(masks[0], masks[1]) == same
     assert np.array_equal(masks[0], REGIONS % 3)
-
-
-def _stored(data):
-    from mfnet.data.files import read_mask
-
-    return [read_mask(sample.mask) for sample in data.train_set.samples]
 
 
 def test_colours_that_no_pixel_has_do_not_contradict(tmp_path):
@@ -335,3 +335,12 @@ def test_colours_that_no_pixel_has_do_not_contradict(tmp_path):
     data = VOCFolder(str(root), crop_size=33, num_workers=0)
     data.setup("fit")
     assert len(list(data.train_dataloader())) == 1
+
+
+def test_the_maps_of_the_page_are_label_maps():
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text("utf-8")
+    maps = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    maps += re.findall(r"--data\.label_map '(.*?)'", page)
+    assert len(maps) == 5
+    for text in maps:
+        LabelMap(yaml.safe_load(text), ["background", "road", "car"])
