@@ -17,6 +17,7 @@ from mfnet.decoder import DeepLabDecoder, PointwiseDecoder, upsample
 
 MIN_SIZE = 33
 CONTEXT_CHANNELS = 256
+torch.fx.wrap("_check_images")  # it looks at sizes, which a trace has not
 
 
 class SegmentationNetwork(nn.Module):

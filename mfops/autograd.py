@@ -1,7 +1,8 @@
 """Gradients: autograd Functions around the operators, and one that injects a loss.
 
 The operators know nothing of autograd; these Functions call them forward and backward. A second
-derivative (`create_graph=True`) differentiates the reference's backward.
+derivative (`create_graph=True`) differentiates the reference's backward. Under torch.func's
+transforms (grad, vmap, jvp, ..) there is no Function: the reference itself is transformed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mfops import reference
-from mfops.dispatch import BACKENDS
+from mfops.dispatch import BACKENDS, under_transform
 
 
 def _backward(
@@ -34,7 +35,8 @@ def _backward(
 
 
 # `forward` takes ctx itself: a separate `setup_context` costs 20 us a call in torch's binding of
-# default arguments, more than the rest of the call together.
+# default arguments, more than the rest of the call together. torch.func would want that one, and
+# rules for vmap; of plain PyTorch it knows them all.
 
 
 class Reconstruct(torch.autograd.Function):
@@ -62,6 +64,16 @@ class Reconstruct(torch.autograd.Function):
         return *_backward(ctx, grad_x_hat, grad_mse), None, None, None
 
 
+def reconstruct(
+    x: Tensor, y: Tensor, z: Tensor, backend: str, tf32: bool, expand: bool
+) -> tuple[Tensor, Tensor]:
+    """X', mse of x (B, C, N), y, z; X' of shared factors is (C, N) unless `expand`."""
+    if not under_transform():
+        return Reconstruct.apply(x, y, z, backend, tf32, expand)
+    x_hat, mse = reference.reconstruct(x, y, z, tf32)
+    return x_hat.expand(x.shape) if expand else x_hat, mse
+
+
 class ReconstructionError(torch.autograd.Function):
     """x (B, C, N), y, z, backend name, tf32 -> mse; X' is not written."""
 
@@ -76,6 +88,13 @@ class ReconstructionError(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mse: Tensor | None) -> tuple[Tensor | None, ...]:
         return *_backward(ctx, None, grad_mse), None, None
+
+
+def reconstruction_error(x: Tensor, y: Tensor, z: Tensor, backend: str, tf32: bool) -> Tensor:
+    """mse of x (B, C, N), y, z."""
+    if not under_transform():
+        return ReconstructionError.apply(x, y, z, backend, tf32)
+    return reference.mse(x, y, z, tf32)
 
 
 class Solve(torch.autograd.Function):
@@ -153,15 +172,81 @@ def set_loss_scaling(
     return previous
 
 
+_INJECTED_ONCE = (
+    "loss_weight: an injected loss enters one backward pass, there is none in forward mode and "
+    "there are many in a Jacobian (jacrev, jacfwd, jvp, is_grads_batched): take it with "
+    "return_loss=True, set loss_weight = 0 or call eval()"
+)
+
+
+def _count(kind: str) -> int:
+    """How many of torch.func's transforms that run this call are of a kind."""
+    if not under_transform():
+        return 0
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # it cannot trace the question
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack()
+    return sum(level.key() == getattr(functorch.TransformType, kind) for level in levels)
+
+
+def _several_at_once(vmaps: int, grad_out: Tensor) -> bool:
+    """Whether a vmap that the forward pass knew nothing of runs backward passes."""
+    if torch.compiler.is_compiling():
+        return False
+    # Batched gradients of autograd itself have a vmap apart from torch.func's.
+    return _count("Vmap") != vmaps or torch._C._functorch.is_legacy_batchedtensor(grad_out)
+
+
+def _inject(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of out and loss."""
+    if _several_at_once(ctx.vmaps, grad_out):
+        raise RuntimeError(_INJECTED_ONCE)
+    (one,) = ctx.saved_tensors
+    return grad_out, one if _scale_loss is None else _scale_loss(one)
+
+
 class InjectLoss(torch.autograd.Function):
     """Passes `out` on; backward, `loss` gets the gradient it has as a term of the total loss."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(torch.ones_like(loss))
+        ctx.vmaps = 0
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-        (one,) = ctx.saved_tensors
-        return grad_out, one if _scale_loss is None else _scale_loss(one)
+        return _inject(ctx, grad_out)
+
+
+class TransformedInjectLoss(torch.autograd.Function):
+    """InjectLoss as torch.func's transforms take it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, loss: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(torch.ones_like(inputs[1]))
+        ctx.vmaps = _count("Vmap")
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+        return _inject(ctx, grad_out)
+
+
+def inject_loss(out: Tensor, loss: Tensor) -> Tensor:
+    """`out`, whose backward pass gives `loss` the gradient of a term of the total loss.
+
+    Raises:
+        RuntimeError: forward-mode differentiation, or many backward passes at once.
+    """
+    if not under_transform():
+        return InjectLoss.apply(out, loss)
+    if _count("Jvp"):
+        raise RuntimeError(_INJECTED_ONCE)
+    return TransformedInjectLoss.apply(out, loss)

@@ -106,6 +106,17 @@ def _method_obstacle(method: str | None) -> str | None:
     return f"has no kernels for method {method!r}"
 
 
+def under_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ..) runs this call."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _kernel_obstacle(x: Tensor, method: str | None) -> str | None:
+    if under_transform():
+        return "its operators take no part in torch.func's transforms"
+    return _dtype_obstacle(x) or _method_obstacle(method)
+
+
 def _native_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
@@ -119,7 +130,7 @@ def _native_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | N
             return f"on CUDA it takes K <= {MAX_NATIVE_CUDA_RANK}, K is {rank}"
     elif not x.is_cpu:
         return f"runs on cpu and cuda, x is on {x.device.type}"
-    return _dtype_obstacle(x) or _method_obstacle(method)
+    return _kernel_obstacle(x, method)
 
 
 def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
@@ -132,7 +143,7 @@ def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | N
         obstacle = _gpu_obstacle(x.device.index)
         if obstacle is not None:
             return obstacle
-    return _dtype_obstacle(x) or _method_obstacle(method)
+    return _kernel_obstacle(x, method)
 
 
 def _no_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from mfops.checks import check_method, check_positive
-from mfops.dispatch import FUSED_METHODS
+from mfops.dispatch import FUSED_METHODS, under_transform
 from mfops.functional import autocasts, factorize, product, reconstruct, solve
 from mfops.methods import METHODS, WITH_PARAMETERS
 from mfops.reference import accumulation_dtype
+from mfops.tracing import record_method
 
 
 class Factorizer(nn.Module):
@@ -125,7 +127,7 @@ class ImageFactorizer(Factorizer):
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, start, steps = self._prepare(x)
-        if self.method in FUSED_METHODS:
+        if self.method in FUSED_METHODS and not under_transform():
             x_hat, mse, y = solve(x, start, self.method, steps)
         else:
             y, z = factorize(x, start, self.method, steps)
@@ -134,6 +136,8 @@ class ImageFactorizer(Factorizer):
         return x_hat, mse
 
     def product(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return record_method(self, "product", x)
         if self.method == "nmf":  # the kernel that finds the last Z has X' at hand
             return super().product(x)
         return product(x, *self(x))  # X is not read again
@@ -141,6 +145,11 @@ class ImageFactorizer(Factorizer):
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """X as the method takes it, the bases to start from, the number of rounds."""
         method = METHODS[self.method]
+        if method.momentum is not None and self.training and under_transform():
+            raise RuntimeError(
+                f"factorizer {self.method!r} moves its bases in training, which torch.func's "
+                "transforms do not allow: let them rest with eval() on the factorizer alone"
+            )
         own = method.train_steps if self.training else method.eval_steps
         start = self.bases.to(accumulation_dtype(x))
         if self.training and method.momentum is None:

@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from mfops import reference
-from mfops.autograd import Reconstruct, ReconstructionError, Solve
+from mfops import autograd, reference
 from mfops.checks import check_bases, check_factors, check_features, check_method
 from mfops.dispatch import select
 from mfops.methods import METHODS
+from mfops.tracing import record_function
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
@@ -75,7 +76,9 @@ def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """As `factorized_reconstruction`, but X' of shared factors comes with a batch of 1."""
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), False)
+    x_hat, mse = autograd.reconstruct(
+        rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), False
+    )
     return _as_features(x_hat, x), mse
 
 
@@ -97,15 +100,18 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
         X', of x's shape, dtype and memory layout (where both factors are shared, an expanded
         view of the one X' there is), and mse, a float32 scalar (float64 for float64 input) of
         X' before it is rounded to x's dtype. Both differentiable in x, y and z, twice.
-        Under autocast all three are cast to the autocast dtype first.
+        Under autocast all three are cast to the autocast dtype first. Under torch.func's
+        transforms the PyTorch reference runs; torch.fx traces the call as one node.
 
     Raises:
         TypeError: not a tensor, a dtype not listed, or dtypes that differ.
         ValueError: shapes or devices that do not fit, an empty x, K = 0.
         RuntimeError: the backend of `use_backend` cannot run this call.
     """
+    if isinstance(x, Proxy):
+        return record_function(factorized_reconstruction, x, y, z)
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), True)
+    x_hat, mse = autograd.reconstruct(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), True)
     return _as_features(x_hat, x), mse
 
 
@@ -114,8 +120,10 @@ def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
     Arguments and errors are those of `factorized_reconstruction`.
     """
+    if isinstance(x, Proxy):
+        return record_function(factorized_mse, x, y, z)
     rows, y, z = _prepare(x, y, z)
-    return ReconstructionError.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows))
+    return autograd.reconstruction_error(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows))
 
 
 def _prepare_bases(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor]:
@@ -161,12 +169,14 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
             K = 0.
         RuntimeError: the backend of `use_backend` has no kernels for the method.
     """
+    if isinstance(x, Proxy):
+        return record_function(factorize, x, y0, method, steps)
     rows, start = _prepare_bases(x, y0, method, steps)
     backend = select(rows, y0.shape[-1], method)
     final = METHODS[method].final_coefficients
     with without_autocast(rows.device.type):
-        with torch.no_grad():
-            y, z = backend.iterate(rows, start, method, steps, _tf32(rows))
+        # Constants rather than a region without gradient, which torch.export.save cannot write.
+        y, z = backend.iterate(rows.detach(), start, method, steps, _tf32(rows))
         z = final(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
     return y.to(y0.dtype), z
 
@@ -176,5 +186,5 @@ def solve(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tenso
     rows, start = _prepare_bases(x, y0, method, steps)
     backend = select(rows, y0.shape[-1], method)
     with without_autocast(rows.device.type):
-        x_hat, mse, y = Solve.apply(rows, start, method, steps, backend.name, _tf32(rows))
+        x_hat, mse, y = autograd.Solve.apply(rows, start, method, steps, backend.name, _tf32(rows))
     return _as_features(x_hat, x), mse, y

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
-from mfops.autograd import InjectLoss
+from mfops.autograd import inject_loss
 from mfops.checks import check_features, check_positive
 from mfops.factorizers import create_factorizer
+from mfops.tracing import record_module
 
 
 class FactorizedContext(nn.Module):
@@ -25,6 +27,10 @@ class FactorizedContext(nn.Module):
       its loss before `backward()` (torch.amp.GradScaler, division by the number of accumulated
       micro-batches), say so once with `mfops.set_loss_scaling`, and the injected loss follows.
     - `out, mse = ctx(x, return_loss=True)`: the unweighted mse is returned, nothing is injected.
+
+    Under torch.func's transforms (grad, vmap, jvp, ..) the PyTorch reference runs in place of the
+    kernels. An injected loss is in `grad`, of each sample in `vmap(grad(..))`. torch.fx traces the
+    module as one node.
 
     Args:
         channels: C of the features.
@@ -46,6 +52,9 @@ class FactorizedContext(nn.Module):
         ValueError: an argument out of range; x of the wrong rank or number of channels.
         TypeError: x is not a floating tensor; outside autocast, not of the parameters' dtype
             ("em", "nmf", "vq" and "cd" have none: they take every dtype).
+        RuntimeError: under a transform, "em" in training, which moves its bases
+            (`ctx.factorizer.eval()` lets them rest), or an injected loss in forward mode or in
+            a Jacobian; the backend of `mfops.use_backend` cannot run this call.
     """
 
     def __init__(
@@ -70,6 +79,8 @@ class FactorizedContext(nn.Module):
         self.factorizer = create_factorizer(factorizer, self.channels, self.rank, self.size, steps)
 
     def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(x, Proxy):
+            return record_module(self, x, return_loss)
         check_features(x)
         if x.shape[1] != self.channels:
             raise ValueError(f"x: expected {self.channels} channels, got {tuple(x.shape)}")
@@ -80,7 +91,7 @@ class FactorizedContext(nn.Module):
         out = x + F.relu(x_hat)
         if return_loss:
             return out, mse
-        return InjectLoss.apply(out, self.loss_weight * mse)
+        return inject_loss(out, self.loss_weight * mse)
 
     def extra_repr(self) -> str:
         return (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torchvision.ops import Conv2dNormActivation
 
 from mfnet.contexts.base import LossContext
 from mfops.checks import check_positive
 from mfops.functional import without_autocast
+from mfops.tracing import record_module
 
 CHANNELS = 512
 IGNORE_INDEX = 255
@@ -43,6 +45,8 @@ class Encoding(nn.Module):
         self.smoothing = nn.Parameter(torch.rand(codewords))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return record_module(self, x)
         with without_autocast(x.device.type):
             pixels = x.flatten(2)
             pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))

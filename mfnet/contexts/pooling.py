@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
+
+from mfops.tracing import record_module
 
 
 class ImagePooling(ASPPPooling):
@@ -26,6 +29,8 @@ class ImagePooling(ASPPPooling):
         self[0] = nn.AdaptiveAvgPool2d(bins)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return record_module(self, x)
         pool, conv, norm, activation = self
         pooled = conv(pool(x))
         one_value = pooled.shape[0] * pooled.shape[2] * pooled.shape[3] == 1

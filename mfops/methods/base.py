@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,9 @@ class Method(ABC):
         device: torch.device | None = None,
     ) -> Tensor:
         """Bases (.., C, K) to start from, columns of length 1, float32."""
-        # randn itself takes no generator beside a shape whose sizes torch.compile leaves open.
-        noise = torch.empty(*shape, device=device).normal_(generator=generator)
-        return F.normalize(noise, dim=-2)
+        # randn takes none beside sizes that torch.compile leaves open, not even None.
+        seeded: dict[str, Any] = {} if generator is None else {"generator": generator}
+        return F.normalize(torch.randn(*shape, device=device, **seeded), dim=-2)
 
     def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
         """Z before the first round: for methods whose updates look at the Z before."""

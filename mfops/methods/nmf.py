@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,8 +32,8 @@ class NMF(Method):
         generator: torch.Generator | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        noise = torch.empty(*shape, device=device).uniform_(generator=generator)
-        return F.normalize(noise, dim=-2)
+        seeded: dict[str, Any] = {} if generator is None else {"generator": generator}
+        return F.normalize(torch.rand(*shape, device=device, **seeded), dim=-2)
 
     def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.softmax(y.mT @ x, dim=-2)
