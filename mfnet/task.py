@@ -104,7 +104,7 @@ class SegmentationTask(L.LightningModule):
         """
         return self._checked(self.network(images), images)
 
-    def on_fit_start(self) -> None:
+    def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
         self._seed = torch.initial_seed()
 
     def on_train_start(self) -> None:
