@@ -56,7 +56,7 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
 
 
 class RunRecord(Callback):
-    """Write ``summary.json`` and ``samples.npz`` into the run's folder (``trainer.log_dir``).
+    """Write ``summary.json`` and ``samples.npz`` into the run's folder.
 
     ``summary.json``: model, backbone, parameters, trainable_parameters, gflops (see
     :func:`count_flops`, at the validation images' size; null where it cannot be counted),
@@ -69,18 +69,27 @@ class RunRecord(Callback):
         model: name of the model; default: the class name of the module's ``network``.
         backbone: name of the backbone; default: empty.
         samples: number of validation images.
+        folder: the run's folder; default: ``trainer.log_dir``, which is the first logger's.
     """
 
-    def __init__(self, model: str = "", backbone: str = "", samples: int = 4) -> None:
+    def __init__(
+        self,
+        model: str = "",
+        backbone: str = "",
+        samples: int = 4,
+        folder: str | Path | None = None,
+    ) -> None:
         self.model = model
         self.backbone = backbone
         self.samples = samples
+        self.folder = folder
         self._chosen: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
             return
-        log_dir = trainer.log_dir  # a broadcast: every rank has to ask
+        # A broadcast: every rank has to ask.
+        log_dir = trainer.log_dir if self.folder is None else self.folder
         if log_dir is None or not trainer.is_global_zero:
             return
         folder = Path(log_dir)

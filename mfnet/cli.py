@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from importlib import resources
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ActionConfigFile
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from tqdm import tqdm
 
-from mfnet import from_checkpoint, run_directory
+from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import OverlayWriter, RunRecord
-from mfnet.data import DataError, SegmentationDataModule
-from mfnet.from_checkpoint import PHOTOGRAPHS
+from mfnet.config import ConfigAction, expand_all, shipped_configs, with_image_list
+from mfnet.data import SegmentationDataModule
+from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, user_error
+from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
 
-PREDICT_IMAGES = "--data.predict_images"
 SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
 
 # Lightning's own use of torch, and what is meant to be when a run is resumed.
@@ -36,31 +36,7 @@ NOISE = (
     r"Checkpoint directory .* exists and is not empty",
 )
 
-EPILOG = """\
-mfnet demo: train a small network on generated images and show what it learned.
-mfnet report RUN...: curves, predictions and a table from the folders of finished runs.
-"""
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configurations inside the package, by name."""
-    folder = Path(str(resources.files("mfnet"))) / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-class ConfigAction(ActionConfigFile):
-    """``--config`` with a path or the name of a configuration in the package."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        shipped = shipped_configs()
-        if not Path(values).is_file():
-            if values not in shipped:
-                raise FileNotFoundError(
-                    f"--config: no file '{values}', and none of the shipped "
-                    f"configurations: {', '.join(shipped)}"
-                )
-            values = str(shipped[values])
-        super().__call__(parser, cfg, values, option_string)
+MAX_EPOCHS = 50  # the paper's; Lightning's own default is 1000
 
 
 class FunctionLinkParser(LightningArgumentParser):
@@ -74,6 +50,10 @@ class FunctionLinkParser(LightningArgumentParser):
         self, function: Any, *args: Any, linked_targets: Any = None, **kwargs: Any
     ) -> list[str]:
         return super().add_function_arguments(function, *args, **kwargs)
+
+    def format_help(self) -> str:
+        """Without the names of all the classes that an argument's value may have, 1400 lines."""
+        return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", super().format_help())
 
 
 class MFNetCLI(LightningCLI):
@@ -92,9 +72,8 @@ class MFNetCLI(LightningCLI):
             SegmentationTask,
             SegmentationDataModule,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=run_directory.RunConfig,
             trainer_defaults={
-                "default_root_dir": "runs/mfnet",
                 "log_every_n_steps": 1,  # all that is logged is logged once per epoch
                 "sync_batchnorm": True,
                 "use_distributed_sampler": False,  # the data modules bring their own
@@ -103,7 +82,6 @@ class MFNetCLI(LightningCLI):
             parser_kwargs={
                 "prog": "mfnet",
                 "description": "Semantic segmentation with factorized context.",
-                "epilog": EPILOG,
                 "exit_on_error": False,
             },
             args=None if args is None else list(args),
@@ -113,7 +91,7 @@ class MFNetCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = FunctionLinkParser(**kwargs)
+        parser = FunctionLinkParser(**kwargs, allow_abbrev=False)
         names = ", ".join(shipped_configs())
         parser.add_argument(
             "-c", "--config", action=ConfigAction, help=f"A YAML file, or one of: {names}."
@@ -134,23 +112,45 @@ class MFNetCLI(LightningCLI):
     def setup_parser(self, add_subcommands: bool, *rest: Any) -> None:
         super().setup_parser(add_subcommands, *rest)
         if add_subcommands:
-            self._parser("predict").set_defaults({"data": {"class_path": PHOTOGRAPHS}})
+            self._parser("predict").set_defaults(
+                {"data": {"class_path": from_checkpoint.PHOTOGRAPHS}}
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        self.config = self._parsed(parser, args)
         if self.config.get("subcommand") not in (None, "fit"):
             self._take_from_checkpoint(parser, args, self.config.subcommand)
+
+    def _parsed(self, parser: LightningArgumentParser, args: Any) -> Namespace:
+        try:
+            parsed = parser.parse_args(args)
+        except CommandLineError:
+            raise
+        except ArgumentError as error:
+            known = getattr(self, "_subcommand_parsers", {}).get("fit", parser).get_defaults()
+            flags = [f"--{key}" for key in vars(known.as_flat())] + help.nested_flags()
+            raise CommandLineError(explain(str(error), flags, help.data_classes())) from None
+        subcommand = parsed.get("subcommand")
+        config = parsed[subcommand] if subcommand else parsed
+        if config.data.class_path.rpartition(".")[2] == SegmentationDataModule.__name__:
+            raise CommandLineError(NO_DATA)  # options of a data set, but no data set
+        expand_all(config)
+        _set_run_defaults(config)
+        return parsed
 
     def _take_from_checkpoint(
         self, parser: LightningArgumentParser, args: Any, subcommand: str
     ) -> None:
         """Network and classes are the checkpoint's where flags and files do not tell them."""
         config = self.config[subcommand]
-        checkpoint = _find_checkpoint(config.ckpt_path, config.trainer.default_root_dir, subcommand)
+        folder = Path(config.trainer.default_root_dir)
+        checkpoint = _find_checkpoint(config.ckpt_path, folder, subcommand)
         record = {} if checkpoint is None else run_directory.read_record(checkpoint)
+        # Lightning's callbacks say so of a checkpoint from another folder, which matters to fit.
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
         if record:
             self._parser(subcommand).set_defaults(from_checkpoint.defaults(record, subcommand))
-            self.config = parser.parse_args(args)
+            self.config = self._parsed(parser, args)
             config = self.config[subcommand]
             from_checkpoint.without_starting_weights(config.model.network)
             if subcommand == "predict" and config.data.class_path.startswith("mfnet.data."):
@@ -171,17 +171,18 @@ class MFNetCLI(LightningCLI):
             self.save_config_callback = None
             return
         config.ckpt_path = _find_checkpoint(config.ckpt_path, folder, self.subcommand)
-        old_run = config.ckpt_path is None and (folder / run_directory.CONFIG).exists()
-        if old_run and not config.trainer.fast_dev_run:
-            raise FileExistsError(
-                f"'{folder}' holds a run already: continue it with --ckpt_path last, "
-                "or choose another --trainer.default_root_dir"
-            )
+        if not config.trainer.fast_dev_run:
+            _guard(folder, config.ckpt_path)
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        network = self._get(self.config, "model").network
-        self.model.network_config = network.as_dict()
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, KeyError) as error:
+            if user_error(error) is not None or not chosen_by_user(error):
+                raise
+            said = error.args[0] if error.args else type(error).__name__
+            raise CommandLineError(f"{said} (MFNET_TRACEBACK=1 shows where)") from error
+        self.model.network_config = self._get(self.config, "model").network.as_dict()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -189,18 +190,36 @@ class MFNetCLI(LightningCLI):
         plugins = [*_as_list(config.plugins), run_directory.WholeFileCheckpointIO()]
         if config.sync_batchnorm:
             plugins.append(SyncBatchNormPlugin())
+        callbacks = _as_list(config.callbacks)
+        check_callbacks(callbacks)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((folder / run_directory.CHECKPOINTS).resolve())
         names = _network_names(self._get(self.config, "model").network)
-        callbacks = [*_as_list(config.callbacks), RunRecord(*names)]
+        callbacks += [RunRecord(*names, folder=folder), MonitorCheck(), EpochScores()]
         if config.enable_checkpointing is not False:
             callbacks += run_directory.checkpoint_callbacks(folder)
         logger = config.logger
         if self.subcommand not in (None, "fit"):
             logger = logger or False
-        elif logger in (None, True):
-            logger = run_directory.loggers(folder)
-        return super().instantiate_trainer(
-            plugins=plugins, callbacks=callbacks, logger=logger, **kwargs
-        )
+        else:
+            chosen = None if logger in (None, True) else _as_list(logger or None)
+            logger = run_directory.loggers(folder, chosen)
+        try:
+            return super().instantiate_trainer(
+                plugins=plugins, callbacks=callbacks, logger=logger, **kwargs
+            )
+        except (ValueError, TypeError, RuntimeError) as error:  # of what the flags ask for
+            raise MisconfigurationException(f"trainer: {error}") from error
+
+    def after_fit(self) -> None:
+        """Say where the best checkpoint is."""
+        folder = Path(self.trainer.default_root_dir)
+        best = folder / run_directory.CHECKPOINTS / "best.ckpt"
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero or not best.is_file():
+            return
+        epoch, score = report.best_epoch(folder)
+        print(f"best val/mIoU {score:.3f} in epoch {epoch}: {best}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -214,44 +233,72 @@ def main(args: Sequence[str] | None = None) -> None:
         _say("stopped by SIGTERM; --ckpt_path last continues")
         sys.exit(SIGTERM_EXIT)
     except Exception as error:
-        if _origin(error) == "jsonargparse" and isinstance(error.__cause__, Exception):
-            error = error.__cause__  # what a class said when jsonargparse constructed it
-        if os.environ.get("MFNET_TRACEBACK") or not _is_user_error(error):
+        message = user_error(error)
+        if os.environ.get("MFNET_TRACEBACK") or message is None:
             raise
-        _say(f"error: {' '.join(str(error).split())}")
+        _say(f"error: {message}")
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
 
 
 def _dispatch(arguments: list[str]) -> None:
-    command = arguments[0] if arguments else "--help"
-    if command == "demo":
+    command, *rest = arguments or ["--help"]
+    text = _information(command, rest)
+    rest = ["--help" if argument == "--help_all" else argument for argument in rest]
+    if text is not None:
+        print(text)
+        sys.exit(0)
+    elif command == "demo":
         from mfnet import demo
 
-        demo.main(arguments[1:])
+        demo.main(rest)
     elif command == "report":
-        from mfnet import report
-
-        report.main(arguments[1:])
+        report.main(rest)
     else:
-        MFNetCLI(_with_image_list(arguments) or [command])
+        MFNetCLI([command, *with_image_list(rest)])
 
 
-def _with_image_list(arguments: list[str]) -> list[str]:
-    """``--data.predict_images a.jpg b.jpg``, which a shell makes of ``*.jpg``, with a list."""
-    if PREDICT_IMAGES not in arguments:
-        return arguments
-    start = arguments.index(PREDICT_IMAGES) + 1
-    images = list(takewhile(lambda word: not word.startswith("-"), arguments[start:]))
-    if len(images) < 2 and not all(Path(image).exists() for image in images):
-        return arguments  # a glob, or a list already
-    return [*arguments[:start], json.dumps(images), *arguments[start + len(images) :]]
+def _information(command: str, rest: Sequence[str]) -> str | None:
+    if command in ("-h", "--help"):
+        return help.COMMANDS
+    if command == "--version":
+        return help.versions()
+    if command in help.SUMMARIES and not {"-h", "--help"}.isdisjoint(rest):
+        return help.screen(command, list(shipped_configs()), MAX_EPOCHS)
+    if command in help.SUMMARIES and rest[-1:] == ["--model.network.help"]:
+        return help.network_options()
+    return None
 
 
 def _say(message: str) -> None:
     tqdm.write(f"mfnet: {message}", file=sys.stderr)  # on a line of its own, bars or not
 
 
-def _find_checkpoint(path: str | None, folder: str | Path, subcommand: str) -> str | None:
+def _set_run_defaults(config: Namespace) -> None:
+    """How long and where to train, where neither flags nor configuration say so."""
+    trainer = config.trainer
+    if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+        trainer.max_epochs = MAX_EPOCHS
+    if trainer.default_root_dir is None:
+        name, _ = _network_names(config.model.network)
+        network = re.sub(r"[^\w.]+", "-", name).strip("-")
+        configs = [Path(str(path)).stem for path in config.get("config") or [] if path]
+        parts = [*configs, *([network] if network != "mfnet" or not configs else [])]
+        trainer.default_root_dir = os.path.join("runs", "-".join(parts))
+
+
+def _guard(folder: Path, checkpoint: str | None) -> None:
+    """Let no run replace another one, its own continuation apart."""
+    inside = checkpoint is not None and folder.resolve() in Path(checkpoint).resolve().parents
+    if run_directory.holds_run(folder) and not inside:
+        raise FileExistsError(
+            f"'{folder}' holds a run already: continue it with --ckpt_path last, "
+            "or choose another --trainer.default_root_dir"
+        )
+    if (folder / run_directory.CONFIG).exists() and checkpoint is None:
+        rank_zero_info(f"'{folder}': the run in it ended before its first epoch; starting anew")
+
+
+def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | None:
     if path is None:
         if subcommand != "fit":
             rank_zero_warn("no --ckpt_path: the network is used as it was initialised")
@@ -284,21 +331,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
-
-
-def _is_user_error(error: Exception) -> bool:
-    """Whether the input is at fault: files, arguments, and what mfnet or mfops refuse.
-
-    A ``ValueError`` or ``TypeError`` raised elsewhere is a bug, and keeps its traceback.
-    """
-    if isinstance(error, (OSError, ArgumentError, MisconfigurationException, DataError)):
-        return True
-    return isinstance(error, (ValueError, TypeError)) and _origin(error) in ("mfnet", "mfops")
-
-
-def _origin(error: Exception) -> str:
-    """The package that raised the error."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame.tb_frame.f_globals["__name__"].partition(".")[0] if frame else ""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mfnet.cli import MFNetCLI
-from mfnet.report import METRICS, report
-from mfnet.run_directory import CHECKPOINTS
+from mfnet.report import report
+from mfnet.run_directory import CHECKPOINTS, METRICS
 
 
 def main(arguments: Sequence[str] = ()) -> None:

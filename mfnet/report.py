@@ -20,9 +20,9 @@ import numpy as np
 
 from mfnet.callbacks import SAMPLES, SUMMARY
 from mfnet.files import written_whole
+from mfnet.run_directory import METRICS
 from mfnet.visualize import Array, draw_curves, draw_grid, save_figure
 
-METRICS = "metrics.csv"
 CURVES = {"mIoU": "val/mIoU", "fwIoU": "val/fwIoU"}
 SUMMARY_KEYS = {
     "model": str,
@@ -105,6 +105,18 @@ def merge_epochs(rows: Sequence[dict[str, float]]) -> dict[int, dict[str, float]
             del epochs[later]
         epochs.setdefault(epoch, {}).update(row)
     return epochs
+
+
+def best_epoch(folder: Path) -> tuple[int, float]:
+    """The epoch (counted from 1) with the highest val/mIoU that was logged, and that mIoU."""
+    epochs = merge_epochs(read_metrics(folder / METRICS))
+    scores = {epoch: row["val/mIoU"] for epoch, row in epochs.items() if "val/mIoU" in row}
+    best = max(scores, key=lambda epoch: _or_lowest(scores[epoch]))
+    return best + 1, scores[best]
+
+
+def _or_lowest(score: float) -> float:
+    return -math.inf if math.isnan(score) else score
 
 
 def read_run(folder: Path) -> Run:
@@ -198,7 +210,7 @@ def comparison_table(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         epochs, miou = run.series("val/mIoU")
         _, fwiou = run.series("val/fwIoU")
-        best = max(range(len(miou)), key=lambda i: -math.inf if math.isnan(miou[i]) else miou[i])
+        best = max(range(len(miou)), key=lambda i: _or_lowest(miou[i]))
         gflops = run.summary["gflops"]
         rows.append((
             name,
@@ -278,9 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="mfnet report",
         description="Draw curves, predictions and the comparison table from what runs logged.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder")
+    path = {"type": lambda text: Path(text).expanduser()}
+    parser.add_argument("runs", nargs="+", metavar="RUN", **path, help="run folder")
     parser.add_argument(
-        "--output", type=Path, default=Path("report"), metavar="DIR", help="default: %(default)s"
+        "--output", **path, default=Path("report"), metavar="DIR", help="default: %(default)s"
     )
     options = parser.parse_args(arguments)
     print(report(options.runs, options.output), end="")

@@ -1,7 +1,8 @@
 """What a training run keeps in its folder: checkpoints and logs that outlive interruptions.
 
-``<folder>/config.yaml``, ``metrics.csv``, TensorBoard's event files, ``checkpoints/best.ckpt``
-(by val/mIoU) and ``checkpoints/last.ckpt`` (after every epoch, and on SIGTERM).
+``<folder>/config.yaml``, ``metrics.csv``, ``checkpoints/best.ckpt`` (by val/mIoU) and
+``checkpoints/last.ckpt`` (after every epoch, and on SIGTERM), whatever logger the user chose;
+without one, TensorBoard's event files too.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import io
 import os
 import signal
 import threading
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -29,21 +34,84 @@ from mfnet.task import RECORD
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+METRICS = "metrics.csv"
+
+# Lightning's callbacks have enumerations among their defaults, which YAML does not know.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.name))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether something would be lost if another run began in ``folder``.
+
+    A configuration alone is what a run leaves that died before its first step.
+    """
+    return (folder / METRICS).exists() or any((folder / CHECKPOINTS).glob("*.ckpt"))
 
 
 def checkpoint_callbacks(folder: Path) -> list[Callback]:
     """Keep ``best.ckpt`` and ``last.ckpt`` in the run's folder."""
     where: dict[str, Any] = {"dirpath": folder / CHECKPOINTS, "enable_version_counter": False}
-    best = ModelCheckpoint(filename="best", monitor="val/mIoU", mode="max", **where)
+    best = BestCheckpoint(filename="best", monitor="val/mIoU", mode="max", **where)
     return [best, LastCheckpoint(filename="last", save_on_train_epoch_end=True, **where)]
 
 
-def loggers(folder: Path) -> list[Logger]:
-    """Log to ``metrics.csv`` and to TensorBoard in the run's folder."""
+def loggers(folder: Path, chosen: Sequence[Logger] | None = None) -> list[Logger]:
+    """Log to ``metrics.csv`` in the run's folder, and to the ``chosen``; default: TensorBoard.
+
+    Raises:
+        ValueError: a chosen logger would write that very file (and delete what is in it).
+    """
+    if chosen is None:
+        chosen = [TensorBoardLogger(folder, name="", version="")]
+    for logger in chosen:
+        if isinstance(logger, CSVLogger) and Path(logger.log_dir).resolve() == folder.resolve():
+            raise ValueError(
+                f"{type(logger).__name__}: every run writes '{folder / METRICS}' anyway; "
+                "leave it out, or give it another save_dir"
+            )
     return [
+        *chosen,
         ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=1),
-        TensorBoardLogger(folder, name="", version=""),
     ]
+
+
+class RunConfig(SaveConfigCallback):
+    """Save the configuration in the run's folder; Lightning's goes where the logger logs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        with written_whole(Path(trainer.default_root_dir) / CONFIG) as partial:
+            partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The run's own checkpoint of the best epoch; a class of its own, so that the user may have a
+    ``ModelCheckpoint`` of the same metric: Lightning tells the two by their class."""
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Up to version 0.1.0 its state was that of a ``ModelCheckpoint``."""
+        states = checkpoint.get("callbacks", {})
+        former = self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+        if former in states:
+            states.setdefault(self.state_key, states[former])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best score where ``best.ckpt`` is, though its folder has been moved."""
+        best = Path(self.dirpath or "") / Path(state_dict["best_model_path"]).name
+        if best.is_file():
+            path = str(best)
+            state_dict = {
+                **state_dict,
+                "dirpath": self.dirpath,
+                "best_model_path": path,
+                "kth_best_model_path": path,
+                "best_k_models": dict.fromkeys([path], state_dict["best_model_score"]),
+            }
+        super().load_state_dict(state_dict)
 
 
 class LastCheckpoint(ModelCheckpoint):

@@ -139,8 +139,10 @@ class SegmentationTask(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         return [LabelCheck()]
 
-    def on_fit_start(self) -> None:
+    def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
         self._seed = torch.initial_seed()
+
+    def on_fit_start(self) -> None:
         # As configured: a checkpoint that is loaded next brings those of its own run.
         self._configured = resume.settings(self.trainer)
 

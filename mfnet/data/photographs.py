@@ -26,8 +26,8 @@ class Photographs(SegmentationDataModule):
         super().__init__(**kwargs)
         if not class_names:
             raise ValueError(
-                "predict: nothing tells the classes; name a trained network's --ckpt_path and, if "
-                "that is too old to tell them, the --config of its run"
+                "predict: nothing tells the classes: give --ckpt_path RUN, the folder or the "
+                "checkpoint of a trained network; an older one needs --config RUN/config.yaml, too"
             )
         self.class_names = list(class_names)
         self.palette = [tuple(colour) for colour in palette or voc.pascal_palette(len(class_names))]

@@ -1,0 +1,163 @@
+"""``mfnet --help``, ``mfnet --version``, and the screen of ``mfnet fit --help``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+import mfnet.data
+from mfnet.contexts import CONTEXTS
+from mfnet.models import create_model, list_models
+
+COMMANDS = """\
+usage: mfnet COMMAND ...
+
+Semantic segmentation with factorized context.
+
+  mfnet fit            train a network
+  mfnet validate       score a network on the validation images
+  mfnet test           score a network on the test images
+  mfnet predict        predict images
+  mfnet demo           train a small network on generated images and show what it learned
+  mfnet report RUN...  curves, predictions and a table from the folders of finished runs
+
+mfnet COMMAND --help says more; mfnet --version tells versions."""
+
+FLAGS = """\
+usage: mfnet {command} --config NAME_OR_FILE [--FLAG VALUE ...]
+
+{summary}
+  {example}
+
+  --config, -c C           a YAML file, or one of: {configs}
+                           what follows overrides it; several are merged
+data
+  --data CLASS             {classes}, or a class path
+  --data.root DIR          folder of the data set
+  --data.recipe R          augmentation: modern, paper
+  --data.crop_size N       training crop, N or [H,W]            (513)
+  --data.resize [H,W]      resize images and masks first
+  --data.batch_size N      images per process in a step         (4)
+  --data.num_workers N     processes that load images
+  --data.predict_images P  what predict reads: file, folder or glob
+  --data.help CLASS        all options of CLASS
+network
+  --model.network.name N               {models}
+  --model.network.backbone B           a timm model             (resnet50)
+  --model.network.backbone_weights W   timm, a file, or null: random
+  --model.network.context C            {contexts}
+  --model.network.context_size [h,w]   grid of a learned Z      ([33,33])
+  --model.network.factorizer F         of mf: learned, em, nmf, vq, cd, double_attention
+  --model.network CLASS                another network, by its class path
+  --model.network.help                 create_model's options
+training
+  --model.backbone_lr, --model.head_lr LR   (0.007, 0.07)
+  --model.momentum, --model.weight_decay    (0.9, 0.0005)
+  --model.reconstruction_weight W           of the context's own loss     (0.1)
+  --model.reconstruction_warmup N           epochs without that loss      (10)
+  --trainer.max_epochs N           {epochs} unless max_epochs, max_steps or max_time is given
+  --trainer.devices N, --trainer.accelerator cpu|gpu, --trainer.precision bf16-mixed
+  --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/mIoU
+      --trainer.callbacks.mode=max         any Lightning callback
+  --seed_everything N              (0)
+the run
+  --trainer.default_root_dir DIR   its folder; default runs/<config>-<network>
+  --ckpt_path P                    a file, or best or last of the folder; last continues a run
+  --overlays.output DIR            where predict writes         (predictions)
+  --print_config                   the whole configuration, to be used with --config
+
+mfnet {command} --help_all lists every flag of Lightning's Trainer too."""
+
+SUMMARIES = {
+    "fit": ("Train a network.", "mfnet fit --config camvid --data.root DIR"),
+    "validate": (
+        "Score a network on the validation images.",
+        "mfnet validate --config runs/camvid/config.yaml --ckpt_path best",
+    ),
+    "test": (
+        "Score a network on the test images.",
+        "mfnet test --config runs/camvid/config.yaml --ckpt_path best",
+    ),
+    "predict": (
+        "Predict images.",
+        "mfnet predict --config runs/camvid/config.yaml --ckpt_path best \\\n"
+        "      --data.predict_images 'photos/*.jpg'",
+    ),
+    "demo": (
+        "Train a small network on generated images; takes the flags of fit.",
+        "mfnet demo --trainer.max_epochs 5",
+    ),
+}
+
+
+def data_classes() -> list[str]:
+    """The data sets that ``--data`` knows by their short names."""
+    base = mfnet.data.SegmentationDataModule
+    return [
+        name
+        for name, item in vars(mfnet.data).items()
+        if isinstance(item, type) and issubclass(item, base) and item is not base
+    ]
+
+
+def nested_flags() -> list[str]:
+    """The flags that belong to a class or function which is itself an argument's value."""
+    classes = [getattr(mfnet.data, name) for name in data_classes()]
+    initialisers = [base.__init__ for cls in classes for base in cls.__mro__[:-1]]
+    data = [name for function in initialisers for name in inspect.signature(function).parameters]
+    network = list(inspect.signature(create_model).parameters)
+    names = [f"--data.{name}" for name in data if name not in ("self", "args", "kwargs")]
+    names += [f"--model.network.{name}" for name in network if name != "kwargs"]
+    names += [
+        f"--model.network.dict_kwargs.{option.name}"
+        for build in CONTEXTS.values()
+        for option in _context_options(build)
+        if option.name not in network
+    ]
+    return list(dict.fromkeys(names))
+
+
+def network_options() -> str:
+    """What ``create_model`` takes, for ``--model.network.help``."""
+    parser = ArgumentParser(prog="mfnet fit", add_help=False)
+    parser.add_function_arguments(create_model, "model.network", skip={"num_classes"})
+    lines = [parser.format_help(), "--model.network.dict_kwargs.OPTION, by context:"]
+    for name, build in CONTEXTS.items():
+        own = [str(option) for option in _context_options(build) if option.name != "context_size"]
+        lines.append(f"  {name}: {', '.join(own) or '-'}")
+    lines.append("--model.network.help CLASS_PATH: the options of another network")
+    return "\n".join(lines)
+
+
+def _context_options(build: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a context, after those that the network sets."""
+    options = list(inspect.signature(build).parameters.values())[2:]
+    return [option for option in options if option.name not in ("num_classes", "kwargs")]
+
+
+def screen(command: str, configs: list[str], epochs: int) -> str:
+    """What people set, for ``mfnet COMMAND --help``."""
+    summary, example = SUMMARIES[command]
+    contexts = list(CONTEXTS)
+    half = len(contexts) // 2
+    return FLAGS.format(
+        command=command,
+        summary=summary,
+        example=example,
+        configs=", ".join(configs),
+        classes=", ".join(data_classes()),
+        models=", ".join(list_models()),
+        contexts=f"{', '.join(contexts[:half])},\n{' ' * 39}{', '.join(contexts[half:])}",
+        epochs=epochs,
+    )
+
+
+def versions() -> str:
+    """One line; mfops and mfnet are one distribution."""
+    own = version("mfops")
+    others = [f"{name} {version(name)}" for name in ("torch", "lightning")]
+    return ", ".join([f"mfnet {own}", f"mfops {own}", *others])

@@ -1,0 +1,143 @@
+"""A new user's first mistakes, each told in one line, and the help that prevents them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mfnet import help
+from mfnet.cli import main
+from mfnet.data import synthetic
+
+YAML = {
+    "syntax.yaml": "trainer:\n  max_epochs: [3\n",
+    "key.yaml": "trianer:\n  max_epochs: 3\n",
+    "nested.yaml": "trainer:\n  max_epoch: 3\n",
+    "empty.yaml": "",
+    "list.yaml": "- a\n- b\n",
+    "type.yaml": "trainer:\n  max_epochs: many\n",
+}
+CALLBACK = "--trainer.callbacks+=lightning.pytorch.callbacks."
+CONV = "--model.network torch.nn.Conv2d --model.network.kernel_size 1 --model.network.in_channels"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set and some bad configurations."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    synthetic.generate(folder / "voc", train=2, val=2, size=33)
+    for name, text in YAML.items():
+        (folder / name).write_text(text)
+    (folder / "binary.yaml").write_bytes(b"\x89PNG\xff\x00")
+    return folder
+
+
+def fails(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(line.split())
+    assert exit_.value.code in (1, 2)
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("mfnet: error: ")
+    assert len(errors[-1]) < 450
+    assert len([line for line in errors if not line.startswith("Seed set to")]) == 1
+    return errors[-1]
+
+
+NO_DATA = "no data: give --config NAME"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        *((command, NO_DATA) for command in ("fit", "validate", "test")),
+        ("predict", "give --ckpt_path RUN"),
+        ("predict --data.predict_images photos", "give --ckpt_path RUN"),
+        ("fit --data VOCFolder", "--data.root is missing; for example --data VOCFolder"),
+        ("fit --data mfnet.data.VOCFolder", "--data.root is missing; for example"),
+        ("fit --data.root voc", "--data.root: of which data"),
+        ("ftt", "unknown command 'ftt': did you mean fit"),
+        ("train --config camvid", "unknown command 'train'; mfnet --help lists them"),
+        ("fit --config syntax.yaml", "syntax.yaml, line 3: "),
+        (
+            "fit --config key.yaml",
+            "unknown argument --trianer.max_epochs: did you mean --trainer.max",
+        ),
+        ("fit --config nested.yaml", "unknown argument --trainer.max_epoch: did you mean"),
+        ("fit --config empty.yaml", "empty.yaml: expected lines 'name: value', got none"),
+        ("fit --config list.yaml", "list.yaml: expected lines 'name: value', got"),
+        ("fit --config binary.yaml", "binary.yaml: expected YAML, got binary data"),
+        ("fit --config type.yaml", "--trainer.max_epochs: expected int, got many"),
+        ("SMALL --batch_size 4", "unknown argument --batch_size: did you mean --data.batch_size"),
+        ("SMALL --data.batchsize 4", "--data.batchsize: did you mean --data.batch_size"),
+        ("SMALL --trainer.max_epoch 4", "--trainer.max_epoch: did you mean --trainer.max_epochs"),
+        ("SMALL --model.lr 1", "--model.lr: did you mean --model.backbone_lr or --model.head_lr"),
+        ("SMALL --model.network.rank 3", "did you mean --model.network.dict_kwargs.rank"),
+        ("SMALL --data.batch_size four", "--data.batch_size: expected int, got four"),
+        ("SMALL --data.crop_size [3,3,3]", "--data.crop_size: expected int or tuple"),
+        ("SMALL --data.recipe classic", "--data.recipe: expected 'paper', 'modern', got classic"),
+        ("SMALL --data VOCFoldr", "no class 'VOCFoldr': .*did you mean VOCFolder"),
+        ("SMALL --model.network emanet", "chosen by --model.network.name"),
+        ("SMALL --model.network nowhere.Net", "--model.network: no class 'nowhere.Net'"),
+        ("SMALL --trainer.logger TensorBoardLogger", "--trainer.logger.save_dir is missing"),
+        ("SMALL --trainer.callbacks EarlyStopping", "--trainer.callbacks.monitor is missing"),
+        (f"SMALL {CALLBACK}Timer --trainer.callbacks.duratoin 3", "did you mean .*duration"),
+        (f"SMALL {CONV} 4 --model.network.out_channels 4 --model.network.groups 3", "by groups"),
+        (
+            f"SMALL {CONV} 3 --model.network.out_channels 5 --trainer.strategy foo",
+            "invalid",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    line: str,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    small = f"fit --config camvid --data.root voc --trainer.default_root_dir {tmp_path}/run"
+    assert re.search(message, fails(line.replace("SMALL", small), capsys))
+    assert not (tmp_path / "run").exists()
+
+
+def printed(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(line.split())
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "demo"])
+def test_help_is_one_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(f"{command} --help", capsys)
+    assert len(text.splitlines()) <= 60
+    assert all(len(line) <= 100 for line in text.splitlines())
+    for word in ("crop_size", "batch_size", "backbone", "context_size", "--help_all"):
+        assert word in text
+
+
+def test_help_names_flags_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = printed("fit --help", capsys)
+    full = printed("fit --help_all", capsys) + " ".join(help.nested_flags())
+    flags = set(re.findall(r"--[a-z][\w.]*", screen))
+    flags -= {"--help_all", "--model.network.help"}
+    flags = {flag for flag in flags if not flag.startswith("--trainer.callbacks.")}  # of a class
+    assert [flag for flag in sorted(flags) if flag not in full] == []
+    assert "torch.nn.Identity" not in full
+    assert len(full.splitlines()) < 600
+
+
+def test_help_of_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed("fit --config camvid --model.network.help", capsys)
+    for word in ("--model.network.backbone_weights", "a timm model", "em: bases", "rank"):
+        assert word in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed("--version", capsys)
+    assert re.fullmatch(r"mfnet \S+, mfops \S+, torch \S+, lightning \S+\n", text)
