@@ -43,7 +43,8 @@ data
   --data.resize [H,W]      resize images and masks first
   --data.batch_size N      images per process in a step         (4)
   --data.num_workers N     processes that load images
-  --data.predict_images P  what predict reads: file, folder or glob
+  --data.label_map M       what numbers or colours in masks mean: '{{0: 0, 255: 1}}', a YAML file
+  --data.predict_images P  what predict reads: files, folders, globs
   --data.help CLASS        all options of CLASS
 network
   --model.network.name N               {models}
@@ -57,6 +58,7 @@ network
 training
   --model.backbone_lr, --model.head_lr LR   (0.007, 0.07)
   --model.momentum, --model.weight_decay    (0.9, 0.0005)
+  --model.image_mean, --model.image_std     [R,G,B]; by default what the backbone's weights want
   --model.reconstruction_weight W           of the context's own loss     (0.1)
   --model.reconstruction_warmup N           epochs without that loss      (10)
   --trainer.max_epochs N           {epochs} unless max_epochs, max_steps or max_time is given
@@ -84,8 +86,7 @@ SUMMARIES = {
     ),
     "predict": (
         "Predict images.",
-        "mfnet predict --config runs/camvid/config.yaml --ckpt_path best \\\n"
-        "      --data.predict_images 'photos/*.jpg'",
+        "mfnet predict --ckpt_path runs/camvid --data.predict_images photos/*.jpg",
     ),
     "demo": (
         "Train a small network on generated images; takes the flags of fit.",
