@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import signature
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,10 +82,18 @@ class SegmentationNetwork(nn.Module):
         return nn.ModuleList((self.context, self.decoder))
 
 
+def forward_parameters(network: nn.Module) -> Mapping[str, Parameter]:
+    """What the network's ``forward`` takes; nothing where a traced one does not tell."""
+    try:
+        return signature(network.forward).parameters
+    except ValueError:
+        return {}
+
+
 def unwrapped(network: nn.Module) -> nn.Module:
     """The network inside ``torch.compile``, ``DistributedDataParallel`` and averaging wrappers."""
     while True:
-        takes = signature(network.forward).parameters.values()
+        takes = forward_parameters(network).values()
         passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
         inner = getattr(network, "_orig_mod", None)
         if inner is None and passes_on:

@@ -6,29 +6,41 @@ Lightning counts steps and batches, which tell neither once their size is anothe
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import lightning as L
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from mfnet.data.loader import ResumableLoader
 
 Settings = list[list[dict[str, Any]]]
 
 
-def share_done(trainer: L.Trainer) -> float:
-    """The share of the training's steps that are done, in 0 to 1; 0 where nothing ends it."""
-    shares = [0.0]
+def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
+    """The share of the training's steps that are done, in 0 to 1; 0 where nothing ends it.
+
+    Never below the share at ``resumed_at`` (in epochs): where batches of another size count a
+    little fewer steps at the same image, the rate waits instead of rising.
+    """
+    shares = [Fraction(0)]
     if trainer.max_steps > 0:
-        shares.append(trainer.global_step / trainer.max_steps)
+        shares.append(Fraction(trainer.global_step, trainer.max_steps))
     epochs = trainer.max_epochs or -1
-    if epochs > 0 and trainer.num_training_batches != math.inf:
-        accumulated = trainer.accumulate_grad_batches
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))
-        steps = trainer.current_epoch * per_epoch + math.ceil(batches / accumulated)
-        shares.append(steps / (epochs * per_epoch))
-    return min(1.0, max(shares))
+    if epochs > 0:
+        shares.append(max(epochs_done(trainer), resumed_at) / epochs)
+    return float(min(max(shares), 1))
+
+
+def epochs_done(trainer: L.Trainer) -> Fraction:
+    """Epochs done, in optimizer steps of the one under way; exact, so that resuming is."""
+    started = max(1, trainer.fit_loop.epoch_progress.current.started)
+    if trainer.num_training_batches in (0, math.inf):
+        return Fraction(started - 1)
+    accumulated = trainer.accumulate_grad_batches
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    per_epoch = math.ceil(trainer.num_training_batches / accumulated)
+    return started - 1 + Fraction(math.ceil(batches / accumulated), per_epoch)
 
 
 def continue_epoch(trainer: L.Trainer) -> None:
@@ -38,6 +50,7 @@ def continue_epoch(trainer: L.Trainer) -> None:
         return
     inside = fit_loop.epoch_progress.current.started > fit_loop.epoch_progress.current.processed
     done = loader.batches_done if inside else loader.start_over()
+    fit_loop.epoch_loop.restarting = inside  # with max_steps Lightning restarts finished epochs too
     progress = fit_loop.epoch_loop.batch_progress.current
     shift = done - progress.ready
     for count in ("ready", "started", "processed", "completed"):
@@ -56,6 +69,15 @@ def mark_unfinished_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> Non
         counts["completed"] = min(counts["completed"], counts["processed"])
 
 
+def mark_finished_epoch(checkpoint: dict[str, Any]) -> None:
+    """Have an epoch that was saved at its very end counted once: with ``max_steps`` Lightning, on
+    resuming, gives the next one the same number."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+    for counts in progress.values():
+        if counts["processed"] == counts["started"]:
+            counts["completed"] = counts["processed"]
+
+
 def settings(trainer: L.Trainer) -> Settings:
     """The optimizers' settings of each parameter group: rates, momentum, weight decay and so on."""
     return [
@@ -68,14 +90,19 @@ def restore(trainer: L.Trainer, configured: Settings) -> None:
     """Put this run's settings in place of those that a checkpoint has brought with its states."""
     for optimizer, groups in zip(trainer.optimizers, configured, strict=True):
         for group, given in zip(optimizer.param_groups, groups, strict=False):
-            before = group.get("initial_lr", group["lr"])
-            now = given.get("initial_lr", given["lr"])
-            # A scheduler has moved the rate from where it started; it keeps that factor.
-            rate = group["lr"] * (now / before) if before else now
-            group.update({**given, "lr": rate})
+            # A scheduler that cycles momentum keeps its limits in the group: it is at some place.
+            cycled = ("momentum", "betas") if "max_momentum" in given else ()
+            kept = {key: group[key] for key in ("lr", *cycled) if key in group}
+            before, now = group.get("initial_lr"), given.get("initial_lr")
+            group.update({**given, **kept})
+            if before and now is not None:
+                # A scheduler has moved the rate from where it started; it keeps that factor.
+                group["lr"] = kept["lr"] * (now / before)
+            elif not trainer.lr_scheduler_configs:
+                group["lr"] = given["lr"]
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
-        if not isinstance(scheduler, LRScheduler):
+        if not hasattr(scheduler, "base_lrs"):  # ReduceLROnPlateau goes on from the rate it reached
             continue
         groups = scheduler.optimizer.param_groups
         scheduler.base_lrs = [group["initial_lr"] for group in groups]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import lightning as L
@@ -20,12 +19,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from mfnet import resume
 from mfnet.data.prediction import Skipped
 from mfnet.label_check import LabelCheck
-from mfnet.models import unwrapped
+from mfnet.models import forward_parameters, unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
-from mfops import FactorizedContext, set_loss_scaling
+from mfops import collect_losses
 
 IGNORE_INDEX = 255
 RECORD = "mfnet"  # a checkpoint's entry
+EPOCHS_DONE = "epochs_done"  # another, a fraction
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -54,10 +54,11 @@ class SegmentationTask(L.LightningModule):
 
     The loss is ``CE + reconstruction_weight * auxiliary``, the weight being 0 for the first
     ``reconstruction_warmup`` epochs. The auxiliary loss is what the network returns where its
-    ``forward`` takes ``return_loss``; in any other network, what its ``FactorizedContext`` modules
-    inject in the backward pass, with this weight in place of their own. CE is the mean over the
-    pixels that are not ignored (255) in the batches of all ranks together, so that n processes with
-    batch b take the step of one process with batch n b; a batch without any such pixel has CE 0.
+    ``forward`` takes ``return_loss``, and the losses that ``FactorizedContext`` modules in it would
+    inject, with this weight in place of their own (one of weight 0 stays without a loss). CE is
+    the mean over the pixels that are not ignored (255) in the batches of all ranks together, so
+    that n processes with batch b take the step of one process with batch n b; a batch without any
+    such pixel has CE 0.
 
     Batches are ``(images (B, 3, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
     ``train/ce``, ``train/reconstruction`` (unweighted), ``lr-backbone``, ``lr-head``,
@@ -122,6 +123,7 @@ class SegmentationTask(L.LightningModule):
         self._given = image_mean, image_std
         self.normalisation = self._unless_given(normalisation_of(network))
         self.network_config: dict[str, Any] | None = None
+        self._resumed_at = Fraction(0)  # in epochs
         # Labels were checked where they were read; validate_args would wait for the GPU.
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
@@ -141,6 +143,7 @@ class SegmentationTask(L.LightningModule):
 
     def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
         self._seed = torch.initial_seed()
+        self._resumed_at = Fraction(0)  # a checkpoint, loaded next, tells otherwise
 
     def on_fit_start(self) -> None:
         # As configured: a checkpoint that is loaded next brings those of its own run.
@@ -168,13 +171,15 @@ class SegmentationTask(L.LightningModule):
         # have no gradient during the warm-up, which DistributedDataParallel does not accept.
         warming_up = self.current_epoch < self.reconstruction_warmup
         weight = 0.0 if warming_up else self.reconstruction_weight
-        takes = signature(unwrapped(self.network).forward).parameters
-        if "return_loss" in takes:
-            labels = {"masks": masks} if "masks" in takes else {}
-            logits, auxiliary = self.network(images, return_loss=True, **labels)
-        else:
-            with self._injected_with(weight):
-                logits, auxiliary = self.network(images), None
+        takes = forward_parameters(unwrapped(self.network))
+        with collect_losses() as losses:
+            if "return_loss" in takes:
+                labels = {"masks": masks} if "masks" in takes else {}
+                logits, own = self.network(images, return_loss=True, **labels)
+                losses.append(own)
+            else:
+                logits = self.network(images)
+        auxiliary = sum(losses) if losses else None
         total, pixels = self._cross_entropy(self._checked(logits, images), masks)
         ce = total / _mean_over_ranks(pixels).clamp(min=1)
         loss = ce
@@ -191,18 +196,9 @@ class SegmentationTask(L.LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning has scaled ``loss``; injected losses are scaled here as it was."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-
-        def scaled(injected: Tensor) -> Tensor:
-            injected = injected / self.trainer.accumulate_grad_batches
-            return injected if scaler is None else scaler.scale(injected)
-
-        previous = set_loss_scaling(scaled)
-        try:
+        # Activation checkpoints call modules again, as they did at first.
+        with collect_losses():
             super().backward(loss, *args, **kwargs)
-        finally:
-            set_loss_scaling(previous)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
@@ -269,9 +265,12 @@ class SegmentationTask(L.LightningModule):
         # Before checkpoints told, ImageNet's was used for every network.
         stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
         self.normalisation = self._unless_given(stored)
+        self._resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
+        resume.mark_finished_epoch(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         resume.mark_unfinished_epoch(self.trainer, checkpoint)
+        checkpoint[EPOCHS_DONE] = list(resume.epochs_done(self.trainer).as_integer_ratio())
         data = self.trainer.datamodule
         palette, resize = getattr(data, "palette", None), getattr(data, "resize", None)
         checkpoint[RECORD] = {
@@ -289,20 +288,7 @@ class SegmentationTask(L.LightningModule):
         return Normalisation(*(tuple(own if given is None else given) for given, own in pairs))
 
     def _decay(self) -> float:
-        return (1 - resume.share_done(self.trainer)) ** self.power
-
-    @contextmanager
-    def _injected_with(self, weight: float) -> Iterator[None]:
-        """The weight of every loss that the network's modules inject."""
-        contexts = [m for m in self.network.modules() if isinstance(m, FactorizedContext)]
-        own = [context.loss_weight for context in contexts]
-        for context in contexts:
-            context.loss_weight = weight
-        try:
-            yield
-        finally:
-            for context, previous in zip(contexts, own, strict=True):
-                context.loss_weight = previous
+        return (1 - resume.share_done(self.trainer, self._resumed_at)) ** self.power
 
     @torch.inference_mode(False)  # else a later fit could not update what a validation created
     def _reset_metrics(self) -> None:

@@ -4,7 +4,7 @@ from mfops.autograd import set_loss_scaling
 from mfops.dispatch import available_backends, use_backend
 from mfops.functional import factorize, factorized_mse, factorized_reconstruction
 from mfops.methods import Method, register_method
-from mfops.modules import FactorizedContext
+from mfops.modules import FactorizedContext, collect_losses
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "FactorizedContext",
     "Method",
     "available_backends",
+    "collect_losses",
     "factorize",
     "factorized_mse",
     "factorized_reconstruction",

@@ -143,9 +143,7 @@ class Solve(torch.autograd.Function):
 _scale_loss: Callable[[Tensor], Tensor] | None = None
 
 
-def set_loss_scaling(
-    scale: Callable[[Tensor], Tensor] | None,
-) -> Callable[[Tensor], Tensor] | None:
+def set_loss_scaling(scale: Callable[[Tensor], Tensor] | None) -> None:
     """Tells injected losses what the training loop does to its own loss before `backward()`.
 
     An injected loss does not pass through the loop's own loss, so a factor put there (by
@@ -159,17 +157,13 @@ def set_loss_scaling(
             follows a scale that changes from step to step. None: losses enter as they are.
             The setting is process-wide.
 
-    Returns:
-        What was set before.
-
     Raises:
         TypeError: `scale` is neither callable nor None.
     """
     global _scale_loss
     if scale is not None and not callable(scale):
         raise TypeError(f"scale: expected a callable or None, got {type(scale).__name__}")
-    previous, _scale_loss = _scale_loss, scale
-    return previous
+    _scale_loss = scale
 
 
 _INJECTED_ONCE = (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from jsonargparse.typing import register_type
 from numpy.typing import NDArray
 
 from mfnet.data.files import IGNORE_INDEX, DataError, StoredMask, packed_colours
@@ -63,7 +63,10 @@ class LabelEntries:
         return dict(entries)
 
 
-register_type(LabelEntries, serializer=LabelEntries.read, deserializer=LabelEntries)
+with suppress(ImportError):  # only the command line needs it
+    from jsonargparse.typing import register_type
+
+    register_type(LabelEntries, serializer=LabelEntries.read, deserializer=LabelEntries)
 
 
 class LabelMap:

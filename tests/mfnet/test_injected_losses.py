@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from mfnet.task import SegmentationTask
-from mfops import FactorizedContext, set_loss_scaling
+from mfops import FactorizedContext
 
 
 class Foreign(nn.Module):
@@ -86,17 +85,61 @@ def test_gradients_are_those_of_the_sum_of_losses(
     assert network.context.loss_weight == 0.7
 
 
-def test_what_was_set_before_is_put_back() -> None:
-    def mine(loss: Tensor) -> Tensor:
-        return 2 * loss
+def fitted(network: nn.Module, accumulate: int = 1, **arguments: float) -> list[Tensor]:
+    """The gradients of one step of ``accumulate`` batches."""
+    task = Recorded(network, ["a", "b"], **{"reconstruction_warmup": 0, **arguments})
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, DataLoader(batches(accumulate), batch_size=None))
+    return task.given
 
-    set_loss_scaling(mine)
-    try:
-        task = SegmentationTask(Foreign(), ["a", "b"])
-        plugin = SimpleNamespace(scaler=None)
-        task.trainer = SimpleNamespace(precision_plugin=plugin, accumulate_grad_batches=1)
-        with pytest.raises(RuntimeError):
-            task.backward(torch.zeros(()))  # which requires no gradient
-        assert set_loss_scaling(None) is mine
-    finally:
-        set_loss_scaling(None)
+
+def seeded() -> Foreign:
+    torch.manual_seed(0)
+    return Foreign()
+
+
+def test_a_compiled_network_injects_as_much() -> None:
+    compiled = torch.compile(seeded(), backend="aot_eager", fullgraph=True)
+    for given, expected in zip(fitted(compiled, 2), fitted(seeded(), 2), strict=True):
+        torch.testing.assert_close(given, expected)
+
+
+def test_a_weight_of_0_means_no_loss() -> None:
+    without = seeded()
+    without.context.loss_weight = 0.0
+    expected = fitted(seeded(), reconstruction_weight=0.0)
+    for given, other in zip(fitted(without, reconstruction_weight=9.0), expected, strict=True):
+        torch.testing.assert_close(given, other)
+
+
+def test_a_network_that_returns_its_loss_may_hold_one_that_injects() -> None:
+    class Both(Foreign):
+        def forward(self, x: Tensor, return_loss: bool = False) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x.new_zeros(())
+
+    torch.manual_seed(0)
+    for given, expected in zip(
+        fitted(Both(), reconstruction_warmup=1), fitted(seeded(), reconstruction_warmup=1),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(given, expected)
+
+
+def test_a_checkpointed_module_counts_once() -> None:
+    class Checkpointed(Foreign):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.encoder(x)
+            return self.head(checkpoint(self.context, y, use_reentrant=False))
+
+    torch.manual_seed(0)
+    for given, expected in zip(fitted(Checkpointed()), fitted(seeded()), strict=True):
+        torch.testing.assert_close(given, expected)
+
+
+def test_a_traced_network_trains() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 2, 1))
+    assert len(fitted(torch.jit.trace(network, torch.randn(2, 3, 3, 3)))) == 2

@@ -207,3 +207,63 @@ def test_another_optimizer_needs_no_names(tmp_path: Path, restored: bool) -> Non
     assert "lr-0" in trainer.logged_metrics
     if restored:  # twice the rate, a tenth of it after the first epoch
         assert float(trainer.logged_metrics["lr-0"]) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(("before", "after", "now"), [(4, 1, 3), (5, 3, 4), (12, 1, 5)])
+def test_smaller_batches_do_not_raise_the_rate(
+    tmp_path: Path, before: int, after: int, now: int
+) -> None:
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, batch_size=before, stop_after=after)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    reached = saved["optimizer_states"][0]["param_groups"][0]["lr"]
+    rates = [group[0] for group in fit(tmp_path, batch_size=now)[0].rates]
+    assert rates[0] <= reached
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_max_steps_at_the_end_of_an_epoch_counts_it_once(tmp_path: Path) -> None:
+    fit(tmp_path, max_steps=2 * IMAGES // 4)
+    watch, _ = fit(tmp_path, max_steps=EPOCHS * IMAGES // 4)
+    whole, _ = fit(tmp_path / "whole", max_steps=EPOCHS * IMAGES // 4)
+    assert watch.seen == {epoch: whole.seen[epoch] for epoch in (2, 3)}
+
+
+class Scheduled(SegmentationTask):
+    """Another scheduler than the task's."""
+
+    kind = ""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.network.parameters(), self.head_lr, momentum=0.9)
+        if self.kind == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, patience=0)
+            return {"optimizer": optimizer,
+                    "lr_scheduler": {"scheduler": plateau, "monitor": "train/loss"}}  # fmt: skip
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=24)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+
+@pytest.mark.parametrize("kind", ["plateau", "one cycle"])
+def test_another_scheduler_goes_on_where_it_was(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Settings(Callback):
+        def __init__(self) -> None:
+            self.seen: list[tuple[float, float]] = []
+
+        def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+            (group,) = trainer.optimizers[0].param_groups
+            self.seen.append((group["lr"], group["momentum"]))
+
+    monkeypatch.setattr(Scheduled, "kind", kind)
+    monkeypatch.setitem(fit.__globals__, "SegmentationTask", Scheduled)
+    settings = [Settings(), Settings()]
+    monkeypatch.setitem(fit.__globals__, "Watch", lambda stop: settings[0])
+    fit(tmp_path, max_epochs=3)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    monkeypatch.setitem(fit.__globals__, "Watch", lambda stop: settings[1])
+    fit(tmp_path, max_epochs=4)
+    (group,) = saved["param_groups"]
+    assert settings[1].seen[0] == (group["lr"], group["momentum"])
+    assert group["lr"] != 0.07 or kind != "plateau"
