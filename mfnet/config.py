@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from enum import Enum
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse.typing import register_type
 
 from mfnet.errors import CommandLineError
+
+# What Lightning's callbacks have among their defaults, for config.yaml.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.name))
+register_type(torch.device)
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -13,14 +13,12 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -34,9 +32,6 @@ from mfnet.files import written_whole
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
-
-# Lightning's callbacks have enumerations among their defaults, which YAML does not know.
-yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.name))
 
 
 def holds_run(folder: Path) -> bool:
