@@ -87,7 +87,6 @@ class MFNetCLI(LightningCLI):
             args=None if args is None else list(args),
             run=run,
             auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -128,18 +127,25 @@ class MFNetCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning's would let a checkpoint's hyperparameters override the command line."""
 
+    def _add_instantiators(self) -> None:
+        """Lightning's would write this command line's classes into every checkpoint.
+
+        Its ``load_from_checkpoint_support=False`` does the same, but is not in Lightning 2.5.0.
+        """
+
     def before_instantiate_classes(self) -> None:
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
         folder = Path(config.trainer.default_root_dir)
-        config.ckpt_path = _find_checkpoint(config.ckpt_path, folder, self.subcommand)
+        asked = config.ckpt_path
+        config.ckpt_path = _find_checkpoint(asked, folder, self.subcommand)
         if self.subcommand == "predict":  # what the overlays show need not be kept in memory
             config.return_predictions = bool(config.return_predictions)
         if self.subcommand != "fit":
             self.save_config_callback = None
         elif not config.trainer.fast_dev_run:
-            _guard(folder, config.ckpt_path)
+            _guard(folder, asked, config.ckpt_path)
 
     def instantiate_classes(self) -> None:
         try:
@@ -184,7 +190,11 @@ class MFNetCLI(LightningCLI):
         best = folder / run_directory.CHECKPOINTS / "best.ckpt"
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero or not best.is_file():
             return
-        epoch, score = report.best_epoch(folder)
+        try:
+            epoch, score = report.best_epoch(folder)
+        except (OSError, ValueError) as error:  # a log that was cut short; the run is done
+            rank_zero_warn(f"{error}")
+            return
         print(f"best val/mIoU {score:.3f} in epoch {epoch}: {best}")
 
 
@@ -252,15 +262,20 @@ def _set_run_defaults(config: Namespace) -> None:
         trainer.default_root_dir = os.path.join("runs", "-".join(parts))
 
 
-def _guard(folder: Path, checkpoint: str | None) -> None:
-    """Let no run replace another one, its own continuation apart."""
+def _guard(folder: Path, asked: str | None, checkpoint: str | None) -> None:
+    """Let no run replace another one, its own continuation apart.
+
+    ``last``, where there is no checkpoint at all, is a continuation from the beginning.
+    """
     inside = checkpoint is not None and folder.resolve() in Path(checkpoint).resolve().parents
-    if run_directory.holds_run(folder) and not inside:
+    if inside or (asked == "last" and not run_directory.has_checkpoints(folder)):
+        return
+    if run_directory.holds_run(folder):
         raise FileExistsError(
-            f"'{folder}' holds a run already: continue it with --ckpt_path last, "
-            "or choose another --trainer.default_root_dir"
+            f"'{folder}' holds a run already: continue it with --ckpt_path "
+            f"{'best' if asked == 'last' else 'last'}, or choose another --trainer.default_root_dir"
         )
-    if (folder / run_directory.CONFIG).exists() and checkpoint is None:
+    if (folder / run_directory.CONFIG).exists():
         rank_zero_info(f"'{folder}': the run in it ended before its first epoch; starting anew")
 
 

@@ -34,12 +34,16 @@ CONFIG = "config.yaml"
 METRICS = "metrics.csv"
 
 
+def has_checkpoints(folder: Path) -> bool:
+    return any((folder / CHECKPOINTS).glob("*.ckpt"))
+
+
 def holds_run(folder: Path) -> bool:
     """Whether something would be lost if another run began in ``folder``.
 
     A configuration alone is what a run leaves that died before its first step.
     """
-    return (folder / METRICS).exists() or any((folder / CHECKPOINTS).glob("*.ckpt"))
+    return (folder / METRICS).exists() or has_checkpoints(folder)
 
 
 def checkpoint_callbacks(folder: Path) -> list[Callback]:

@@ -160,6 +160,24 @@ def test_a_run_that_died_before_its_first_step_blocks_nothing(
     assert checkpoint(Path("run"))["epoch"] == 0
 
 
+def test_a_finished_run_without_its_log_is_still_finished(images: Path, home: Path) -> None:
+    main(["fit", *flags(images, "run")])
+    Path("run/metrics.csv").unlink()
+    with pytest.warns(UserWarning, match="metrics.csv"):
+        main(["fit", *flags(images, "run", "--ckpt_path=last")])
+
+
+def test_last_starts_where_there_is_no_checkpoint_yet(
+    images: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", *flags(images, "run", "--trainer.enable_checkpointing=false")])
+    again = ["fit", *flags(images, "run")]
+    assert "continue it with --ckpt_path last" in refusal(again, capsys)
+    main([*again, "--ckpt_path=last"])
+    Path("run/checkpoints/last.ckpt").unlink()
+    assert "continue it with --ckpt_path best" in refusal([*again, "--ckpt_path=last"], capsys)
+
+
 def test_a_checkpoint_from_elsewhere_does_not_open_a_folder(
     images: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
