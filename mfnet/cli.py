@@ -124,6 +124,12 @@ class MFNetCLI(LightningCLI):
         expand_all(config)
         _set_run_defaults(config)
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise CommandLineError(f"--seed_everything: {error}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Lightning's would let a checkpoint's hyperparameters override the command line."""
 
@@ -223,7 +229,9 @@ def _dispatch(arguments: list[str]) -> None:
     if text is not None:
         print(text)
         sys.exit(0)
-    elif command == "demo":
+    if command.startswith("-"):
+        raise CommandLineError(f"expected a command first, got {command}: mfnet fit {command} ...")
+    if command == "demo":
         from mfnet import demo
 
         demo.main(rest)

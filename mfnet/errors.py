@@ -81,6 +81,8 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
         return f"--{prefix}{missing} is missing{example}"
     if found := re.search(_UNKNOWN, message):
         given = (found[1] or f"--{prefix}{found[2] or found[3]}").split()[0].partition("=")[0]
+        if not given.startswith("-"):
+            return f"'{given}' belongs to no flag; a configuration is given as --config {given}"
         if "class_path 'mfnet.data.SegmentationDataModule'" in message:
             return f"{given}: of which data? {NO_DATA}"
         return (

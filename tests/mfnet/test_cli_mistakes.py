@@ -60,6 +60,9 @@ NO_DATA = "no data: give --config NAME"
         ("fit --data.root voc", "--data.root: of which data"),
         ("ftt", "unknown command 'ftt': did you mean fit"),
         ("train --config camvid", "unknown command 'train'; mfnet --help lists them"),
+        ("--config camvid fit", "expected a command first, got --config: mfnet fit --config"),
+        ("fit camvid", "'camvid' belongs to no flag; a configuration is given as --config camvid"),
+        ("SMALL --seed_everything -1", "--seed_everything: -1 is not in bounds"),
         ("fit --config syntax.yaml", "syntax.yaml, line 3: "),
         (
             "fit --config key.yaml",
