@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import OverlayWriter, RunRecord
-from mfnet.config import ConfigAction, expand_all, shipped_configs, with_image_list
+from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs, with_image_list
 from mfnet.data import SegmentationDataModule
 from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, user_error
 from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
@@ -72,7 +72,7 @@ class MFNetCLI(LightningCLI):
             SegmentationTask,
             SegmentationDataModule,
             subclass_mode_data=True,
-            save_config_callback=run_directory.RunConfig,
+            save_config_callback=RunConfig,
             trainer_defaults={
                 "log_every_n_steps": 1,  # all that is logged is logged once per epoch
                 "sync_batchnorm": True,
@@ -87,7 +87,6 @@ class MFNetCLI(LightningCLI):
             args=None if args is None else list(args),
             run=run,
             auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -157,8 +156,20 @@ class MFNetCLI(LightningCLI):
                 config.data = from_checkpoint.photographs(config.data, record)
         config.ckpt_path = checkpoint
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise CommandLineError(f"--seed_everything: {error}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Lightning's would let a checkpoint's hyperparameters override the command line."""
+
+    def _add_instantiators(self) -> None:
+        """Lightning's would write this command line's classes into every checkpoint.
+
+        Its ``load_from_checkpoint_support=False`` does the same, but is not in Lightning 2.5.0.
+        """
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand is None:
@@ -170,9 +181,10 @@ class MFNetCLI(LightningCLI):
         if self.subcommand != "fit":
             self.save_config_callback = None
             return
-        config.ckpt_path = _find_checkpoint(config.ckpt_path, folder, self.subcommand)
+        asked = config.ckpt_path
+        config.ckpt_path = _find_checkpoint(asked, folder, self.subcommand)
         if not config.trainer.fast_dev_run:
-            _guard(folder, config.ckpt_path)
+            _guard(folder, asked, config.ckpt_path)
 
     def instantiate_classes(self) -> None:
         try:
@@ -218,7 +230,11 @@ class MFNetCLI(LightningCLI):
         best = folder / run_directory.CHECKPOINTS / "best.ckpt"
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero or not best.is_file():
             return
-        epoch, score = report.best_epoch(folder)
+        try:
+            epoch, score = report.best_epoch(folder)
+        except (OSError, ValueError) as error:  # a log that was cut short; the run is done
+            rank_zero_warn(f"{error}")
+            return
         print(f"best val/mIoU {score:.3f} in epoch {epoch}: {best}")
 
 
@@ -247,7 +263,9 @@ def _dispatch(arguments: list[str]) -> None:
     if text is not None:
         print(text)
         sys.exit(0)
-    elif command == "demo":
+    if command.startswith("-"):
+        raise CommandLineError(f"expected a command first, got {command}: mfnet fit {command} ...")
+    if command == "demo":
         from mfnet import demo
 
         demo.main(rest)
@@ -286,15 +304,20 @@ def _set_run_defaults(config: Namespace) -> None:
         trainer.default_root_dir = os.path.join("runs", "-".join(parts))
 
 
-def _guard(folder: Path, checkpoint: str | None) -> None:
-    """Let no run replace another one, its own continuation apart."""
+def _guard(folder: Path, asked: str | None, checkpoint: str | None) -> None:
+    """Let no run replace another one, its own continuation apart.
+
+    ``last``, where there is no checkpoint at all, is a continuation from the beginning.
+    """
     inside = checkpoint is not None and folder.resolve() in Path(checkpoint).resolve().parents
-    if run_directory.holds_run(folder) and not inside:
+    if inside or (asked == "last" and not run_directory.has_checkpoints(folder)):
+        return
+    if run_directory.holds_run(folder):
         raise FileExistsError(
-            f"'{folder}' holds a run already: continue it with --ckpt_path last, "
-            "or choose another --trainer.default_root_dir"
+            f"'{folder}' holds a run already: continue it with --ckpt_path "
+            f"{'best' if asked == 'last' else 'last'}, or choose another --trainer.default_root_dir"
         )
-    if (folder / run_directory.CONFIG).exists() and checkpoint is None:
+    if (folder / run_directory.CONFIG).exists():
         rank_zero_info(f"'{folder}': the run in it ended before its first epoch; starting anew")
 
 

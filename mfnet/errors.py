@@ -21,6 +21,14 @@ LONGEST = 400  # characters of a message that nobody here foresaw
 _LIGHTNING = "Early stopping conditioned on metric"
 
 
+# jsonargparse's accounts, of version 4.39 and of 4.53.
+_MISSING = r'arguments are required: ([\w.]+)|Key "([\w.]+)" is required'
+_UNKNOWN = r"unrecognized arguments: (.*)|[Oo]ption '(.+?)'|(?:nested key|Key) '(.+?)'"
+_NO_CLASS = (
+    r"dot import path string: (\S+)|class_path '(\S+)':\s+(?:No module|module '|cannot import)"
+)
+
+
 class CommandLineError(ArgumentError):
     """The command line cannot be understood; ``str(error)`` is the one line to print."""
 
@@ -65,13 +73,16 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
     keys = re.findall(r'Parser key "([\w.]+)"', message)
     key = ".".join(keys)
     prefix = f"{key}." if key else ""
-    if found := re.search(r"arguments are required: ([\w.]+)", message):
-        if found[1].rpartition(".")[2] == "data":
+    if found := re.search(_MISSING, message):
+        missing = found[1] or found[2]
+        if missing.rpartition(".")[2] == "data":
             return NO_DATA
         example = f"; for example {EXAMPLE}" if key == "data" else ""
-        return f"--{prefix}{found[1]} is missing{example}"
-    if found := re.search(r"unrecognized arguments: (.*)|option '(.+?)'", message, re.I):
-        given = (found[1] or f"--{prefix}{found[2]}").split()[0].partition("=")[0]
+        return f"--{prefix}{missing} is missing{example}"
+    if found := re.search(_UNKNOWN, message):
+        given = (found[1] or f"--{prefix}{found[2] or found[3]}").split()[0].partition("=")[0]
+        if not given.startswith("-"):
+            return f"'{given}' belongs to no flag; a configuration is given as --config {given}"
         if "class_path 'mfnet.data.SegmentationDataModule'" in message:
             return f"{given}: of which data? {NO_DATA}"
         return (
@@ -81,10 +92,7 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
         near = _nearest(found[1], found[2].replace("'", "").split(", "))
         hint = f": did you mean {near[0]}?" if near else "; mfnet --help lists them"
         return f"unknown command '{found[1]}'{hint}"
-    if found := re.search(
-        r"dot import path string: (\S+)|class_path '(\S+)':\s+(?:No module|module '|cannot import)",
-        message,
-    ):
+    if found := re.search(_NO_CLASS, message):
         known = f", or one of {', '.join(classes)}" if key == "data" else ""
         near = _nearest((found[1] or found[2]).rpartition(".")[2], classes)
         hint = f"; did you mean {near[0]}?" if near and key == "data" else ""
@@ -96,7 +104,8 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
         for kind in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.M)
         if "NoneType" not in kind and "a path but" not in kind
     ]
-    if found := re.search(r"(?:Given value|Got value): (?!NestedArg)(.*)", message):
+    found = re.search(r"(?:Given value|Got value): (?!NestedArg)(.*)", message)
+    if found and expected:
         return f"--{key}: expected {' or '.join(dict.fromkeys(expected))}, got {found[1]}"
     return _one_line(message)
 

@@ -108,9 +108,14 @@ def merge_epochs(rows: Sequence[dict[str, float]]) -> dict[int, dict[str, float]
 
 
 def best_epoch(folder: Path) -> tuple[int, float]:
-    """The epoch (counted from 1) with the highest val/mIoU that was logged, and that mIoU."""
+    """The epoch (counted from 1) with the highest val/mIoU that was logged, and that mIoU.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` naming the log when there is none in it.
+    """
     epochs = merge_epochs(read_metrics(folder / METRICS))
     scores = {epoch: row["val/mIoU"] for epoch, row in epochs.items() if "val/mIoU" in row}
+    if not scores:
+        raise ValueError(f"{folder / METRICS}: val/mIoU was never logged")
     best = max(scores, key=lambda epoch: _or_lowest(scores[epoch]))
     return best + 1, scores[best]
 

@@ -13,18 +13,15 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -36,8 +33,9 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
 
-# Lightning's callbacks have enumerations among their defaults, which YAML does not know.
-yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.name))
+
+def has_checkpoints(folder: Path) -> bool:
+    return any((folder / CHECKPOINTS).glob("*.ckpt"))
 
 
 def holds_run(folder: Path) -> bool:
@@ -45,7 +43,7 @@ def holds_run(folder: Path) -> bool:
 
     A configuration alone is what a run leaves that died before its first step.
     """
-    return (folder / METRICS).exists() or any((folder / CHECKPOINTS).glob("*.ckpt"))
+    return (folder / METRICS).exists() or has_checkpoints(folder)
 
 
 def checkpoint_callbacks(folder: Path) -> list[Callback]:
@@ -73,17 +71,6 @@ def loggers(folder: Path, chosen: Sequence[Logger] | None = None) -> list[Logger
         *chosen,
         ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=1),
     ]
-
-
-class RunConfig(SaveConfigCallback):
-    """Save the configuration in the run's folder; Lightning's goes where the logger logs."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        with written_whole(Path(trainer.default_root_dir) / CONFIG) as partial:
-            partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
 
 
 class BestCheckpoint(ModelCheckpoint):

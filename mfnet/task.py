@@ -144,6 +144,7 @@ class SegmentationTask(L.LightningModule):
     def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
         self._seed = torch.initial_seed()
         self._resumed_at = Fraction(0)  # a checkpoint, loaded next, tells otherwise
+        self._configured: resume.Settings | None = None
 
     def on_fit_start(self) -> None:
         # As configured: a checkpoint that is loaded next brings those of its own run.
@@ -151,7 +152,8 @@ class SegmentationTask(L.LightningModule):
 
     def on_train_start(self) -> None:
         resume.continue_epoch(self.trainer)
-        resume.restore(self.trainer, self._configured)
+        if self._configured is not None:  # a trial of BatchSizeFinder comes before
+            resume.restore(self.trainer, self._configured)
 
     def on_train_epoch_start(self) -> None:
         optimizers = self.trainer.optimizers

@@ -10,6 +10,7 @@ import pytest
 from mfnet import help
 from mfnet.cli import main
 from mfnet.data import synthetic
+from mfnet.errors import explain
 
 YAML = {
     "syntax.yaml": "trainer:\n  max_epochs: [3\n",
@@ -60,6 +61,9 @@ NO_DATA = "no data: give --config NAME"
         ("fit --data.root voc", "--data.root: of which data"),
         ("ftt", "unknown command 'ftt': did you mean fit"),
         ("train --config camvid", "unknown command 'train'; mfnet --help lists them"),
+        ("--config camvid fit", "expected a command first, got --config: mfnet fit --config"),
+        ("fit camvid", "'camvid' belongs to no flag; a configuration is given as --config camvid"),
+        ("SMALL --seed_everything -1", "--seed_everything: -1 is not in bounds"),
         ("fit --config syntax.yaml", "syntax.yaml, line 3: "),
         (
             "fit --config key.yaml",
@@ -141,3 +145,25 @@ def test_help_of_the_network(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed("--version", capsys)
     assert re.fullmatch(r"mfnet \S+, mfops \S+, torch \S+, lightning \S+\n", text)
+
+
+@pytest.mark.parametrize(
+    ("account", "line"),
+    [
+        ('Validation failed: Key "fit.data" is required but not included', NO_DATA),
+        (
+            'Parser key "data":\n  Errors:\n    - Problem with given class_path '
+            "'mfnet.data.VOCFolder':\n        Validation failed: Key \"root\" is required but not",
+            "--data.root is missing",
+        ),
+        (
+            'Parser key "data":\n  Errors:\n    - Problem with given class_path '
+            "'mfnet.data.VOCFolder':\n        Validation failed: Key 'batchsize' is not expected\n",
+            "unknown argument --data.batchsize: did you mean --data.batch_size",
+        ),
+        ("Subcommand 'fit' does not accept nested key 'trianer.x'", "argument --trianer.x;"),
+        ("something never heard of,\n  in two lines", "something never heard of, in two lines"),
+    ],
+)
+def test_the_accounts_of_an_older_jsonargparse(account: str, line: str) -> None:
+    assert line in explain(account, help.nested_flags(), help.data_classes())

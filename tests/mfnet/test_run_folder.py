@@ -1,0 +1,303 @@
+"""A run's folder: where everything goes, whatever the paths, the logger and the callbacks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+
+from mfnet.cli import MAX_EPOCHS, _set_run_defaults, main
+from mfnet.config import expand_all, expand_home
+from mfnet.data import synthetic
+
+CALLBACK = "--trainer.callbacks+=lightning.pytorch.callbacks."
+FIELD = "--trainer.callbacks."
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=4, val=2, size=33)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def flags(root: Path, run: str | Path, *more: str) -> list[str]:
+    """Two steps of the smallest network that there is."""
+    return [
+        *("--data=VOCFolder", f"--data.root={root}", "--data.crop_size=33", "--data.batch_size=2"),
+        *("--data.recipe=paper", "--data.num_workers=0"),
+        *("--model.network=torch.nn.Conv2d", "--model.network.in_channels=3"),
+        *("--model.network.out_channels=5", "--model.network.kernel_size=1"),
+        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+        *("--trainer.enable_model_summary=false", "--trainer.max_epochs=1"),
+        *([f"--trainer.default_root_dir={run}"] if run else []),
+        *more,
+    ]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(arguments)
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    return stderr.splitlines()[-1]
+
+
+def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def test_home_is_expanded_everywhere(images: Path, home: Path) -> None:
+    shutil.copytree(images, home / "voc")
+    (home / "more.yaml").write_text(
+        "trainer:\n  callbacks:\n  - class_path: ModelCheckpoint\n"
+        "    init_args: {dirpath: ~/mine}\n"
+    )
+    run = ["--config=~/more.yaml", *flags(Path("~/voc"), "~/runs/x")]
+    run += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=~/logs"]
+    main(["fit", *run])
+    main(["fit", *run, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    again = flags(Path("~/voc"), "~/runs/y", "--trainer.max_epochs=3")
+    main(["fit", *again, "--ckpt_path=~/runs/x/checkpoints/last.ckpt"])
+    main([
+        *("predict", "--config=~/runs/x/config.yaml", "--ckpt_path=best"),
+        *("--data.predict_images=~/voc/JPEGImages", "--overlays.output=~/overlays"),
+    ])  # fmt: skip
+    main(["report", "~/runs/x", "--output=~/report"])
+    assert checkpoint(home / "runs" / "x")["epoch"] == 1
+    assert checkpoint(home / "runs" / "y")["epoch"] == 2
+    for folder in ("runs/x", "runs/y", "mine", "logs", "overlays", "report"):
+        assert list((home / folder).iterdir()), folder
+    assert not list(Path().iterdir())
+    assert "~" not in (home / "runs" / "x" / "config.yaml").read_text()
+
+
+def test_home_in_every_kind_of_value(home: Path) -> None:
+    value = Namespace(
+        a="~/x", b=Path("~/x"), c=["~/x", {"d": "~"}], e=Namespace(f="~/*.jpg"), g="a~/x", h=3
+    )
+    here = str(home)
+    assert expand_all(value) == Namespace(
+        a=f"{here}/x",
+        b=home / "x",
+        c=[f"{here}/x", {"d": here}],
+        e=Namespace(f=f"{here}/*.jpg"),
+        g="a~/x",
+        h=3,
+    )
+
+
+def test_without_a_home_no_folder_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(ValueError, match="'~/x': expected a home directory"):
+        expand_home("~/x")
+    assert expand_home("~nobody-of-that-name/x") == "~nobody-of-that-name/x"
+
+
+LOGGERS = {
+    "default": [],
+    "none": ["--trainer.logger=false"],
+    "tensorboard": ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=elsewhere"],
+    "csv": ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere"],
+}
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_the_record_is_in_the_folder_whatever_the_logger(
+    logger: str, images: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("run")
+    command = flags(images, run, *LOGGERS[logger], f"{CALLBACK}ModelCheckpoint")
+    main(["fit", *command])
+    output = capsys.readouterr().out
+    assert "epoch 1 of 1: val mIoU 0." in output
+    assert "best val/mIoU 0." in output
+    assert "in epoch 1: run/checkpoints/best.ckpt" in output
+    for name in ("config.yaml", "metrics.csv", "summary.json", "samples.npz"):
+        assert (run / name).is_file()
+    assert len(list((run / "checkpoints").glob("*.ckpt"))) == 3
+    assert list(Path("elsewhere").rglob("*.ckpt")) == []
+    before = (run / "checkpoints" / "best.ckpt").read_bytes()
+    assert "'run' holds a run already" in refusal(["fit", *command], capsys)
+    assert (run / "checkpoints" / "best.ckpt").read_bytes() == before
+    main(["report", "run"])
+
+
+def test_no_other_log_in_the_place_of_the_record(
+    images: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=run"]
+    logger += ["--trainer.logger.name=", "--trainer.logger.version="]
+    assert "metrics.csv" in refusal(["fit", *flags(images, "run", *logger)], capsys)
+
+
+def test_a_run_that_died_before_its_first_step_blocks_nothing(
+    images: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = next((images / "SegmentationClass").glob("val*"))
+    good = mask.read_bytes()
+    mask.write_bytes(b"no image")
+    try:
+        assert mask.name in refusal(["fit", *flags(images, "run")], capsys)
+    finally:
+        mask.write_bytes(good)
+    assert Path("run/config.yaml").is_file()
+    main(["fit", *flags(images, "run")])
+    assert checkpoint(Path("run"))["epoch"] == 0
+
+
+def test_a_finished_run_without_its_log_is_still_finished(images: Path, home: Path) -> None:
+    main(["fit", *flags(images, "run")])
+    Path("run/metrics.csv").unlink()
+    with pytest.warns(UserWarning, match="metrics.csv"):
+        main(["fit", *flags(images, "run", "--ckpt_path=last")])
+
+
+def test_last_starts_where_there_is_no_checkpoint_yet(
+    images: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", *flags(images, "run", "--trainer.enable_checkpointing=false")])
+    again = ["fit", *flags(images, "run")]
+    assert "continue it with --ckpt_path last" in refusal(again, capsys)
+    main([*again, "--ckpt_path=last"])
+    Path("run/checkpoints/last.ckpt").unlink()
+    assert "continue it with --ckpt_path best" in refusal([*again, "--ckpt_path=last"], capsys)
+
+
+def test_a_checkpoint_from_elsewhere_does_not_open_a_folder(
+    images: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", *flags(images, "one")])
+    main(["fit", *flags(images, "two")])
+    command = flags(images, "two", "--ckpt_path=one/checkpoints/last.ckpt")
+    assert "'two' holds a run already" in refusal(["fit", *command], capsys)
+
+
+def best_after_resuming(images: Path, run: Path) -> float:
+    """The best score that a resumed run knows, of which an epoch at rate 0 adds none better."""
+    rates = ["--model.backbone_lr=0", "--model.head_lr=0"]
+    resumed = flags(images, run, "--trainer.max_epochs=2", "--ckpt_path=last", *rates)
+    main(["fit", *resumed])
+    states = checkpoint(run)["callbacks"]
+    return float(next(s["best_model_score"] for k, s in states.items() if k.startswith("BestC")))
+
+
+def with_a_best_of_2(run: Path, key: str = "BestCheckpoint") -> None:
+    """Pretend that best.ckpt reached a score that no later epoch will."""
+    last = checkpoint(run)
+    states = last["callbacks"]
+    own = next(name for name in states if name.startswith("BestCheckpoint"))
+    state = states.pop(own)
+    score = torch.tensor(2.0)
+    state |= {"best_model_score": score, "kth_value": score}
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], score)
+    states[own.replace("BestCheckpoint", key)] = state
+    torch.save(last, run / "checkpoints" / "last.ckpt")
+
+
+def test_the_best_score_of_a_folder_that_was_moved(images: Path, home: Path) -> None:
+    main(["fit", *flags(images, "before")])
+    with_a_best_of_2(Path("before"))
+    best = Path("before/checkpoints/best.ckpt").read_bytes()
+    Path("before").rename("after")
+    assert best_after_resuming(images, Path("after")) == 2
+    assert Path("after/checkpoints/best.ckpt").read_bytes() == best
+
+
+def test_the_best_score_of_the_version_before(images: Path, home: Path) -> None:
+    main(["fit", *flags(images, "run")])
+    with_a_best_of_2(Path("run"), key="ModelCheckpoint")
+    assert best_after_resuming(images, Path("run")) == 2
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        f"{CALLBACK}ModelCheckpoint {FIELD}monitor=val/mIoU {FIELD}mode=max",
+        f"{CALLBACK}EarlyStopping {FIELD}monitor=val/mIoU {FIELD}mode=max",
+        f"{CALLBACK}EarlyStopping {FIELD}monitor=train/loss",
+        f"{CALLBACK}BatchSizeFinder {FIELD}steps_per_trial=1",
+        f"{CALLBACK}LearningRateMonitor --trainer.logger=false",
+        f"{CALLBACK}StochasticWeightAveraging {FIELD}swa_lrs=0.05 --trainer.max_epochs=2",
+        f"{CALLBACK}Timer {FIELD}duration=00:00:10:00",
+        f"{CALLBACK}ModelSummary {FIELD}max_depth=2",
+        f"{CALLBACK}GradientAccumulationScheduler {FIELD}scheduling={{0:_2}}",
+    ],
+)
+def test_callbacks_that_work(callback: str, images: Path, home: Path) -> None:
+    more = [word.replace("_2", " 2") for word in callback.split()]
+    main(["fit", *flags(images, "run", *more)])
+    main(["validate", "--config=run/config.yaml", "--ckpt_path=best"])
+    main(["fit", "--config=run/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=3"])
+    assert checkpoint(Path("run"))["epoch"] in (2, 3)  # the average takes one epoch more
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (f"{CALLBACK}EarlyStopping {FIELD}monitor=val_loss", "nothing logs 'val_loss': .*val/loss"),
+        (f"{CALLBACK}ModelCheckpoint {FIELD}monitor=mIoU", "nothing logs 'mIoU': .*val/mIoU"),
+        (f"{CALLBACK}EarlyStopping {FIELD}monitor=train/los", "`train/los` which is not available"),
+        (f"{CALLBACK}EarlyStopping {FIELD}monitor=val/mIoU", "mode 'min' with val/mIoU"),
+        (f"{CALLBACK}ModelCheckpoint {FIELD}monitor=val/loss {FIELD}mode=max", "mode 'max' with"),
+        (f"{CALLBACK}ModelCheckpoint {CALLBACK}ModelCheckpoint", "more than one stateful callback"),
+        (f"{CALLBACK}LearningRateFinder", "two learning rates.*--model.head_lr"),
+        (f"{CALLBACK}BackboneFinetuning", "BackboneFinetuning: .*--model.backbone_lr"),
+    ],
+)
+def test_callbacks_that_are_refused(
+    callback: str, message: str, images: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(["fit", *flags(images, "run", *callback.split())], capsys)
+    assert line.startswith("mfnet: error: ")
+    assert re.search(message, line)
+    assert not Path("run/checkpoints").exists()
+
+
+def test_epochs_unless_given() -> None:
+    def epochs(**given: Any) -> int | None:
+        trainer = {"max_epochs": None, "max_steps": -1, "max_time": None, "default_root_dir": "x"}
+        config = Namespace(trainer=Namespace(**{**trainer, **given}))
+        _set_run_defaults(config)
+        return config.trainer.max_epochs
+
+    assert epochs() == MAX_EPOCHS == 50
+    assert epochs(max_epochs=3) == 3
+    assert epochs(max_epochs=-1) == -1
+    assert epochs(max_steps=10) is None
+    assert epochs(max_time=timedelta(hours=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("configs", "network", "folder"),
+    [
+        ([], {"name": "mfnet"}, "runs/mfnet"),
+        ([], {"name": "deeplabv3plus", "context": "em"}, "runs/deeplabv3plus-context-em"),
+        (["a/paper_voc.yaml"], {"name": "mfnet"}, "runs/paper_voc"),
+        (["a/paper_voc.yaml"], {"name": "emanet"}, "runs/paper_voc-emanet"),
+        (["camvid.yaml", "my.yaml"], {"name": "mfnet"}, "runs/camvid-my"),
+        ([], {"encoder_name": "resnet18"}, "runs/Unet"),
+    ],
+)
+def test_the_folder_unless_given(configs: list[str], network: dict[str, str], folder: str) -> None:
+    config = Namespace(
+        config=configs,
+        trainer=Namespace(max_epochs=1, default_root_dir=None),
+        model=Namespace(network=Namespace(class_path="smp.Unet", init_args=Namespace(**network))),
+    )
+    _set_run_defaults(config)
+    assert config.trainer.default_root_dir == folder
