@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mfnet import help, report, run_directory
 from mfnet.callbacks import OverlayWriter, RunRecord
-from mfnet.config import ConfigAction, expand_all, shipped_configs
+from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs
 from mfnet.data import SegmentationDataModule
 from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, user_error
 from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
@@ -72,7 +72,7 @@ class MFNetCLI(LightningCLI):
             SegmentationTask,
             SegmentationDataModule,
             subclass_mode_data=True,
-            save_config_callback=run_directory.RunConfig,
+            save_config_callback=RunConfig,
             trainer_defaults={
                 "log_every_n_steps": 1,  # all that is logged is logged once per epoch
                 "sync_batchnorm": True,

@@ -1,4 +1,4 @@
-"""Configurations: those in the package, the files behind ``--config``, and ``~`` in their paths."""
+"""Configurations: those in the package, ``--config``, ``~`` in their paths, a run's record."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import register_type
+from lightning.pytorch.cli import SaveConfigCallback
 
 from mfnet.errors import CommandLineError
+from mfnet.files import written_whole
+from mfnet.run_directory import CONFIG
 
 # What Lightning's callbacks have among their defaults, for config.yaml.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.name))
@@ -87,3 +91,14 @@ def expand_all(value: Any) -> Any:
     if isinstance(items, dict):
         items.update({key: expand_all(item) for key, item in items.items()})
     return value
+
+
+class RunConfig(SaveConfigCallback):
+    """Save the configuration in the run's folder; Lightning's goes where the logger logs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, **kwargs)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        with written_whole(Path(trainer.default_root_dir) / CONFIG) as partial:
+            partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")

@@ -22,7 +22,6 @@ import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -71,17 +70,6 @@ def loggers(folder: Path, chosen: Sequence[Logger] | None = None) -> list[Logger
         *chosen,
         ContinuedCSVLogger(folder, name="", version="", flush_logs_every_n_steps=1),
     ]
-
-
-class RunConfig(SaveConfigCallback):
-    """Save the configuration in the run's folder; Lightning's goes where the logger logs."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        with written_whole(Path(trainer.default_root_dir) / CONFIG) as partial:
-            partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
 
 
 class BestCheckpoint(ModelCheckpoint):
