@@ -1,4 +1,4 @@
-"""Configurations: those in the package, the files behind ``--config``, and ``~`` in their paths."""
+"""Configurations: those in the package, ``--config``, ``~`` in their paths, a run's record."""
 
 from __future__ import annotations
 
