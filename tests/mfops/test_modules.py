@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mfops
+from mfops.methods import METHODS
 
 
 @pytest.fixture
@@ -166,6 +167,40 @@ def test_autocast_and_state_dict(context):
     other = mfops.FactorizedContext(6, rank=3, size=(4, 5))
     other.load_state_dict(context.state_dict(), strict=True)
     torch.testing.assert_close(other(x), context(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_of_another_method_are_refused(method):
+    bases = mfops.FactorizedContext(6, 3, factorizer=method).factorizer.bases
+    for other in METHODS.keys() - {method}:
+        loaded = mfops.FactorizedContext(6, 3, factorizer=other)
+        before = loaded.factorizer.bases.clone()
+        state = nn.Sequential(mfops.FactorizedContext(6, 3, factorizer=method)).state_dict()
+        named = rf'Missing .*"0\.factorizer\.{other}_bases"(.|\n)*Unexpected .*{method}_bases"'
+        with pytest.raises(RuntimeError, match=named):
+            nn.Sequential(loaded).load_state_dict(state)
+        missing, unexpected = nn.Sequential(loaded).load_state_dict(state, strict=False)
+        assert missing == [f"0.factorizer.{other}_bases"]
+        assert unexpected == [f"0.factorizer.{method}_bases"]
+        assert torch.equal(loaded.factorizer.bases, before)
+        loaded.load_state_dict(loaded.state_dict() | {f"factorizer.{other}_bases": bases})
+        assert torch.equal(loaded.factorizer.bases, bases)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_dict_without_the_methods_name_loads(method, tmp_path):
+    """As the version before wrote them."""
+    torch.save({"factorizer.bases": torch.rand(6, 3)}, tmp_path / "before.pt")
+    state = torch.load(tmp_path / "before.pt", weights_only=True)
+    context = mfops.FactorizedContext(6, 3, factorizer=method)
+    context.load_state_dict(state, strict=True)
+    assert torch.equal(context.factorizer.bases, state["factorizer.bases"])
+    torch.save(context.state_dict(), tmp_path / "now.pt")
+    other = mfops.FactorizedContext(6, 3, factorizer=method)
+    other.load_state_dict(torch.load(tmp_path / "now.pt", weights_only=True))
+    assert torch.equal(other.factorizer.bases, context.factorizer.bases)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        context.load_state_dict({})
 
 
 BAD_ARGUMENTS = {
