@@ -233,3 +233,40 @@ def test_bad_features_are_named(context, training):
         context(torch.randn(2, 6, 21))
     with pytest.raises(TypeError, match="y: expected the dtype of x"):
         context(torch.randn(2, 6, 4, 5).double())
+
+
+TOKENS = "; x is (B, C, N): tokens (B, N, C) need x.mT"
+MAPS = "; x is (B, C, H, W): maps (B, H, W, C) need x.permute(0, 3, 1, 2)"
+Y, Z = torch.zeros(6, 3), torch.zeros(3, 20)
+TAKES_FEATURES = {
+    "context": (mfops.FactorizedContext(6, 3, (4, 5)), "x: expected 6 channels, got"),
+    "em": (mfops.FactorizedContext(6, 3, factorizer="em"), "x: expected 6 channels, got"),
+    "factorize": (lambda x: mfops.factorize(x, Y), "y0: expected C = "),
+    "reconstruction": (lambda x: mfops.factorized_reconstruction(x, Y, Z), "y: expected C = "),
+    "mse": (lambda x: mfops.factorized_mse(x, Y, Z), "y: expected C = "),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_FEATURES)
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [((2, 20, 6), TOKENS), ((2, 4, 5, 6), MAPS), ((2, 7, 20), ""), ((2, 7, 6, 5), "")],
+)
+def test_channels_in_the_last_dimension_have_a_hint(name, shape, hint):
+    function, begin = TAKES_FEATURES[name]
+    with pytest.raises(ValueError, match="expected") as caught:
+        function(torch.randn(shape))
+    message = str(caught.value)
+    assert message.startswith(begin)
+    assert message.endswith(")" + hint)
+
+
+def test_tokens_are_taken_by_a_view():
+    """As the hint says, without a copy."""
+    tokens = torch.randn(2, 20, 6)
+    context = mfops.FactorizedContext(6, 3, (4, 5)).eval()
+    maps = tokens.mT.unflatten(2, (4, 5))
+    assert maps.data_ptr() == tokens.data_ptr()
+    out = context(tokens.mT).mT
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, context(maps).flatten(2).mT)
