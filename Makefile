@@ -27,7 +27,8 @@ demo: $(INSTALLED)
 
 # Two processes of one thread each; a file's tests stay together, as they share what is costly.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m timed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not timed" -n 2 --dist loadfile
 
 # BENCH: further options of the suite, for instance make bench BENCH='--data DIR'.
 BENCH ?=

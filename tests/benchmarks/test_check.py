@@ -22,7 +22,7 @@ FIGURE = Figure(CASE, BOTH)
 @pytest.fixture
 def bench(tmp_path):
     # small: torch.compile stays out of it
-    return Bench(Machine("cpu", 1), Effort(seconds=0.2), True, tmp_path, {})
+    return Bench(Machine("cpu", 2), Effort(seconds=0.2), True, tmp_path, {})
 
 
 def guard(measure=bench_op.measure):
@@ -51,6 +51,7 @@ def here(monkeypatch):
     monkeypatch.setattr(check, "measure_apart", lambda watched: check.measure(watched, small=True))
 
 
+@pytest.mark.timed
 @pytest.mark.skipif(
     mfops.available_backends()["native"] is not None, reason="the extension was not built"
 )
