@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -348,8 +349,12 @@ def _parameter_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 
 
 def _named_as(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``given`` under the names that a compiled network, or one that is not, has for them."""
-    names = {_uncompiled(key): key for key in own}
+    """``given`` under the names that the network has for them, compiled or not.
+
+    Bases had no method in their name before: ``bases``, now ``em_bases``.
+    """
+    names = {re.sub(r"\.[^.]+_bases$", ".bases", _uncompiled(key)): key for key in own}
+    names |= {_uncompiled(key): key for key in own}
     return {names.get(_uncompiled(key), key): tensor for key, tensor in given.items()}
 
 

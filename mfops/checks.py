@@ -34,6 +34,22 @@ def check_features(x: Tensor) -> None:
         raise ValueError(f"x: expected at least one element, got shape {_shape(x)}")
 
 
+def _layout_hint(x: Tensor, channels: int) -> str:
+    """What to do where x has the channels last; empty where it has not."""
+    if x.shape[-1] != channels:
+        return ""
+    if x.dim() == 3:
+        return "; x is (B, C, N): tokens (B, N, C) need x.mT"
+    return "; x is (B, C, H, W): maps (B, H, W, C) need x.permute(0, 3, 1, 2)"
+
+
+def check_channels(x: Tensor, channels: int) -> None:
+    """x, which `check_features` has passed: so many channels."""
+    if x.shape[1] != channels:
+        hint = _layout_hint(x, channels)
+        raise ValueError(f"x: expected {channels} channels, got {_shape(x)}{hint}")
+
+
 def check_factors(x: Tensor, y: Tensor, z: Tensor) -> None:
     """y (C, K) or (B, C, K) and z (K, N) or (B, K, N), of x's dtype and device."""
     for name, factor, form in (("y", y, "(C, K) or (B, C, K)"), ("z", z, "(K, N) or (B, K, N)")):
@@ -53,7 +69,10 @@ def check_factors(x: Tensor, y: Tensor, z: Tensor) -> None:
     if y.shape[-1] == 0:
         raise ValueError(f"y: expected at least one basis (K >= 1), got {_shape(y)}")
     if y.shape[-2] != x.shape[1]:
-        raise ValueError(f"y: expected C = {x.shape[1]} rows as x has channels, got {_shape(y)}")
+        hint = _layout_hint(x, y.shape[-2])
+        raise ValueError(
+            f"y: expected C = {x.shape[1]} rows as x has channels, got {_shape(y)}{hint}"
+        )
     if z.shape[-2] != y.shape[-1]:
         raise ValueError(f"z: expected K = {y.shape[-1]} rows as y has columns, got {_shape(z)}")
     if z.shape[-1] != pixels:
@@ -85,4 +104,7 @@ def check_bases(x: Tensor, y0: Tensor) -> None:
     if y0.shape[-1] == 0:
         raise ValueError(f"y0: expected at least one basis (K >= 1), got {_shape(y0)}")
     if y0.shape[-2] != x.shape[1]:
-        raise ValueError(f"y0: expected C = {x.shape[1]} rows as x has channels, got {_shape(y0)}")
+        hint = _layout_hint(x, y0.shape[-2])
+        raise ValueError(
+            f"y0: expected C = {x.shape[1]} rows as x has channels, got {_shape(y0)}{hint}"
+        )

@@ -6,6 +6,8 @@ is one too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -83,7 +85,9 @@ class ImageFactorizer(Factorizer):
     output. In training "em" does too, and every pass moves the buffer towards the mean, over the
     batch and (each counting alike) the ranks of an initialised process group, of the bases it
     found; where that is not finite the buffer stays as it is. The other methods start a training
-    pass from fresh noise, as published. The buffer is noise of a fixed seed when it is made.
+    pass from fresh noise, as published. The buffer is noise of a fixed seed when it is made. A
+    state dict has it under the method's name, `em_bases`, so that no other method loads it; one
+    that says `bases`, as those of the version before do, is taken for the method's own.
 
     Under activation checkpointing em's second forward pass starts from bases that the first has
     moved, and moves them again: keep it outside of what is computed anew.
@@ -99,16 +103,22 @@ class ImageFactorizer(Factorizer):
         TypeError: steps is not an integer.
     """
 
-    bases: Tensor
-
     def __init__(self, method: str, channels: int, rank: int, steps: int | None = None) -> None:
         super().__init__()
         check_method(method, 1 if steps is None else steps)
         self.method = method
         self.steps = steps
         shape = check_positive("channels", channels), check_positive("rank", rank)
-        self.register_buffer("bases", torch.empty(shape))
+        self._buffer = f"{method.replace('.', '_')}_bases"  # no name of a buffer has dots
+        self.register_buffer(self._buffer, torch.empty(shape))
+        self.register_load_state_dict_pre_hook(_bases_of_the_method)
         self.reset_parameters()
+
+    @property
+    def bases(self) -> Tensor:
+        """The buffer (C, K)."""
+        bases: Tensor = getattr(self, self._buffer)
+        return bases
 
     def reset_parameters(self) -> None:
         """Seeded: weights published without bases then have one score, not one for every run."""
@@ -176,6 +186,15 @@ class ImageFactorizer(Factorizer):
     def extra_repr(self) -> str:
         channels, rank = self.bases.shape
         return f"{self.method!r}, {channels}, rank={rank}, steps={self.steps}"
+
+
+def _bases_of_the_method(
+    module: ImageFactorizer, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Takes `bases` for the method's own."""
+    before = f"{prefix}bases"
+    if before in state_dict:
+        state_dict.setdefault(f"{prefix}{module._buffer}", state_dict.pop(before))
 
 
 class DoubleAttentionFactorizer(Factorizer):

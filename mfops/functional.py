@@ -92,7 +92,9 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
 
     Args:
         x: features (B, C, N) or (B, C, H, W) with N = H W; float32, bfloat16, float16 or
-            float64; contiguous and channels_last both without copies.
+            float64; contiguous and channels_last both without copies, so that tokens (B, N, C)
+            are x.mT, maps (B, H, W, C) x.permute(0, 3, 1, 2); where N, or H, is C nobody can tell
+            that they were not turned.
         y: bases (C, K), shared by the batch, or (B, C, K); x's dtype and device.
         z: coefficients (K, N), shared by the batch, or (B, K, N); x's dtype and device.
 
@@ -150,10 +152,12 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
 
     Args:
         x: features (B, C, N) or (B, C, H, W) with N = H W; float32, bfloat16, float16 or
-            float64; contiguous and channels_last both without copies. "nmf" needs x >= 0, which
-            is not looked for (it would take a pass over x): with negative elements the updates
-            may divide by zero. Constant and all-zero x give finite factors; a NaN makes those of
-            its image NaN and leaves other images alone.
+            float64; contiguous and channels_last both without copies, so that tokens (B, N, C)
+            are x.mT, maps (B, H, W, C) x.permute(0, 3, 1, 2); where N, or H, is C nobody can tell
+            that they were not turned. "nmf" needs x >= 0, which is not looked for (it would take a
+            pass over x): with negative elements the updates may divide by zero. Constant and
+            all-zero x give finite factors; a NaN makes those of its image NaN and leaves other
+            images alone.
         y0: bases to start from (C, K), shared by the batch, or (B, C, K); x's dtype or float32,
             x's device; K may exceed C and N. Under autocast only x is cast.
         method: one of the table's, or one made known by `mfops.register_method`.

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from mfops.autograd import inject_loss
-from mfops.checks import check_features, check_positive
+from mfops.checks import check_channels, check_features, check_positive
 from mfops.factorizers import create_factorizer
 from mfops.tracing import record_module
 
@@ -71,7 +71,10 @@ class FactorizedContext(nn.Module):
         steps: T, the rounds of "em", "nmf", "vq", "cd"; None: 3 for em; for the others 6 in
             training and 7 in evaluation.
 
-    Shapes: x (B, C, H, W), or (B, C, N) with N = h w; out alike. mse: a float32 scalar.
+    Shapes: x (B, C, H, W), or (B, C, N) with N = h w; out alike. mse: a float32 scalar. Tokens
+        (B, N, C) of a transformer go in and out as `ctx(x.mT).mT`, maps (B, H, W, C) as
+        `ctx(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)`, both without copies. Where N, or H, is C
+        nobody can tell that they were not turned: the wrong dimension is then factorized.
 
     Raises:
         ValueError: an argument out of range; x of the wrong rank or number of channels.
@@ -107,8 +110,7 @@ class FactorizedContext(nn.Module):
         if isinstance(x, Proxy):
             return record_module(self, x, return_loss)
         check_features(x)
-        if x.shape[1] != self.channels:
-            raise ValueError(f"x: expected {self.channels} channels, got {tuple(x.shape)}")
+        check_channels(x, self.channels)
         inject = self.training and self.loss_weight > 0 and torch.is_grad_enabled()
         if not (return_loss or inject):
             return x + F.relu(self.factorizer.product(x))

@@ -269,8 +269,8 @@ def test_hamburger_names_what_is_missing() -> None:
     with pytest.raises(RuntimeError, match=r'Missing key.*"upper.weight"'):
         Hamburger("nmf", 8, rank=5).load_state_dict(published)
     own = Hamburger("nmf", 8, rank=5).state_dict()
-    del own["factorizer.bases"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"factorizer.bases"'):
+    del own["factorizer.nmf_bases"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"factorizer.nmf_bases"'):
         Hamburger("nmf", 8, rank=5).load_state_dict(own)
 
 

@@ -29,8 +29,8 @@ class TinyBackbone(nn.Module):
         return low, self.high(low)
 
 
-def tiny_network() -> SegmentationNetwork:
-    context = MFContext(8, 8, rank=2, context_size=(3, 3))
+def tiny_network(factorizer: str = "learned") -> SegmentationNetwork:
+    context = MFContext(8, 8, rank=2, context_size=(3, 3), factorizer=factorizer)
     return SegmentationNetwork(TinyBackbone(), context, DeepLabDecoder(8, 8, len(CLASSES)))
 
 
@@ -297,3 +297,16 @@ def test_compiled_and_plain_load_each_others_checkpoints() -> None:
         checkpoint = {"state_dict": giver.state_dict()}
         taker.on_load_checkpoint(checkpoint)
         taker.load_state_dict(checkpoint["state_dict"])
+
+
+def test_bases_without_the_name_of_their_method_load_and_those_of_another_do_not() -> None:
+    """A checkpoint of the version before names them "bases" whatever the method."""
+    em, nmf = (SegmentationTask(tiny_network(method), CLASSES) for method in ("em", "nmf"))
+    of_em = {"state_dict": em.state_dict()}
+    nmf.trainer = trainer()
+    with pytest.raises(ValueError, match=r"does not fit: .*nmf_bases\).*em_bases\)"):
+        nmf.on_load_checkpoint(of_em)
+    before = {k.replace("em_bases", "bases"): t for k, t in em.state_dict().items()}
+    checkpoint = {"state_dict": before}
+    em.on_load_checkpoint(checkpoint)
+    em.load_state_dict(checkpoint["state_dict"])

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mfops
+from mfops.methods import METHODS
 
 
 @pytest.fixture
@@ -168,6 +169,40 @@ def test_autocast_and_state_dict(context):
     torch.testing.assert_close(other(x), context(x))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_bases_of_another_method_are_refused(method):
+    bases = mfops.FactorizedContext(6, 3, factorizer=method).factorizer.bases
+    for other in METHODS.keys() - {method}:
+        loaded = mfops.FactorizedContext(6, 3, factorizer=other)
+        before = loaded.factorizer.bases.clone()
+        state = nn.Sequential(mfops.FactorizedContext(6, 3, factorizer=method)).state_dict()
+        named = rf'Missing .*"0\.factorizer\.{other}_bases"(.|\n)*Unexpected .*{method}_bases"'
+        with pytest.raises(RuntimeError, match=named):
+            nn.Sequential(loaded).load_state_dict(state)
+        missing, unexpected = nn.Sequential(loaded).load_state_dict(state, strict=False)
+        assert missing == [f"0.factorizer.{other}_bases"]
+        assert unexpected == [f"0.factorizer.{method}_bases"]
+        assert torch.equal(loaded.factorizer.bases, before)
+        loaded.load_state_dict(loaded.state_dict() | {f"factorizer.{other}_bases": bases})
+        assert torch.equal(loaded.factorizer.bases, bases)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_dict_without_the_methods_name_loads(method, tmp_path):
+    """As the version before wrote them."""
+    torch.save({"factorizer.bases": torch.rand(6, 3)}, tmp_path / "before.pt")
+    state = torch.load(tmp_path / "before.pt", weights_only=True)
+    context = mfops.FactorizedContext(6, 3, factorizer=method)
+    context.load_state_dict(state, strict=True)
+    assert torch.equal(context.factorizer.bases, state["factorizer.bases"])
+    torch.save(context.state_dict(), tmp_path / "now.pt")
+    other = mfops.FactorizedContext(6, 3, factorizer=method)
+    other.load_state_dict(torch.load(tmp_path / "now.pt", weights_only=True))
+    assert torch.equal(other.factorizer.bases, context.factorizer.bases)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        context.load_state_dict({})
+
+
 BAD_ARGUMENTS = {
     "channels: expected a positive integer, got 0": {"channels": 0},
     "rank: expected a positive integer, got 1.5": {"rank": 1.5},
@@ -198,3 +233,40 @@ def test_bad_features_are_named(context, training):
         context(torch.randn(2, 6, 21))
     with pytest.raises(TypeError, match="y: expected the dtype of x"):
         context(torch.randn(2, 6, 4, 5).double())
+
+
+TOKENS = "; x is (B, C, N): tokens (B, N, C) need x.mT"
+MAPS = "; x is (B, C, H, W): maps (B, H, W, C) need x.permute(0, 3, 1, 2)"
+Y, Z = torch.zeros(6, 3), torch.zeros(3, 20)
+TAKES_FEATURES = {
+    "context": (mfops.FactorizedContext(6, 3, (4, 5)), "x: expected 6 channels, got"),
+    "em": (mfops.FactorizedContext(6, 3, factorizer="em"), "x: expected 6 channels, got"),
+    "factorize": (lambda x: mfops.factorize(x, Y), "y0: expected C = "),
+    "reconstruction": (lambda x: mfops.factorized_reconstruction(x, Y, Z), "y: expected C = "),
+    "mse": (lambda x: mfops.factorized_mse(x, Y, Z), "y: expected C = "),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_FEATURES)
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [((2, 20, 6), TOKENS), ((2, 4, 5, 6), MAPS), ((2, 7, 20), ""), ((2, 7, 6, 5), "")],
+)
+def test_channels_in_the_last_dimension_have_a_hint(name, shape, hint):
+    function, begin = TAKES_FEATURES[name]
+    with pytest.raises(ValueError, match="expected") as caught:
+        function(torch.randn(shape))
+    message = str(caught.value)
+    assert message.startswith(begin)
+    assert message.endswith(")" + hint)
+
+
+def test_tokens_are_taken_by_a_view():
+    """As the hint says, without a copy."""
+    tokens = torch.randn(2, 20, 6)
+    context = mfops.FactorizedContext(6, 3, (4, 5)).eval()
+    maps = tokens.mT.unflatten(2, (4, 5))
+    assert maps.data_ptr() == tokens.data_ptr()
+    out = context(tokens.mT).mT
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, context(maps).flatten(2).mT)
