@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mfops import ops, reference
+from mfops.exporting import is_exporting_onnx
 
 logger = logging.getLogger("mfops")
 
@@ -94,6 +95,12 @@ def _native_gpu_obstacle(index: int) -> str | None:
     return _ask_build(index)
 
 
+def _kernel_obstacle(x: Tensor, method: str | None) -> str | None:
+    if is_exporting_onnx():
+        return "its operators cannot be written to ONNX"
+    return _dtype_obstacle(x) or _method_obstacle(method)
+
+
 def _dtype_obstacle(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "takes float32, bfloat16 and float16, x is float64"
@@ -119,7 +126,7 @@ def _native_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | N
             return f"on CUDA it takes K <= {MAX_NATIVE_CUDA_RANK}, K is {rank}"
     elif not x.is_cpu:
         return f"runs on cpu and cuda, x is on {x.device.type}"
-    return _dtype_obstacle(x) or _method_obstacle(method)
+    return _kernel_obstacle(x, method)
 
 
 def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
@@ -132,7 +139,7 @@ def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | N
         obstacle = _gpu_obstacle(x.device.index)
         if obstacle is not None:
             return obstacle
-    return _dtype_obstacle(x) or _method_obstacle(method)
+    return _kernel_obstacle(x, method)
 
 
 def _no_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:

@@ -20,9 +20,13 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def _autocast_is_on(device: str) -> bool:
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
-    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return _autocast_is_on(x.device.type)
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -36,8 +40,11 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Switches autocast off on a type of device."""
-    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+    """Switches autocast off on a type of device, where it is on.
+
+    Where it is off already a region without it would be one more thing in an exported program.
+    """
+    return torch.autocast(device, enabled=False) if _autocast_is_on(device) else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled anew when the setting changes
@@ -66,6 +73,14 @@ def _as_features(x_hat: Tensor, x: Tensor) -> Tensor:
     return x_hat if x.dim() == 3 else x_hat.unflatten(2, x.shape[2:])
 
 
+def _reconstruct(rows: Tensor, y: Tensor, z: Tensor, expand: bool) -> tuple[Tensor, Tensor]:
+    backend = select(rows, y.shape[-1])
+    if torch.jit.is_tracing():  # its file takes operators, but no autograd Function
+        x_hat, mse = backend.reconstruct(rows, y, z, _tf32(rows))
+        return x_hat.expand(rows.shape) if expand else x_hat, mse
+    return Reconstruct.apply(rows, y, z, backend.name, _tf32(rows), expand)
+
+
 def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """X' alone, laid out as x is, a batch of 1 where both factors are shared; x is not read."""
     rows, y, z = _prepare(x, y, z)
@@ -75,7 +90,7 @@ def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """As `factorized_reconstruction`, but X' of shared factors comes with a batch of 1."""
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), False)
+    x_hat, mse = _reconstruct(rows, y, z, expand=False)
     return _as_features(x_hat, x), mse
 
 
@@ -105,7 +120,7 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
         RuntimeError: the backend of `use_backend` cannot run this call.
     """
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = Reconstruct.apply(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), True)
+    x_hat, mse = _reconstruct(rows, y, z, expand=True)
     return _as_features(x_hat, x), mse
 
 
@@ -165,8 +180,8 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
     backend = select(rows, y0.shape[-1], method)
     final = METHODS[method].final_coefficients
     with without_autocast(rows.device.type):
-        with torch.no_grad():
-            y, z = backend.iterate(rows, start, method, steps, _tf32(rows))
+        # Constants rather than a region without gradient, which torch.export.save cannot write.
+        y, z = backend.iterate(rows.detach(), start, method, steps, _tf32(rows))
         z = final(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
     return y.to(y0.dtype), z
 
@@ -176,5 +191,8 @@ def solve(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tenso
     rows, start = _prepare_bases(x, y0, method, steps)
     backend = select(rows, y0.shape[-1], method)
     with without_autocast(rows.device.type):
-        x_hat, mse, y = Solve.apply(rows, start, method, steps, backend.name, _tf32(rows))
+        if torch.jit.is_tracing():
+            y, _, _, x_hat, mse = backend.solve(rows, start, method, steps, _tf32(rows))
+        else:
+            x_hat, mse, y = Solve.apply(rows, start, method, steps, backend.name, _tf32(rows))
     return _as_features(x_hat, x), mse, y
