@@ -62,7 +62,7 @@ def network(name: str, context: str | None = None) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "context"),
-    [("mfnet", None), ("deeplabv3plus", "nonlocal"), ("deeplabv3plus", "encoding")],
+    [("mfnet", None), ("deeplabv3plus", "nonlocal")],
 )
 def test_onnx_of_a_network_from_one_image(name: str, context: str | None) -> None:
     model = network(name, context)
