@@ -197,8 +197,8 @@ def create_model(
 def _check_images(x: Tensor) -> None:
     if x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"x: expected images (B, 3, H, W), got shape {tuple(x.shape)}")
-    if min(x.shape[-2:]) < MIN_SIZE:
-        height, width = x.shape[-2:]
+    height, width = x.shape[-2:]
+    if height < MIN_SIZE or width < MIN_SIZE:  # min() of the two would freeze which is smaller
         raise ValueError(
             f"x: expected images of at least {MIN_SIZE} x {MIN_SIZE}, got {height} x {width}"
         )

@@ -68,9 +68,13 @@ def reconstruct(
     x: Tensor, y: Tensor, z: Tensor, backend: str, tf32: bool, expand: bool
 ) -> tuple[Tensor, Tensor]:
     """X', mse of x (B, C, N), y, z; X' of shared factors is (C, N) unless `expand`."""
-    if not under_transform():
+    if under_transform():
+        run: Callable[..., tuple[Tensor, Tensor]] = reference.reconstruct
+    elif torch.jit.is_tracing():  # its file takes operators, but no autograd Function
+        run = BACKENDS[backend].reconstruct
+    else:
         return Reconstruct.apply(x, y, z, backend, tf32, expand)
-    x_hat, mse = reference.reconstruct(x, y, z, tf32)
+    x_hat, mse = run(x, y, z, tf32)
     return x_hat.expand(x.shape) if expand else x_hat, mse
 
 
@@ -92,9 +96,11 @@ class ReconstructionError(torch.autograd.Function):
 
 def reconstruction_error(x: Tensor, y: Tensor, z: Tensor, backend: str, tf32: bool) -> Tensor:
     """mse of x (B, C, N), y, z."""
-    if not under_transform():
-        return ReconstructionError.apply(x, y, z, backend, tf32)
-    return reference.mse(x, y, z, tf32)
+    if under_transform():
+        return reference.mse(x, y, z, tf32)
+    if torch.jit.is_tracing():
+        return BACKENDS[backend].mse(x, y, z, tf32)
+    return ReconstructionError.apply(x, y, z, backend, tf32)
 
 
 class Solve(torch.autograd.Function):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mfops import ops, reference
+from mfops.exporting import is_exporting_onnx
 
 logger = logging.getLogger("mfops")
 
@@ -112,6 +113,8 @@ def under_transform() -> bool:
 
 
 def _kernel_obstacle(x: Tensor, method: str | None) -> str | None:
+    if is_exporting_onnx():
+        return "its operators cannot be written to ONNX"
     if under_transform():
         return "its operators take no part in torch.func's transforms"
     return _dtype_obstacle(x) or _method_obstacle(method)

@@ -21,9 +21,13 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def _autocast_is_on(device: str) -> bool:
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
-    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return _autocast_is_on(x.device.type)
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -37,8 +41,11 @@ def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Switches autocast off on a type of device."""
-    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+    """Switches autocast off on a type of device, where it is on.
+
+    Where it is off already a region without it would be one more thing in an exported program.
+    """
+    return torch.autocast(device, enabled=False) if _autocast_is_on(device) else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled anew when the setting changes
@@ -67,6 +74,11 @@ def _as_features(x_hat: Tensor, x: Tensor) -> Tensor:
     return x_hat if x.dim() == 3 else x_hat.unflatten(2, x.shape[2:])
 
 
+def _reconstruct(rows: Tensor, y: Tensor, z: Tensor, expand: bool) -> tuple[Tensor, Tensor]:
+    backend = select(rows, y.shape[-1])
+    return autograd.reconstruct(rows, y, z, backend.name, _tf32(rows), expand)
+
+
 def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """X' alone, laid out as x is, a batch of 1 where both factors are shared; x is not read."""
     rows, y, z = _prepare(x, y, z)
@@ -76,9 +88,7 @@ def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """As `factorized_reconstruction`, but X' of shared factors comes with a batch of 1."""
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = autograd.reconstruct(
-        rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), False
-    )
+    x_hat, mse = _reconstruct(rows, y, z, expand=False)
     return _as_features(x_hat, x), mse
 
 
@@ -113,7 +123,7 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
     if isinstance(x, Proxy):
         return record_function(factorized_reconstruction, x, y, z)
     rows, y, z = _prepare(x, y, z)
-    x_hat, mse = autograd.reconstruct(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows), True)
+    x_hat, mse = _reconstruct(rows, y, z, expand=True)
     return _as_features(x_hat, x), mse
 
 
@@ -190,5 +200,10 @@ def solve(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tenso
     rows, start = _prepare_bases(x, y0, method, steps)
     backend = select(rows, y0.shape[-1], method)
     with without_autocast(rows.device.type):
-        x_hat, mse, y = autograd.Solve.apply(rows, start, method, steps, backend.name, _tf32(rows))
+        if torch.jit.is_tracing():
+            y, _, _, x_hat, mse = backend.solve(rows, start, method, steps, _tf32(rows))
+        else:
+            x_hat, mse, y = autograd.Solve.apply(
+                rows, start, method, steps, backend.name, _tf32(rows)
+            )
     return _as_features(x_hat, x), mse, y

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,8 +48,7 @@ class EMAUnit(nn.Module):
         self.register_load_state_dict_pre_hook(_published_names)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            rebuilt = self.factorizer.product(self.conv1(x))
+        rebuilt = self.factorizer.product(self.conv1(x.detach()))
         return F.relu(x + self.conv2(F.relu(rebuilt)))
 
 

@@ -52,7 +52,10 @@ class Encoding(nn.Module):
             pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
             codewords = self.codewords.to(pixels.dtype)
             squares = pixels.square().sum(1, keepdim=True)
-            distances = squares - 2 * codewords @ pixels + codewords.square().sum(1, keepdim=True)
+            lengths = squares + codewords.square().sum(1, keepdim=True)
+            # matmul would have to view the expanded codewords: it binds an example's batch of 1.
+            expanded = codewords.expand(pixels.shape[0], -1, -1)
+            distances = torch.baddbmm(lengths, expanded, pixels, alpha=-2)
             smoothing = self.smoothing.to(pixels.dtype)
             shares = torch.softmax(-smoothing[:, None] * distances, dim=1)
             encoded = shares @ pixels.mT - shares.sum(2, keepdim=True) * codewords

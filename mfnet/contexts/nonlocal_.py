@@ -13,6 +13,7 @@ from torch.utils.flop_counter import (
 )
 
 from mfnet.contexts.base import UnitContext
+from mfops.exporting import is_exporting
 
 
 class NonLocalBlock(nn.Module):
@@ -54,8 +55,10 @@ class NonLocalBlock(nn.Module):
         query, key, value = (
             embed(x).flatten(2).mT.contiguous()[:, None] for embed in (self.theta, self.phi, self.g)
         )
-        y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return x + self.w(y[:, 0].mT.unflatten(2, x.shape[-2:]))
+        y = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0].mT
+        if is_exporting():  # a view of transposed features would bind an example's batch of 1
+            y = y.contiguous()
+        return x + self.w(y.unflatten(2, x.shape[-2:]))
 
 
 class NonLocalContext(UnitContext):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
+from mfops.exporting import is_exporting
 from mfops.tracing import record_module
 
 
@@ -26,7 +28,7 @@ class ImagePooling(ASPPPooling):
 
     def __init__(self, in_channels: int, out_channels: int, bins: int = 1) -> None:
         super().__init__(in_channels, out_channels)
-        self[0] = nn.AdaptiveAvgPool2d(bins)
+        self[0] = AdaptiveMeans(bins)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
@@ -43,6 +45,35 @@ class ImagePooling(ASPPPooling):
         return F.interpolate(
             activation(pooled), size=x.shape[-2:], mode="bilinear", align_corners=True
         )
+
+
+class AdaptiveMeans(nn.AdaptiveAvgPool2d):
+    """``AdaptiveAvgPool2d`` to ``n`` x ``n`` means, which is right in ONNX for every grid.
+
+    ONNX has no adaptive pooling: torch writes one of a fixed window, which fits no grid but those
+    that the bins of the example's divide alike. Two matrix products say the same for all.
+    """
+
+    output_size: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_exporting() or self.output_size == 1:
+            return super().forward(x)
+        rows, columns = (self._weights(x, size) for size in x.shape[-2:])
+        return rows @ x @ columns.mT
+
+    def _weights(self, x: Tensor, size: int) -> Tensor:
+        """(n, size): what each pixel of a row or column counts in the mean of each bin.
+
+        Bin i has the pixels from floor(i size / n) to before ceil((i + 1) size / n).
+        """
+        bins = torch.arange(self.output_size, device=x.device)[:, None]
+        pixels = torch.arange(size, device=x.device)
+        inside = ((pixels + 1) * self.output_size > bins * size) & (
+            pixels * self.output_size < (bins + 1) * size
+        )
+        weights = inside.to(x.dtype)
+        return weights / weights.sum(1, keepdim=True)
 
 
 def _gathers_ranks(norm: nn.Module) -> bool:

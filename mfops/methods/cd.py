@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from mfops.exporting import is_exporting_onnx
 from mfops.methods.base import Method, normalize_columns, soft_means
 from mfops.methods.vq import cosine_assignment
 
@@ -30,5 +33,27 @@ class CD(Method):
 
     def final_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         ridge = RIDGE * torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+        gram = y.mT @ y + ridge
+        if is_exporting_onnx():
+            return solve_by_products(gram, y.mT) @ x
         # The ridge keeps the matrix regular; solve itself would wait for the GPU to make sure.
-        return torch.linalg.solve_ex(y.mT @ y + ridge, y.mT).result @ x
+        return torch.linalg.solve_ex(gram, y.mT).result @ x
+
+
+def solve_by_products(gram: Tensor, right: Tensor) -> Tensor:
+    """G^-1 R with G = Y^T Y + 0.1 I (B, K, K), columns of Y no longer than 1: ONNX has no solver.
+
+    Newton and Schulz: each round of V <- V (2 I - G V) squares the error I - G V. G's eigenvalues
+    lie between 0.1 and K + 0.1, from which the first V = a I and the number of rounds follow. One
+    correction by what V R leaves over makes it as exact as a solver.
+    """
+    rank = gram.shape[-1]
+    twice = torch.diag_embed(torch.full_like(gram[..., 0], 2.0))
+    scale = 1 / (rank + 2 * RIDGE)
+    inverse = scale * twice
+    error = rank * scale  # the largest eigenvalue, at most, of I - G V
+    rounds = math.ceil(math.log2(math.log(torch.finfo(gram.dtype).eps) / math.log(error)))
+    for _ in range(rounds):
+        inverse = inverse @ (twice - gram @ inverse)
+    solution = inverse @ right
+    return solution + inverse @ (right - gram @ solution)

@@ -1,0 +1,99 @@
+"""Contexts and networks, exported at one size, are themselves at every other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from export_cases import in_onnxruntime, saved_and_loaded, traced, with_awkward_norms
+from torch import nn
+
+import mfnet
+from mfnet.contexts import CONTEXTS
+from mfnet.contexts.pooling import AdaptiveMeans
+from mfops import exporting
+from mfops.methods import METHODS
+
+SIZES = [(2, 8, 9, 9), (1, 8, 7, 11), (3, 8, 12, 5)]  # the first is the example's grid
+
+
+def context_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    options: dict[str, object] = {"context_size": (9, 9)} if name == "mf" else {}
+    if name in METHODS:
+        options["steps"] = 2
+    return with_awkward_norms(CONTEXTS[name](8, 16, **options))
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_onnx_of_a_context_from_one_image(name: str) -> None:
+    context = context_of(name)
+    run = in_onnxruntime(context, torch.randn(1, 8, 9, 9))
+    for size in SIZES:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), context(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_saved_program_of_a_context(name: str, strict: bool) -> None:
+    context = context_of(name)
+    run = saved_and_loaded(context, torch.randn(2, 8, 9, 9), strict)
+    for size in SIZES:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), context(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.filterwarnings("ignore")  # torch's of jit: that it is deprecated, that sizes are read
+def test_a_traced_context(name: str) -> None:
+    context = context_of(name)
+    run = traced(context, torch.randn(1, 8, 9, 9))
+    for size in SIZES:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), context(x), rtol=1e-5, atol=1e-5)
+
+
+def network(name: str, context: str | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    size = (5, 7) if name == "mfnet" else None
+    model = mfnet.create_model(name, 5, "resnet18", context=context, context_size=size)
+    return with_awkward_norms(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [("mfnet", None), ("deeplabv3plus", "nonlocal")],
+)
+def test_onnx_of_a_network_from_one_image(name: str, context: str | None) -> None:
+    model = network(name, context)
+    run = in_onnxruntime(model, torch.randn(1, 3, 65, 97))
+    for size in [(2, 3, 65, 97), (1, 3, 99, 64), (3, 3, 33, 81)]:
+        x = torch.randn(size)
+        logits = model(x)
+        assert (run(x) - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_a_saved_program_of_mfnet_for_upright_and_wide_images() -> None:
+    model = network("mfnet")
+    run = saved_and_loaded(model, torch.randn(2, 3, 65, 97), strict=False)
+    for size in [(2, 3, 65, 97), (1, 3, 99, 64), (3, 3, 33, 81)]:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [(9, 7), (12, 33), (1, 5)])
+def test_exported_means_are_torchs(
+    bins: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = AdaptiveMeans(bins)
+    x = torch.randn(2, 4, *size)
+    expected = nn.AdaptiveAvgPool2d(bins)(x)
+    assert torch.equal(pool(x), expected)
+    monkeypatch.setattr("mfnet.contexts.pooling.is_exporting", lambda: True)
+    torch.testing.assert_close(pool(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_exported_in_eager_mode() -> None:
+    assert not exporting.is_exporting()
+    assert not exporting.is_exporting_onnx()
