@@ -145,8 +145,9 @@ class MFNetCLI(LightningCLI):
         folder = Path(config.trainer.default_root_dir)
         checkpoint = _find_checkpoint(config.ckpt_path, folder, subcommand)
         record = {} if checkpoint is None else run_directory.read_record(checkpoint)
-        # Lightning's callbacks say so of a checkpoint from another folder, which matters to fit.
-        warnings.filterwarnings("ignore", message="The dirpath has changed from")
+        # Lightning on the states of callbacks, which matter to fit alone.
+        for message in ("The dirpath has changed from", "Be aware that when using `ckpt_path`"):
+            warnings.filterwarnings("ignore", message=message)
         if record:
             self._parser(subcommand).set_defaults(from_checkpoint.defaults(record, subcommand))
             self.config = self._parsed(parser, args)
