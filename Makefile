@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 # Two processes of one thread each; a file's tests stay together, as they share what is costly.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m timed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not timed" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not timed" -n 2 --dist loadfile --no-loadscope-reorder
 
 # BENCH: further options of the suite, for instance make bench BENCH='--data DIR'.
 BENCH ?=

@@ -61,6 +61,7 @@ def test_the_whole_suite(tmp_path, images):
     saved, runs = tmp_path / "saved.json", tmp_path / "runs"
     options = ["--small", "--device", "cpu", "--results", tmp_path, "--data", images]
     options += ["--contexts", "none,emanet", "--seeds", "3", "--runs", runs, "--fit", FIT]
+    options += ["--threads", 1]  # other tests want the rest of the machine
     status, text = suite("benchmarks", *options, f"--benchmark-json={saved}")
     assert status == 0, text
 
