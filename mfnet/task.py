@@ -124,7 +124,9 @@ class SegmentationTask(L.LightningModule):
         self._given = image_mean, image_std
         self.normalisation = self._unless_given(normalisation_of(network))
         self.network_config: dict[str, Any] | None = None
+        self._seed = torch.initial_seed()
         self._resumed_at = Fraction(0)  # in epochs
+        self._configured: resume.Settings | None = None
         # Labels were checked where they were read; validate_args would wait for the GPU.
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
@@ -145,7 +147,7 @@ class SegmentationTask(L.LightningModule):
     def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
         self._seed = torch.initial_seed()
         self._resumed_at = Fraction(0)  # a checkpoint, loaded next, tells otherwise
-        self._configured: resume.Settings | None = None
+        self._configured = None
 
     def on_fit_start(self) -> None:
         # As configured: a checkpoint that is loaded next brings those of its own run.

@@ -185,6 +185,9 @@ def test_an_older_checkpoint_tells_batches(tmp_path: Path) -> None:
 
 
 class OwnOptimizer(SegmentationTask):
+    def setup(self, stage: str) -> None:
+        """Without super's."""
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.head_lr)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
