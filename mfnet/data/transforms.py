@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mfnet.data.files import IGNORE_INDEX
@@ -30,11 +30,22 @@ from mfnet.normalisation import IMAGENET, Normalisation
 Recipe = Literal["paper", "modern"]
 
 
+class Resize(v2.Transform):
+    """Resize to ``size`` (h, w)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return _resized(inpt, self.size)
+
+
 class Rescale(v2.Transform):
     """Resize with the aspect ratio kept, by a factor drawn uniformly from ``scale``.
 
     The factor is relative to the image's own size, or to the smallest size that covers
-    ``cover`` (h, w). Images are interpolated bilinearly, masks by the nearest neighbour.
+    ``cover`` (h, w).
     """
 
     def __init__(
@@ -49,10 +60,10 @@ class Rescale(v2.Transform):
         factor = float(torch.empty(()).uniform_(*self.scale))
         if self.cover is not None:
             factor *= max(self.cover[0] / height, self.cover[1] / width)
-        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+        return {"size": (max(1, round(height * factor)), max(1, round(width * factor)))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.resize(inpt, params["size"], antialias=True)
+        return _resized(inpt, params["size"])
 
 
 def train_transform(
@@ -100,7 +111,20 @@ def denormalise(image: Tensor, normalisation: Normalisation = IMAGENET) -> Tenso
 
 
 def _resize(size: tuple[int, int] | None) -> list[v2.Transform]:
-    return [] if size is None else [v2.Resize(list(size), antialias=True)]
+    return [] if size is None else [Resize(size)]
+
+
+def _resized(inpt: Any, size: tuple[int, int]) -> Any:
+    """Images bilinearly, masks by the nearest neighbour.
+
+    torchvision resizes a Mask in a mode of its own, which rounds down where images, PIL and the
+    exact mode look at pixel centres: labels would move by up to half a pixel against their image.
+    """
+    if not isinstance(inpt, tv_tensors.Mask):
+        return F.resize(inpt, list(size), antialias=True)
+    channelled = inpt.as_subclass(Tensor).unsqueeze(0)
+    exact = F.resize_image(channelled, list(size), InterpolationMode.NEAREST_EXACT)
+    return tv_tensors.wrap(exact.squeeze(0), like=inpt)
 
 
 def _to_normalised_tensors(normalisation: Normalisation) -> list[v2.Transform]:
