@@ -22,6 +22,8 @@ from mfops.methods import METHODS, WITH_PARAMETERS
 from mfops.reference import accumulation_dtype
 from mfops.tracing import record_method
 
+INITS = ("normal", "uniform")
+
 
 class Factorizer(nn.Module):
     """forward(x) -> y, z; reconstruct(x) -> X', mse. X' has x's shape, or a batch of 1."""
@@ -40,23 +42,38 @@ class LearnedFactorizer(Factorizer):
     """Y (C, K) and Z (K, h w) are parameters shared by the whole data set.
 
     X' = Y Z is then the same for every image: a learned spatial prior and a pull on the
-    features, not context of the image at hand. Both start standard normal, as the paper's do.
-    Z belongs to the grid `size`; for another it is resampled bilinearly as a (K, h, w) map.
+    features, not context of the image at hand. Z belongs to the grid `size`; for another it is
+    resampled bilinearly as a (K, h, w) map.
 
     Args:
         channels: C. rank: K. size: the grid (h, w) that Z belongs to.
+        init: the distribution that Y and Z start from: "normal", standard normal, as in MFNet's
+            paper: X' then has a deviation of sqrt(K); or "uniform", as in its code: Y in
+            +-1 / sqrt(C K), Z in +-1 / sqrt(N K): X' starts at almost 0.
+
+    Raises:
+        ValueError: another init.
     """
 
-    def __init__(self, channels: int, rank: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, channels: int, rank: int, size: tuple[int, int], init: str = "normal"
+    ) -> None:
         super().__init__()
+        if init not in INITS:
+            raise ValueError(f"init: expected {' or '.join(INITS)}, got {init!r}")
         self.size = size
+        self.init = init
         self.y = nn.Parameter(torch.empty(channels, rank))
         self.z = nn.Parameter(torch.empty(rank, size[0] * size[1]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.y)
-        nn.init.normal_(self.z)
+        for factor in (self.y, self.z):
+            if self.init == "normal":
+                nn.init.normal_(factor)
+            else:
+                bound = factor.numel() ** -0.5
+                nn.init.uniform_(factor, -bound, bound)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         grid = tuple(x.shape[2:])
@@ -226,13 +243,20 @@ class DoubleAttentionFactorizer(Factorizer):
 
 
 def create_factorizer(
-    name: str, channels: int, rank: int, size: tuple[int, int], steps: int | None
+    name: str,
+    channels: int,
+    rank: int,
+    size: tuple[int, int],
+    steps: int | None = None,
+    init: str | None = None,
 ) -> Factorizer:
-    """The factorizer of that name; `size` is looked at by "learned", `steps` by methods alone.
+    """The factorizer of that name; `size` and `init` are for "learned", `steps` for methods alone.
 
     Raises:
-        ValueError: an unknown name; steps where there are none.
+        ValueError: an unknown name; steps or init where there are none.
     """
+    if init is not None and name != "learned":
+        raise ValueError(f"init: factorizer {name!r} takes none, got {init!r}")
     if name in METHODS:
         return ImageFactorizer(name, channels, rank, steps)
     if name not in WITH_PARAMETERS:
@@ -241,5 +265,5 @@ def create_factorizer(
     if steps is not None:
         raise ValueError(f"steps: factorizer {name!r} takes none, got {steps}")
     if name == "learned":
-        return LearnedFactorizer(channels, rank, size)
+        return LearnedFactorizer(channels, rank, size, init or "normal")
     return DoubleAttentionFactorizer(channels, rank)

@@ -70,6 +70,8 @@ class FactorizedContext(nn.Module):
         loss_weight: the weight of the injected loss; may be changed at any time (0: none).
         steps: T, the rounds of "em", "nmf", "vq", "cd"; None: 3 for em; for the others 6 in
             training and 7 in evaluation.
+        init: what learned factors start from: "normal" (None means it), standard normal, or
+            "uniform", in +-1 / sqrt(C K) and +-1 / sqrt(N K). No other factorizer takes it.
 
     Shapes: x (B, C, H, W), or (B, C, N) with N = h w; out alike. mse: a float32 scalar. Tokens
         (B, N, C) of a transformer go in and out as `ctx(x.mT).mT`, maps (B, H, W, C) as
@@ -93,6 +95,7 @@ class FactorizedContext(nn.Module):
         factorizer: str = "learned",
         loss_weight: float = 0.1,
         steps: int | None = None,
+        init: str | None = None,
     ) -> None:
         super().__init__()
         self.channels = check_positive("channels", channels)
@@ -104,7 +107,9 @@ class FactorizedContext(nn.Module):
         if not loss_weight >= 0:
             raise ValueError(f"loss_weight: expected a number >= 0, got {loss_weight!r}")
         self.loss_weight = loss_weight
-        self.factorizer = create_factorizer(factorizer, self.channels, self.rank, self.size, steps)
+        self.factorizer = create_factorizer(
+            factorizer, self.channels, self.rank, self.size, steps, init
+        )
 
     def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(x, Proxy):

@@ -25,6 +25,8 @@ class MFContext(LossContext):
         steps: rounds T of ``"em"``, ``"nmf"``, ``"vq"`` and ``"cd"``; ``None``: as published.
         context_size: ``(h, w)`` of the grid that a learned Z belongs to; on another it is
             resampled bilinearly.
+        init: what learned factors start from, ``"normal"`` (the paper's words; ``None`` means it)
+            or ``"uniform"`` (its code); see :class:`mfops.FactorizedContext`.
         loss_weight: weight of the loss where it enters through the backward pass
             (``return_loss=False``, in training).
 
@@ -41,6 +43,7 @@ class MFContext(LossContext):
         loss_weight: float = 0.1,
         factorizer: str = "learned",
         steps: int | None = None,
+        init: str | None = None,
     ) -> None:
         super().__init__()
         self.lower = nn.Conv2d(in_channels, in_channels, 1)
@@ -51,6 +54,7 @@ class MFContext(LossContext):
             factorizer=factorizer,
             loss_weight=loss_weight,
             steps=steps,
+            init=init,
         )
         self.upper = Conv2dNormActivation(in_channels, out_channels, 1)
 

@@ -184,6 +184,24 @@ def test_autocast_and_state_dict(factorizer):
     torch.testing.assert_close(other.eval()(x), context.eval()(x))
 
 
+@pytest.mark.parametrize("init", [None, "normal", "uniform"])
+def test_learned_factors_start_as_the_paper_says_or_as_its_code_does(init):
+    torch.manual_seed(0)
+    ctx = mfops.FactorizedContext(48, rank=16, size=(12, 10), init=init)
+    y, z = ctx.factorizer.y, ctx.factorizer.z
+    for factor, size in ((y, 48 * 16), (z, 120 * 16)):
+        if init == "uniform":
+            bound = size**-0.5
+            assert 0.98 * bound < factor.abs().max() <= bound
+            assert factor.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        else:
+            assert factor.std().item() == pytest.approx(1, rel=0.05)
+            assert factor.abs().max() > 2.5
+        assert factor.mean().abs() < 0.1 * factor.std()
+    expected = 16**0.5 * (16 * 3 * (48 * 120) ** 0.5) ** -1 if init == "uniform" else 16**0.5
+    assert (y @ z).std().item() == pytest.approx(expected, rel=0.2)
+
+
 def test_double_attention_is_the_papers_formula():
     factorizer = make("double_attention").factorizer.double()
     x = torch.randn(2, 6, 20, dtype=torch.float64)
@@ -285,3 +303,15 @@ def test_parameters_have_the_dtype_of_the_features(factorizer):
 def test_bad_arguments_are_refused_when_it_is_made(arguments, error, message):
     with pytest.raises(error, match=message):
         ImageFactorizer(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init": "xavier"}, "init: expected normal or uniform, got 'xavier'"),
+        ({"factorizer": "em", "init": "normal"}, "init: factorizer 'em' takes none, got 'normal'"),
+    ],
+)
+def test_unknown_starts_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mfops.FactorizedContext(6, 3, (4, 5), **arguments)
