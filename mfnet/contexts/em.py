@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfnet.contexts.base import UnitContext
-from mfnet.contexts.published import rename_keys
+from mfnet.contexts.published import init_convolutions, rename_keys
 from mfops.checks import check_positive
 from mfops.factorizers import ImageFactorizer
 
@@ -45,6 +45,7 @@ class EMAUnit(nn.Module):
         self.conv2 = nn.Sequential(
             nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
         )
+        init_convolutions(self)
         self.register_load_state_dict_pre_hook(_published_names)
 
     def forward(self, x: Tensor) -> Tensor:

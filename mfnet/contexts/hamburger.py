@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from mfnet.contexts.base import UnitContext
-from mfnet.contexts.published import rename_keys
+from mfnet.contexts.published import init_convolutions, rename_keys
 from mfops.checks import check_positive
 from mfops.factorizers import ImageFactorizer
 
@@ -68,6 +68,7 @@ class Hamburger(nn.Module):
             self.upper = Conv2dNormActivation(
                 channels, channels, 1, norm_layer=norm_layer, activation_layer=None
             )
+        init_convolutions(self)
         self.register_load_state_dict_pre_hook(_published_names)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -156,6 +156,27 @@ def test_em_unit_loads_emanets_emau() -> None:
     torch.testing.assert_close(unit(x), (x + out.unflatten(2, (3, 4))).relu())
 
 
+@pytest.mark.parametrize("unit", [EMAUnit(256), Hamburger("nmf", 256)], ids=["em", "hamburger"])
+def test_convolutions_start_as_published(unit: nn.Module) -> None:
+    convolutions = [m for m in unit.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) >= 2
+    for conv in convolutions:
+        assert conv.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+
+
+def test_em_by_itself_tells_the_parts_of_an_image_apart() -> None:
+    """Perplexity of the responsibilities, 1 to K: 64 of 64 with torch's start of conv1."""
+    torch.manual_seed(0)
+    unit = EMAUnit(512)
+    parts = torch.randn(16, 512).relu()
+    pixels = parts[torch.randint(16, (4, 33, 33))] + 0.3 * torch.randn(4, 33, 33, 512)
+    features = unit.conv1(pixels.relu().permute(0, 3, 1, 2)).detach()
+    for _ in range(30):
+        _, z = unit.factorizer(features)
+    entropy = -(z * z.clamp(min=1e-30).log()).sum(1)
+    assert entropy.mean().exp() < 8
+
+
 # hamburger
 
 HAMS = ("nmf", "vq", "cd")
