@@ -27,7 +27,7 @@ class Encoding(nn.Module):
 
     Squares and sums are multiplied out, ``|x|^2 - 2 x.d + |d|^2`` and ``A^T X - (sum_i a_ik) d_k``:
     none of the N K C residuals is written to memory. All of it runs in float32 or wider, under
-    autocast too; the result has the parameters' dtype.
+    autocast too, the softmax in float64; the result has the parameters' dtype.
 
     Args:
         channels: C.
@@ -57,7 +57,11 @@ class Encoding(nn.Module):
             expanded = codewords.expand(pixels.shape[0], -1, -1)
             distances = torch.baddbmm(lengths, expanded, pixels, alpha=-2)
             smoothing = self.smoothing.to(pixels.dtype)
-            shares = torch.softmax(-smoothing[:, None] * distances, dim=1)
+            # Most pixels belong to one codeword all but wholly. The gradient of s is in what is
+            # left, which float32 cannot tell from 0; Apple's GPUs have nothing wider.
+            wide = pixels.dtype if pixels.is_mps else torch.float64
+            shares = torch.softmax(-smoothing[:, None] * distances, dim=1, dtype=wide)
+            shares = shares.to(pixels.dtype)
             encoded = shares @ pixels.mT - shares.sum(2, keepdim=True) * codewords
         return encoded.to(self.codewords.dtype)
 
