@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -111,7 +112,10 @@ def measure(figure: Figure, bench: Bench) -> Measured:
     contenders: dict[str, Contender] = {}
     rows: list[dict[str, Any]] = []
     for name, build in CONTEXTS.items():
-        module = build(figure.in_channels, figure.out_channels).to(device)
+        # Learned coefficients of the features' own grid: no pass has to resample them.
+        grid = {"context_size": (figure.side, figure.side)}
+        options = grid if "context_size" in signature(build).parameters else {}
+        module = build(figure.in_channels, figure.out_channels, **options).to(device)
         make = turn_of(module, figure.which, bench)
         try:
             contenders[name] = contend(module, inputs, make, bench, compile_too=not bench.small)

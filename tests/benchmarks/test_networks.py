@@ -32,6 +32,7 @@ def test_a_new_context_takes_part_by_itself(bench, monkeypatch, figure):
     rows = by_rival(measured)
     assert set(rows) == set(CONTEXTS) == set(measured.seconds)
     assert rows["widest"]["parameters"] == 25 * 16 * 8 + 8
+    assert rows["mf"]["parameters"] == 16 * 17 + 64 * (16 + figure.side**2) + 16 * 8 + 2 * 8
     assert rows["widest"]["flops"] == 2 * 25 * 16 * 8 * 5 * 5
     for row in rows.values():
         assert row["setting"] in ("contiguous", "channels_last")
