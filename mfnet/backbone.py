@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,24 @@ class Backbone(nn.Module):
             state-dict file (``.safetensors`` or anything ``torch.load(weights_only=True)`` reads)
             with the keys of timm's model; those of torchvision's ResNets are the same. The
             classifier in it is ignored.
+        multi_grid: dilations of the 3x3 convolutions in the blocks of a ResNet's ``layer4``, one
+            for each block: (2, 4, 8) in the code of MFNet's paper and of DeepLab, (1, 4, 8) in
+            EMANet's; ``None``: timm's, 1, 2, 2. Parameters and FLOPs stay as they are. A layer
+            with fewer blocks takes the first ones; another backbone stays as it is, with a warning.
 
     Raises:
-        ValueError: unknown backbone, no output stride 16, no pretrained weights in timm, or a
-            file that does not fit the backbone.
+        ValueError: unknown backbone, no output stride 16, no pretrained weights in timm, a file
+            that does not fit the backbone, or a multi-grid of fewer dilations than blocks or with
+            one below 1.
         FileNotFoundError: no file at ``weights``, or timm's weights are out of reach.
     """
 
-    def __init__(self, name: str = "resnet50", weights: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "resnet50",
+        weights: str | Path | None = None,
+        multi_grid: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if weights not in (None, "timm") and not Path(weights).is_file():
             raise FileNotFoundError(
@@ -53,6 +65,8 @@ class Backbone(nn.Module):
         self._low = len(strides) - 1 - strides[::-1].index(LOW_STRIDE)
         self.low_channels: int = info.channels()[self._low]
         self.high_channels: int = info.channels()[-1]
+        if multi_grid is not None:
+            _set_multi_grid(self.features, name, multi_grid)
         if weights not in (None, "timm"):
             _load_file(self.features, name, Path(weights))
 
@@ -84,6 +98,22 @@ def _dilated_features(name: str, pretrained: bool) -> Any:
             f"backbone_weights: timm's weights of '{name}' are neither in its cache nor could be "
             f"downloaded ({type(error).__name__})"
         ) from error
+
+
+def _set_multi_grid(features: Any, name: str, dilations: Sequence[int]) -> None:
+    if not timm.models.is_model_in_modules(name.partition(".")[0], ("resnet",)):
+        warnings.warn(f"multi_grid: backbone '{name}' is not a ResNet and has none", stacklevel=3)
+        return
+    blocks = features["layer4"]
+    if len(dilations) < len(blocks) or min(dilations) < 1:
+        raise ValueError(
+            f"multi_grid: expected a dilation of at least 1 for each of the {len(blocks)} blocks "
+            f"of '{name}', got {list(dilations)}"
+        )
+    for block, dilation in zip(blocks, dilations, strict=False):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (dilation, dilation)
 
 
 def _load_file(features: nn.Module, name: str, path: Path) -> None:

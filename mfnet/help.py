@@ -50,6 +50,7 @@ network
   --model.network.name N               {models}
   --model.network.backbone B           a timm model             (resnet50)
   --model.network.backbone_weights W   timm, a file, or null: random
+  --model.network.multi_grid [2,4,8]   dilations of a ResNet's last layer
   --model.network.context C            {contexts}
   --model.network.context_size [h,w]   grid of a learned Z      ([33,33])
   --model.network.factorizer F         of mf: learned, em, nmf, vq, cd, double_attention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +128,7 @@ def create_model(
     context: str | None = None,
     factorizer: str | None = None,
     context_size: tuple[int, int] | None = None,
+    multi_grid: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> SegmentationNetwork:
     """Build a segmentation network at output stride 16.
@@ -150,6 +151,8 @@ def create_model(
         context_size: the stride-16 feature grid ``(h, w)`` that the learned Z of mf belongs to, a
             sixteenth of the training images' size; ``None``: (33, 33), that of 513 x 513 images.
             No other context looks at it.
+        multi_grid: dilations of the blocks of a ResNet's last layer, (2, 4, 8) in the paper's code
+            (timm's own: 1, 2, 2); see :class:`mfnet.backbone.Backbone`.
         **kwargs: options of the network's context. mf: ``rank=64``, ``loss_weight=0.1`` (where
             the caller does not take the loss) and ``steps`` of a factorizer that has them. em:
             ``bases=64`` and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``.
@@ -176,7 +179,8 @@ def create_model(
         raise TypeError(f"factorizer: only context 'mf' takes one, this is '{context}'")
     for keyword in kwargs:
         if keyword not in options:
-            own = ["num_classes", "backbone", "backbone_weights", "context", "context_size"]
+            own = ["num_classes", "backbone", "backbone_weights", "multi_grid"]
+            own += ["context", "context_size"]
             raise TypeError(
                 f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
                 f"choose from {', '.join(dict.fromkeys([*own, *options]))}"
@@ -187,7 +191,7 @@ def create_model(
         kwargs["factorizer"] = factorizer
     if context_size is not None and "context_size" in options:
         kwargs["context_size"] = context_size
-    trunk = Backbone(backbone, backbone_weights)
+    trunk = Backbone(backbone, backbone_weights, multi_grid)
     decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
     return SegmentationNetwork(
         trunk, build_context(trunk.high_channels, CONTEXT_CHANNELS, **kwargs), decoder

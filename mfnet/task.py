@@ -22,6 +22,7 @@ from mfnet.data.prediction import Skipped
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
+from mfnet.parameter_groups import Grouping, parameter_groups
 from mfops import collect_losses
 
 IGNORE_INDEX = 255
@@ -62,7 +63,7 @@ class SegmentationTask(L.LightningModule):
     such pixel has CE 0.
 
     Batches are ``(images (B, 3, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
-    ``train/ce``, ``train/reconstruction`` (unweighted), ``lr-backbone``, ``lr-head``,
+    ``train/ce``, ``train/reconstruction`` (unweighted), ``lr-<group>`` (``backbone``, ``head``),
     ``val/loss`` (CE over all pixels of the set) and the scores of :func:`segmentation_scores`
     are logged: ``val/mIoU``, ``val/fwIoU``, ``val/accuracy``, ``val/IoU/<class>``.
 
@@ -80,6 +81,8 @@ class SegmentationTask(L.LightningModule):
         weight_decay: SGD's weight decay.
         power: the rates are multiplied by ``(1 - share) ** power`` at every step, ``share`` being
             that of the epochs (or of ``max_steps``, if those end first) that are done.
+        parameter_groups: ``"two_rates"``, those above, or ``"published"``: as the code of MFNet's
+            paper has them, :func:`mfnet.parameter_groups.published`.
         reconstruction_weight: weight of the auxiliary loss (the paper's lambda; EncNet's SE-loss
             has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
@@ -106,6 +109,7 @@ class SegmentationTask(L.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         power: float = 0.9,
+        parameter_groups: Grouping = "two_rates",
         reconstruction_weight: float = 0.1,
         reconstruction_warmup: int = 10,
         image_mean: Triple | None = None,
@@ -119,6 +123,7 @@ class SegmentationTask(L.LightningModule):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.power = power
+        self.parameter_groups = parameter_groups
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction_warmup = reconstruction_warmup
         self._given = image_mean, image_std
@@ -234,16 +239,10 @@ class SegmentationTask(L.LightningModule):
             return Skipped(batch[2][0], str(error))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        backbone, head = _parameter_groups(self.network)
-        groups = [
-            {"name": "backbone", "params": backbone, "lr": self.backbone_lr},
-            {"name": "head", "params": head, "lr": self.head_lr},
-        ]
-        optimizer = torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+        groups = parameter_groups(
+            self.network, self.parameter_groups, self.backbone_lr, self.head_lr
         )
+        optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
 
         # LambdaLR rather than PolynomialLR, which counts steps: a run that goes on with more epochs
         # or with batches of another size is still at the share of training that it has reached.
@@ -339,15 +338,6 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
-
-
-def _parameter_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable parameters that take the backbone's learning rate, and the others."""
-    network = unwrapped(network)
-    backbone = getattr(network, "backbone", getattr(network, "encoder", None))
-    inner = set(backbone.parameters()) if isinstance(backbone, nn.Module) else set()
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    return [p for p in trainable if p in inner], [p for p in trainable if p not in inner]
 
 
 def _named_as(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

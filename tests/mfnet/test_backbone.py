@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from mfnet import backbone as backbone_module
 from mfnet.backbone import Backbone
+from mfnet.callbacks import count_flops
 
 
 @pytest.mark.parametrize(
@@ -151,3 +152,33 @@ def test_timm_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(FileNotFoundError, match=r"backbone_weights: timm's weights of 'resnet18'"):
         Backbone("resnet18", "timm")
+
+
+def test_multi_grid_is_the_papers_and_costs_nothing() -> None:
+    with torch.device("meta"):
+        plain, grid = Backbone("resnet50"), Backbone("resnet50", multi_grid=(2, 4, 8))
+        high = grid(torch.empty(1, 3, 513, 513))[1]
+    assert high.shape == (1, 2048, 33, 33)
+    assert [block.conv2.dilation[0] for block in plain.features["layer4"]] == [1, 2, 2]
+    assert [block.conv2.dilation[0] for block in grid.features["layer4"]] == [2, 4, 8]
+    assert count_flops(plain, (513, 513)) == count_flops(grid, (513, 513))
+    shapes = [{key: t.shape for key, t in net.state_dict().items()} for net in (plain, grid)]
+    assert shapes[0] == shapes[1]
+
+
+def test_multi_grid_of_fewer_blocks_and_of_other_backbones() -> None:
+    layer = Backbone("resnet18", multi_grid=(2, 4, 8)).features["layer4"]
+    assert [(block.conv1.dilation[0], block.conv2.dilation[0]) for block in layer] == [
+        (2, 2),
+        (4, 4),
+    ]
+    with pytest.warns(UserWarning, match="multi_grid: backbone 'regnetx_002' is not a ResNet"):
+        other = Backbone("regnetx_002", multi_grid=(2, 4, 8))
+    assert str(other) == str(Backbone("regnetx_002"))
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (2, 4, 0), ()])
+def test_bad_multi_grid(grid: tuple[int, ...]) -> None:
+    message = "multi_grid: expected a dilation of at least 1 for each of the 3 blocks of 'resnet50'"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        Backbone("resnet50", multi_grid=grid)

@@ -101,8 +101,11 @@ def test_paper_config_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
     data, model = config["data"]["init_args"], config["model"]
     assert (data["recipe"], data["crop_size"], data["batch_size"]) == ("paper", 513, 3)
     assert config["trainer"]["max_epochs"] == 50
-    assert (model["backbone_lr"], model["head_lr"], model["power"]) == (0.007, 0.07, 0.9)
-    assert (model["momentum"], model["weight_decay"]) == (0.9, 5e-4)
+    # Of a loss that is not divided by the batch: test_paper_recipe compares the steps.
+    assert (model["backbone_lr"], model["head_lr"], model["power"]) == (0.007 / 4, 0.07 / 4, 0.9)
+    assert (model["momentum"], model["weight_decay"]) == (0.9, 4 * 5e-4)
+    assert model["network"]["init_args"]["multi_grid"] == [2, 4, 8]
+    assert model["parameter_groups"] == "published"
     assert (model["reconstruction_weight"], model["reconstruction_warmup"]) == (0.1, 10)
 
 
