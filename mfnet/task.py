@@ -12,6 +12,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -22,7 +23,7 @@ from mfnet.data.prediction import Skipped
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
-from mfnet.parameter_groups import Grouping, parameter_groups
+from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfops import collect_losses
 
 IGNORE_INDEX = 255
@@ -239,10 +240,9 @@ class SegmentationTask(L.LightningModule):
             return Skipped(batch[2][0], str(error))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = parameter_groups(
-            self.network, self.parameter_groups, self.backbone_lr, self.head_lr
+        optimizer = torch.optim.SGD(
+            self._groups(), momentum=self.momentum, weight_decay=self.weight_decay
         )
-        optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
 
         # LambdaLR rather than PolynomialLR, which counts steps: a run that goes on with more epochs
         # or with batches of another size is still at the share of training that it has reached.
@@ -256,7 +256,7 @@ class SegmentationTask(L.LightningModule):
         own = self.state_dict()
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = _named_as(own, checkpoint["state_dict"])
-        fault = _misfit(checkpoint.get("state_dict"), own)
+        fault = _misfit(checkpoint.get("state_dict"), own) or self._misfit_of_groups(checkpoint)
         if fault:
             raise ValueError(f"checkpoint '{self.trainer.ckpt_path}' does not fit: {fault}")
         record = checkpoint.get(RECORD, {})
@@ -286,6 +286,22 @@ class SegmentationTask(L.LightningModule):
             },
             "network": self.network_config,
         }
+
+    def _groups(self) -> Groups:
+        return parameter_groups(self.network, self.parameter_groups, self.backbone_lr, self.head_lr)
+
+    def _misfit_of_groups(self, checkpoint: dict[str, Any]) -> str:
+        """What keeps the state of this class's own optimizer from being loaded, if anything."""
+        states = checkpoint.get("optimizer_states", [])
+        stored = [group.get("name") for state in states for group in state["param_groups"]]
+        own = [group["name"] for group in self._groups()]
+        resumes = self.trainer.state.fn == TrainerFn.FITTING and None not in stored
+        if not resumes or not stored or stored == own:
+            return ""
+        return (
+            f"its optimizer has the groups {', '.join(stored)}; with parameter_groups "
+            f"'{self.parameter_groups}' they are {', '.join(own)}"
+        )
 
     def _unless_given(self, normalisation: Normalisation) -> Normalisation:
         pairs = zip(self._given, normalisation, strict=True)

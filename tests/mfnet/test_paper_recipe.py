@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -110,3 +111,16 @@ def test_steps_are_the_published_ones(name: str) -> None:
         torch.testing.assert_close(p, expected[key], rtol=0, atol=1e-9, msg=key)
     moved = [(p - start[key]).abs().max().item() for key, p in task.network.named_parameters()]
     assert sorted(moved)[len(moved) // 4] > 1e-7  # far more than the tolerance
+
+
+@pytest.mark.parametrize(("name", "own"), [("mfnet", "backbone, factors, head"), ("emanet", "w")])
+def test_a_run_does_not_go_on_with_other_groups(name: str, own: str, tmp_path: Path) -> None:
+    data = DataLoader(TensorDataset(torch.randn(2, 3, 33, 33), torch.zeros(2, 33, 33).long()), 2)
+    quiet = {**QUIET, "precision": "32-true", "max_steps": 1}
+    before = L.Trainer(**quiet)
+    before.fit(paper_task(name, "--model.parameter_groups=two_rates"), data)
+    before.save_checkpoint(tmp_path / "before.ckpt")
+    message = f"has the groups backbone, head; with parameter_groups 'published' they are {own}"
+    with pytest.raises(ValueError, match=message):
+        L.Trainer(**quiet).fit(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
+    L.Trainer(**quiet).validate(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
