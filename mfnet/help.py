@@ -59,6 +59,7 @@ network
 training
   --model.backbone_lr, --model.head_lr LR   (0.007, 0.07)
   --model.momentum, --model.weight_decay    (0.9, 0.0005)
+  --model.parameter_groups G                two_rates, or published: as the paper's code
   --model.image_mean, --model.image_std     [R,G,B]; by default what the backbone's weights want
   --model.reconstruction_weight W           of the context's own loss     (0.1)
   --model.reconstruction_warmup N           epochs without that loss      (10)

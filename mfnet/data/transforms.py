@@ -5,10 +5,10 @@ Two recipes, both ending in a normalised float32 image (3, H, W) and an int64 ma
 ``paper``
     MFNet was trained with the loaders of the DeepLab family around pytorch-deeplab-xception.
     Training: horizontal flip; rescaling so that the shorter side is 0.5 to 2 times the crop; a
-    random crop, padded where the image is smaller. Evaluation: rescaling so that the shorter side
-    is the crop size, then the centre crop, so accuracy is measured on that crop and not on whole
-    images. Two differences from those loaders: they pad masks with class 0, here it is 255
-    (ignored); their random Gaussian blur, which the paper does not mention, is left out.
+    random crop, padded where the image is smaller; Gaussian blur of every other image. Evaluation:
+    rescaling so that the shorter side is the crop size, then the centre crop, so accuracy is
+    measured on that crop and not on whole images. docs/paper.md lists what those loaders do
+    otherwise; above all, they pad masks with class 0, here it is 255 (ignored).
 ``modern``
     Training: rescaling by 0.5 to 2 times the image's own size, padding and random crop, horizontal
     flip, colour jitter. Evaluation: the whole image at its own size.
@@ -79,7 +79,8 @@ def train_transform(
     crop = v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill)
     flip = v2.RandomHorizontalFlip()
     if recipe == "paper":
-        steps = [flip, Rescale((0.5, 2.0), cover=crop_size), crop]
+        blur = v2.RandomApply([v2.GaussianBlur(7, sigma=(0.01, 1.0))], p=0.5)
+        steps = [flip, Rescale((0.5, 2.0), cover=crop_size), crop, blur]
     else:
         jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05)
         steps = [Rescale((0.5, 2.0)), crop, flip, jitter]
