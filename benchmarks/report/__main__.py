@@ -86,8 +86,9 @@ SECTIONS = (
         "Accuracy",
         "Of the last epoch, mean and standard deviation over the seeds: a few epochs from random "
         "weights, at a size whose features are a few pixels, show that networks learn and not "
-        "which is better. The time is that of a forward pass, batch 1, at the size of the "
-        "validation images.",
+        "which is better. Rows of commits before 7b79190 were measured on labels that lay half a "
+        "pixel beside their images; the best possible mIoU at 120x160 was 0.888. The time is that "
+        "of a forward pass, batch 1, at the size of the validation images.",
         tables.accuracy,
         "pareto",
     ),

@@ -26,7 +26,7 @@ from benchmarks.questions import (
 from benchmarks.report import draw, load
 from benchmarks.report.draw import Content
 from benchmarks.report.load import OURS, PAPER, PAPER_BACKBONE, PAPER_SIZE, Results
-from benchmarks.report.tables import PARTS, accuracy_title, training_title
+from benchmarks.report.tables import PARTS, accuracy_titles, training_title
 from benchmarks.rows import Row, number
 
 MARK = "rows drawn, sha256 "  # of a picture's description
@@ -96,7 +96,8 @@ def pareto(results: Results) -> Picture | str:
     panels = []
     any_line = False
     groups = load.scores(results)
-    for (data, recipe, flags), found in groups.items():
+    titles = accuracy_titles(groups)
+    for key, found in groups.items():
         enough = all(len(s.runs) >= FRONT_SEEDS for s in found if s.runs)
         flops = {s: s.counted("flops") for s in found}
         seconds = {s: number(s.cost or {}, "median_s") for s in found}
@@ -106,16 +107,13 @@ def pareto(results: Results) -> Picture | str:
         }
         if not all(costs.values()):
             continue
-        title = accuracy_title(data, recipe, found)
-        if len(groups) > 1 and flags:
-            title = f"{title}, {flags}"
         for x, by_score in costs.items():
             points = [
                 _point(s.rival, cost, s.mean("mIoU"), sd=s.deviation("mIoU") or 0)
                 for s, cost in by_score.items()
             ]
             line = _pareto_optimal(points) if enough else []
-            panels.append(_panel(title, x, "mIoU", points, line=line))
+            panels.append(_panel(titles[key], x, "mIoU", points, line=line))
             any_line = any_line or bool(line)
     if not panels:
         return "accuracy, and accuracy_cost of the same data, recipe and flags"

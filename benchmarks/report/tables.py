@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -342,11 +343,24 @@ def training(results: Results) -> list[str]:
     )
 
 
-def accuracy_title(data: str, recipe: str, found: list[Score]) -> str:
-    """What the training runs have in common, but for flags."""
-    row = next((run for score in found for run in score.runs), None)
-    of_runs = f", {row['backbone']}, {row['size']}, {row['epochs']} epochs" if row else ""
-    return f"{data}, recipe {recipe}{of_runs}"
+def accuracy_titles(scores: dict[tuple[str, ...], list[Score]]) -> dict[tuple[str, ...], str]:
+    """What the training runs of a group have in common, and flags where only they differ."""
+
+    def title(data: str, recipe: str, found: list[Score]) -> str:
+        row = next((run for score in found for run in score.runs), None)
+        of_runs = f", {row['backbone']}, {row['size']}, {row['epochs']} epochs" if row else ""
+        return f"{data}, recipe {recipe}{of_runs}"
+
+    def split(flags: str) -> list[str]:
+        return re.split(r" (?=--)", flags)
+
+    titles = {key: title(*key[:2], found) for key, found in scores.items()}
+    told = {}
+    for key, own in titles.items():
+        alike = [split(flags) for (*_, flags), other in titles.items() if other == own]
+        apart = [flag for flag in split(key[-1]) if not all(flag in flags for flags in alike)]
+        told[key] = ", ".join(filter(None, [own, " ".join(apart)]))
+    return told
 
 
 def accuracy(results: Results) -> list[str]:
@@ -383,14 +397,14 @@ def accuracy(results: Results) -> list[str]:
         Column("ms", of("median_s", 1e3)),
         over("aspp"),
     ]
-    groups = {}
     scores = load.scores(results)
-    for (data, recipe, flags), found in scores.items():
-        title = accuracy_title(data, recipe, found)
-        if flags and len(scores) > 1:  # else the command says them
-            title = f"{title}, {flags}"
-        groups[title] = table([row for score in found for row in lines(score)], columns)
-    return titled(groups)
+    titles = accuracy_titles(scores)
+    return titled(
+        {
+            titles[key]: table([row for score in found for row in lines(score)], columns)
+            for key, found in scores.items()
+        }
+    )
 
 
 def paper(results: Results) -> list[str]:
