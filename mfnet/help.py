@@ -53,6 +53,7 @@ network
   --model.network.multi_grid [2,4,8]   dilations of a ResNet's last layer
   --model.network.context C            {contexts}
   --model.network.context_size [h,w]   grid of a learned Z      ([33,33])
+  --model.network.init I               of a learned Y, Z: normal, uniform
   --model.network.factorizer F         of mf: learned, em, nmf, vq, cd, double_attention
   --model.network CLASS                another network, by its class path
   --model.network.help                 create_model's options

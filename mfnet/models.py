@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,7 @@ def create_model(
     context: str | None = None,
     factorizer: str | None = None,
     context_size: tuple[int, int] | None = None,
+    init: Literal["normal", "uniform"] | None = None,
     multi_grid: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> SegmentationNetwork:
@@ -151,6 +152,8 @@ def create_model(
         context_size: the stride-16 feature grid ``(h, w)`` that the learned Z of mf belongs to, a
             sixteenth of the training images' size; ``None``: (33, 33), that of 513 x 513 images.
             No other context looks at it.
+        init: what the learned factors of mf start from, ``"normal"`` (``None`` means it) or
+            ``"uniform"``; see :class:`mfops.FactorizedContext`. No other context looks at it.
         multi_grid: dilations of the blocks of a ResNet's last layer, (2, 4, 8) in the paper's code
             (timm's own: 1, 2, 2); see :class:`mfnet.backbone.Backbone`.
         **kwargs: options of the network's context. mf: ``rank=64``, ``loss_weight=0.1`` (where
@@ -180,7 +183,7 @@ def create_model(
     for keyword in kwargs:
         if keyword not in options:
             own = ["num_classes", "backbone", "backbone_weights", "multi_grid"]
-            own += ["context", "context_size"]
+            own += ["init", "context", "context_size"]
             raise TypeError(
                 f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
                 f"choose from {', '.join(dict.fromkeys([*own, *options]))}"
@@ -189,6 +192,8 @@ def create_model(
         kwargs["num_classes"] = num_classes
     if factorizer is not None:
         kwargs["factorizer"] = factorizer
+    if init is not None and context == "mf" and factorizer in (None, "learned"):
+        kwargs["init"] = init
     if context_size is not None and "context_size" in options:
         kwargs["context_size"] = context_size
     trunk = Backbone(backbone, backbone_weights, multi_grid)

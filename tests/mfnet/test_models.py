@@ -188,6 +188,19 @@ def test_heads_start_kaiming_and_factors_standard_normal() -> None:
         assert factor.mean().item() == pytest.approx(0, abs=0.02)
 
 
+def test_the_start_of_learned_factors_is_passed_over_by_the_others() -> None:
+    for name, options in (
+        ("mfnet", {"factorizer": "em"}),
+        ("deeplabv3plus", {}),
+        ("emanet", {"context": "nmf"}),
+    ):
+        small(name, init="uniform", **options)
+    factors = small("mfnet", init="uniform").context.factorized.factorizer
+    assert factors.y.abs().max() <= (512 * 64) ** -0.5
+    with pytest.raises(ValueError, match="init: expected normal or uniform, got 'zeros'"):
+        small("mfnet", init="zeros")
+
+
 def test_mfnet_options() -> None:
     model = small("mfnet", rank=5, context_size=(4, 6), loss_weight=0.2)
     factorized = model.context.factorized
