@@ -89,6 +89,18 @@ def check_method(method: str, steps: int) -> None:
         raise ValueError(f"steps: expected at least 1, got {steps}")
 
 
+def check_temperature(method: str, given: float | None) -> float | None:
+    """The inverse temperature of a method: given, 1e-6 to 1e6, or its own; None: it has none."""
+    own = METHODS[method].inverse_temperature
+    if given is None:
+        return own
+    if own is None:
+        raise ValueError(f"inverse_temperature: method {method!r} takes none, got {given!r}")
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 1e-6 <= given <= 1e6:
+        raise ValueError(f"inverse_temperature: expected a number from 1e-6 to 1e6, got {given!r}")
+    return float(given)
+
+
 def check_bases(x: Tensor, y0: Tensor) -> None:
     """y0 (C, K) or (B, C, K), of x's dtype or float32, on x's device."""
     if not isinstance(y0, Tensor):

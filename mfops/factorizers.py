@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from mfops.checks import check_method, check_positive
+from mfops.checks import check_method, check_positive, check_temperature
 from mfops.dispatch import FUSED_METHODS, under_transform
 from mfops.exporting import is_exporting
 from mfops.functional import autocasts, factorize, product, reconstruct, solve
@@ -117,17 +117,27 @@ class ImageFactorizer(Factorizer):
         channels: C. rank: K.
         steps: T, the rounds; None: the method's own (em 3; the others 6 in training, 7 in
             evaluation).
+        inverse_temperature: of "vq" and "cd"; None: the method's own, 100.
 
     Raises:
-        ValueError: an unknown method; channels, rank or steps < 1.
+        ValueError: an unknown method; channels, rank or steps < 1; an inverse temperature
+            beyond 1e-6 to 1e6 or not the method's to take.
         TypeError: steps is not an integer.
     """
 
-    def __init__(self, method: str, channels: int, rank: int, steps: int | None = None) -> None:
+    def __init__(
+        self,
+        method: str,
+        channels: int,
+        rank: int,
+        steps: int | None = None,
+        inverse_temperature: float | None = None,
+    ) -> None:
         super().__init__()
         check_method(method, 1 if steps is None else steps)
         self.method = method
         self.steps = steps
+        self.inverse_temperature = check_temperature(method, inverse_temperature)
         shape = check_positive("channels", channels), check_positive("rank", rank)
         self._buffer = f"{method.replace('.', '_')}_bases"  # no name of a buffer has dots
         self.register_buffer(self._buffer, torch.empty(shape))
@@ -151,7 +161,7 @@ class ImageFactorizer(Factorizer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, start, steps = self._prepare(x)
-        y, z = factorize(x, start, self.method, steps)
+        y, z = factorize(x, start, self.method, steps, self.inverse_temperature)
         self._update(y)
         return y.to(z.dtype), z
 
@@ -160,7 +170,7 @@ class ImageFactorizer(Factorizer):
         if self.method in FUSED_METHODS and not under_transform():
             x_hat, mse, y = solve(x, start, self.method, steps)
         else:
-            y, z = factorize(x, start, self.method, steps)
+            y, z = factorize(x, start, self.method, steps, self.inverse_temperature)
             x_hat, mse = reconstruct(x, y.to(z.dtype), z)
         self._update(y)
         return x_hat, mse
@@ -204,7 +214,9 @@ class ImageFactorizer(Factorizer):
 
     def extra_repr(self) -> str:
         channels, rank = self.bases.shape
-        return f"{self.method!r}, {channels}, rank={rank}, steps={self.steps}"
+        options = f"{self.method!r}, {channels}, rank={rank}, steps={self.steps}"
+        temperature = self.inverse_temperature
+        return options if temperature is None else f"{options}, inverse_temperature={temperature}"
 
 
 def _bases_of_the_method(
@@ -249,21 +261,25 @@ def create_factorizer(
     size: tuple[int, int],
     steps: int | None = None,
     init: str | None = None,
+    inverse_temperature: float | None = None,
 ) -> Factorizer:
-    """The factorizer of that name; `size` and `init` are for "learned", `steps` for methods alone.
+    """The factorizer of that name.
+
+    `size` and `init` are for "learned", `steps` and `inverse_temperature` for methods.
 
     Raises:
-        ValueError: an unknown name; steps or init where there are none.
+        ValueError: an unknown name; steps, init or inverse_temperature where there are none.
     """
     if init is not None and name != "learned":
         raise ValueError(f"init: factorizer {name!r} takes none, got {init!r}")
     if name in METHODS:
-        return ImageFactorizer(name, channels, rank, steps)
+        return ImageFactorizer(name, channels, rank, steps, inverse_temperature)
     if name not in WITH_PARAMETERS:
         names = ", ".join([*WITH_PARAMETERS, *METHODS])
         raise ValueError(f"factorizer: expected one of {names}, got {name!r}")
-    if steps is not None:
-        raise ValueError(f"steps: factorizer {name!r} takes none, got {steps}")
+    for option, given in (("steps", steps), ("inverse_temperature", inverse_temperature)):
+        if given is not None:
+            raise ValueError(f"{option}: factorizer {name!r} takes none, got {given}")
     if name == "learned":
         return LearnedFactorizer(channels, rank, size, init or "normal")
     return DoubleAttentionFactorizer(channels, rank)

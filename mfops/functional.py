@@ -9,9 +9,16 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from mfops import autograd, reference
-from mfops.checks import check_bases, check_factors, check_features, check_method
+from mfops.checks import (
+    check_bases,
+    check_factors,
+    check_features,
+    check_method,
+    check_temperature,
+)
 from mfops.dispatch import select
-from mfops.methods import METHODS
+from mfops.methods import METHODS, with_temperature
+from mfops.methods.base import INVERSE_TEMPERATURE
 from mfops.tracing import record_function
 
 
@@ -147,7 +154,13 @@ def _prepare_bases(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tens
     return rows, y0.detach().to(reference.accumulation_dtype(x))
 
 
-def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tuple[Tensor, Tensor]:
+def factorize(
+    x: Tensor,
+    y0: Tensor,
+    method: str = "em",
+    steps: int = 3,
+    inverse_temperature: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Factors Y and Z with X ~ Y Z, found on each image by `steps` rounds of a method's updates.
 
     | method | published as | gradient to x |
@@ -172,6 +185,8 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
             x's device; K may exceed C and N. Under autocast only x is cast.
         method: one of the table's, or one made known by `mfops.register_method`.
         steps: T, the number of rounds, at least 1.
+        inverse_temperature: t > 0 of "vq" and "cd"; None: the method's own, 100. The published
+            settings have 1, the authors advise 10 or 100.
 
     Returns:
         Y (B, C, K), in y0's dtype, without gradient; Z (B, K, N), in x's dtype (the autocast dtype
@@ -180,17 +195,18 @@ def factorize(x: Tensor, y0: Tensor, method: str = "em", steps: int = 3) -> tupl
     Raises:
         TypeError: not a tensor, a dtype not listed or, of y0, neither x's nor float32.
         ValueError: an unknown method, steps < 1, shapes or devices that do not fit, an empty x,
-            K = 0.
+            K = 0, an inverse temperature beyond 1e-6 to 1e6 or not the method's to take.
         RuntimeError: the backend of `use_backend` has no kernels for the method.
     """
     if isinstance(x, Proxy):
-        return record_function(factorize, x, y0, method, steps)
+        return record_function(factorize, x, y0, method, steps, inverse_temperature)
     rows, start = _prepare_bases(x, y0, method, steps)
+    temperature = check_temperature(method, inverse_temperature) or INVERSE_TEMPERATURE
     backend = select(rows, y0.shape[-1], method)
-    final = METHODS[method].final_coefficients
+    final = with_temperature(METHODS[method], temperature).final_coefficients
     with without_autocast(rows.device.type):
         # Constants rather than a region without gradient, which torch.export.save cannot write.
-        y, z = backend.iterate(rows.detach(), start, method, steps, _tf32(rows))
+        y, z = backend.iterate(rows.detach(), start, method, steps, _tf32(rows), temperature)
         z = final(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
     return y.to(y0.dtype), z
 

@@ -72,6 +72,7 @@ class FactorizedContext(nn.Module):
             training and 7 in evaluation.
         init: what learned factors start from: "normal" (None means it), standard normal, or
             "uniform", in +-1 / sqrt(C K) and +-1 / sqrt(N K). No other factorizer takes it.
+        inverse_temperature: t > 0 of "vq" and "cd", which alone take it; None: 100.
 
     Shapes: x (B, C, H, W), or (B, C, N) with N = h w; out alike. mse: a float32 scalar. Tokens
         (B, N, C) of a transformer go in and out as `ctx(x.mT).mT`, maps (B, H, W, C) as
@@ -96,6 +97,7 @@ class FactorizedContext(nn.Module):
         loss_weight: float = 0.1,
         steps: int | None = None,
         init: str | None = None,
+        inverse_temperature: float | None = None,
     ) -> None:
         super().__init__()
         self.channels = check_positive("channels", channels)
@@ -108,7 +110,7 @@ class FactorizedContext(nn.Module):
             raise ValueError(f"loss_weight: expected a number >= 0, got {loss_weight!r}")
         self.loss_weight = loss_weight
         self.factorizer = create_factorizer(
-            factorizer, self.channels, self.rank, self.size, steps, init
+            factorizer, self.channels, self.rank, self.size, steps, init, inverse_temperature
         )
 
     def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from mfops import reference
+from mfops.methods.base import INVERSE_TEMPERATURE
 
 # Triton's kernels run on the CPU, and only there, where Triton is told to interpret them.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -35,8 +36,10 @@ _SCHEMAS = {
         "bool need_y, bool need_z, bool tf32=False) "
         "-> (Tensor grad_x, Tensor grad_y, Tensor grad_z)"
     ),
+    # em and nmf have no temperature.
     "iterate": (
-        "(Tensor x, Tensor y0, str method, int steps, bool tf32=False) -> (Tensor y, Tensor z)"
+        "(Tensor x, Tensor y0, str method, int steps, bool tf32=False, "
+        f"float inverse_temperature={INVERSE_TEMPERATURE}) -> (Tensor y, Tensor z)"
     ),
     "solve": (
         "(Tensor x, Tensor y0, str method, int steps, bool tf32=False) "
@@ -125,7 +128,12 @@ def _reconstruct_backward_fake(
 
 @_register_fake("iterate")
 def _iterate_fake(
-    x: torch.Tensor, y0: torch.Tensor, method: str, steps: int, tf32: bool = False
+    x: torch.Tensor,
+    y0: torch.Tensor,
+    method: str,
+    steps: int,
+    tf32: bool = False,
+    inverse_temperature: float = INVERSE_TEMPERATURE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, channels, pixels = x.shape
     rank = y0.shape[-1]
@@ -200,7 +208,7 @@ def _gram_flops(x_shape: list[int], rank: int) -> int:
 
 @register_flop_formula([_OPS.iterate, _OPS.triton_iterate])
 def _iterate_flops(  # type: ignore[no-untyped-def]
-    x_shape, y0_shape, method, steps, tf32=False, *, out_shape=None, **kwargs
+    x_shape, y0_shape, method, steps, *args, out_shape=None, **kwargs
 ) -> int:
     batch, channels, pixels = x_shape
     rank = y0_shape[-1]

@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfops.methods import METHODS
+from mfops.methods import METHODS, Method, with_temperature
+from mfops.methods.base import INVERSE_TEMPERATURE
 from mfops.methods.nmf import NMF
 
 
@@ -93,8 +94,7 @@ def reconstruct_backward(
     return grad_x, grad_y.to(y.dtype), grad_z.to(z.dtype)
 
 
-def _rounds(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor]:
-    updates = METHODS[method]
+def _rounds(x: Tensor, y0: Tensor, updates: Method, steps: int) -> tuple[Tensor, Tensor]:
     y = y0.expand(x.shape[0], -1, -1).clone()  # a method may return it as it is
     z = updates.first_coefficients(x, y)
     for _ in range(steps):
@@ -104,11 +104,17 @@ def _rounds(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Ten
 
 
 def iterate(
-    x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
+    x: Tensor,
+    y0: Tensor,
+    method: str,
+    steps: int,
+    tf32: bool = False,
+    inverse_temperature: float = INVERSE_TEMPERATURE,
 ) -> tuple[Tensor, Tensor]:
     """`steps` rounds of the method's updates from y0: Y, in the accumulation dtype, and Z."""
     dtype = accumulation_dtype(x)
-    y, z = _rounds(x.to(dtype), y0.to(dtype), method, steps)
+    updates = with_temperature(METHODS[method], inverse_temperature)
+    y, z = _rounds(x.to(dtype), y0.to(dtype), updates, steps)
     return y.contiguous(), z.to(x.dtype).contiguous()
 
 
@@ -122,9 +128,9 @@ def solve(
     """
     dtype = accumulation_dtype(x)
     exact = x.to(dtype)
-    y, z = _rounds(exact, y0.to(dtype), method, steps)
-    slope = x.new_empty(0)
     updates = METHODS[method]
+    y, z = _rounds(exact, y0.to(dtype), updates, steps)
+    slope = x.new_empty(0)
     if isinstance(updates, NMF):
         slope = updates.slope(y, z)
         z = slope * (y.mT @ exact)

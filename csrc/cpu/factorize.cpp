@@ -18,7 +18,6 @@ namespace {
 
 constexpr float kEps = 1e-6f;
 constexpr float kShortest = 1e-12f;  // of a column of X, where that is divided by its length
-constexpr float kInverseTemperature = 100.0f;
 
 // Columns of X and what is computed from them, 1.5 MiB: the second product of a tile finds most of
 // it in a core's L2. Narrower tiles make slower products, wider ones take memory and gain little.
@@ -124,8 +123,11 @@ struct RoundScratch {
 // Y and Z of every image, and the rounds that find them. Bases are rows here: `y` is Y^T.
 class Rounds {
    public:
-    Rounds(const Tensor& x, const Tensor& y0, const std::string& method, int64_t steps)
+    // Only vq and cd look at the inverse temperature.
+    Rounds(const Tensor& x, const Tensor& y0, const std::string& method, int64_t steps,
+           double inverse_temperature = 0)
         : method_(method_named(method)),
+          inverse_temperature_(static_cast<float>(inverse_temperature)),
           sizes(x, y0.size(y0.dim() - 1)),
           features(x, channels_innermost(x)),
           y(sizes.batch, sizes.rank, sizes.channels),
@@ -153,6 +155,7 @@ class Rounds {
 
    private:
     Method method_;
+    float inverse_temperature_;
 
    public:
     const Sizes sizes;
@@ -228,7 +231,7 @@ class Rounds {
         }
     }
 
-    // 100 over the lengths of a tile's columns.
+    // The inverse temperature over the lengths of a tile's columns.
     void write_inverse_lengths(const Matrix& x, const Tile& t) const {
         float* squares = inverse_lengths_[t.image].data + t.col;
         if (features.upright(x).col_stride == 1) {
@@ -239,7 +242,7 @@ class Rounds {
                 squares[i] = static_cast<float>(sum_of_squares(x.row(i), x.cols));
             }
         }
-        inverse_root(squares, kInverseTemperature, kShortest, t.n);
+        inverse_root(squares, inverse_temperature_, kShortest, t.n);
     }
 
     void update_bases(bool last_round) const {
@@ -314,8 +317,8 @@ struct BackwardScratch {
 }  // namespace
 
 std::tuple<Tensor, Tensor> iterate(const Tensor& x, const Tensor& y0, std::string method,
-                                   int64_t steps, bool /*tf32*/) {
-    const Rounds rounds(x, y0, method, steps);
+                                   int64_t steps, bool /*tf32*/, double inverse_temperature) {
+    const Rounds rounds(x, y0, method, steps, inverse_temperature);
     return {rounds.bases(), torch::stable::to(rounds.z.memory, x.scalar_type())};
 }
 

@@ -274,7 +274,7 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
         params.squares = floats(plan.squares);
         params.slices = plan.slices;
         params.factors = floats(plan.factors);
-        params.cosines = plan.method == Method::kVq || plan.method == Method::kCd;
+        params.inverse_temperature = plan.inverse_temperature;
         params.first = nmf && step == 0;
         params.gram = memory + plan.gram;
         params.z_before = z_of(step + 1);

@@ -42,6 +42,7 @@ struct ColumnPlan {
 struct FactorPlan {
     Method method = Method::kEm;
     int steps = 0;
+    float inverse_temperature = 0;  // of vq and cd
     bool solve = false;  // not the rounds alone
     int padded = 0;      // K in whole 16s
     int span = 0;        // > 0: one launch for all rounds, a block keeping so many columns of X

@@ -53,12 +53,15 @@ Tensor empty_coefficients(const FactorProblem& p, const Tensor& x) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> iterate(const Tensor& x, const Tensor& y0, std::string method,
-                                   int64_t steps, bool tf32) {
+                                   int64_t steps, bool tf32, double inverse_temperature) {
     const DeviceScope device(x);
     const FactorProblem p = factor_problem_of(x, y0.size(y0.dim() - 1), tf32);
     const Tensor y = empty_bases(p, x), z = empty_coefficients(p, x);
-    const FactorPlan plan =
-        plan_factors(p, device.limits(), method_of(method), static_cast<int>(steps), false);
+    const Method which = method_of(method);
+    FactorPlan plan = plan_factors(p, device.limits(), which, static_cast<int>(steps), false);
+    if (which == Method::kVq || which == Method::kCd) {
+        plan.inverse_temperature = static_cast<float>(inverse_temperature);
+    }
     const Tensor workspace = bytes(x, plan.workspace_bytes);
     Tensor bases = empty_rounded_bases(p, plan, x);
     Factors factors;

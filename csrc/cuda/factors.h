@@ -13,7 +13,7 @@ namespace mfops::cuda {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> iterate(const Tensor& x, const Tensor& y0, std::string method,
-                                   int64_t steps, bool tf32);
+                                   int64_t steps, bool tf32, double inverse_temperature);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(const Tensor& x, const Tensor& y0,
                                                          std::string method, int64_t steps,

@@ -39,7 +39,8 @@ struct RoundParams {
     const float* squares;  // (B, slices, padded): parts of the squared lengths of Y's columns
     int slices;
     const float* factors;  // (B, padded): columns of Y are those of `bases` times these
-    bool cosines;          // columns of X are divided by their lengths, S is multiplied by 100
+    // vq, cd: columns of X are divided by their lengths and S is multiplied by this; else 0.
+    float inverse_temperature;
     bool first;            // nmf: Z starts here, as a softmax
     const void* gram;      // nmf: Y^T Y, (B, padded, padded)
     const void* z_before;  // nmf: (B, N, padded)
@@ -275,14 +276,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         float factor[S::kOwn], most[S::kOwn], sum[S::kOwn];
 #pragma unroll
         for (int i = 0; i < S::kOwn; ++i) factor[i] = 1, most[i] = -INFINITY, sum[i] = 0;
-        if (params.cosines) {
+        if (params.inverse_temperature > 0) {
             float* const parts = floats_at<T>(at.squares());
             parts[threadIdx.x] = squares;
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < S::kOwn; ++i) {
                 const float all = sum_of(parts + S::pixel(i), kThreads / kPixels, kPixels);
-                factor[i] = 100 / fmaxf(sqrtf(all), 1e-12f);
+                factor[i] = params.inverse_temperature / fmaxf(sqrtf(all), 1e-12f);
             }
         }
         float* const parts = floats_at<T>(at.parts());
@@ -364,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
             scores.template add<kTransposed, false>(x, rows_tile(step), padded_16(s.count), kPixels,
                                                     padded);
-            if (!kNmf && params.cosines) {
+            if (!kNmf && params.inverse_temperature > 0) {
                 const int n = threadIdx.x % kPixels;
                 for (int c = threadIdx.x / kPixels; c < s.count; c += kThreads / kPixels) {
                     const float v = to_float(kTransposed ? *x.at(n, c) : *x.at(c, n));

@@ -24,9 +24,10 @@ class Hamburger(nn.Module):
     convolutions, ``cheese`` a 1x1 convolution with BatchNorm and ReLU; for "nmf" X is
     ``relu(lower(x))``. The gradient reaches ``lower`` through the last update of Z alone.
 
-    In training every pass starts from random bases, as published; in evaluation always from the
-    buffer ``factorizer.bases``, so that the same image has the same result (published code draws
-    them anew there too, and its scores change from run to run).
+    In training every pass starts from random bases; in evaluation always from the buffer
+    ``factorizer.bases``, so that the same image has the same result. Published code draws them anew
+    there too, and its scores change from run to run; with its RAND_INIT off, as it is meant for
+    "cd", it keeps bases instead and moves them in evaluation, which is not to be had here.
 
     Loads the state dicts of the published code as they are: version 2 with the cheese, version 1
     and SegNeXt's (``norm_layer=partial(nn.GroupNorm, 32)``) without. They hold no bases as a rule:
@@ -40,9 +41,12 @@ class Hamburger(nn.Module):
         steps: number of rounds T; ``None``: 6 in training, 7 in evaluation.
         cheese: whether there is one; without it the normalization follows ``upper``.
         norm_layer: makes the normalization of so many channels.
+        inverse_temperature: of "vq" and "cd"; ``None``: 100, as in the published class. The
+            published settings have 1; the authors advise 10 or 100.
 
     Raises:
-        ValueError: an unknown method; ``rank`` or ``steps`` below 1.
+        ValueError: an unknown method; ``rank`` or ``steps`` below 1; an inverse temperature for
+            "nmf" or beyond 1e-6 to 1e6.
     """
 
     def __init__(
@@ -53,11 +57,12 @@ class Hamburger(nn.Module):
         steps: int | None = None,
         cheese: bool = True,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        inverse_temperature: float | None = None,
     ) -> None:
         super().__init__()
         check_positive("rank", rank)
         self.lower = nn.Conv2d(channels, channels, 1)
-        self.factorizer = ImageFactorizer(method, channels, rank, steps)
+        self.factorizer = ImageFactorizer(method, channels, rank, steps, inverse_temperature)
         if cheese:
             self.cheese: nn.Module = Conv2dNormActivation(
                 channels, channels, 1, norm_layer=norm_layer
@@ -104,9 +109,11 @@ class HamburgerContext(UnitContext):
     Args:
         rank: number of bases K.
         steps: number of rounds T; ``None``: 6 in training, 7 in evaluation.
+        inverse_temperature: of "vq" and "cd"; ``None``: 100.
 
     Raises:
-        ValueError: ``rank`` or ``steps`` below 1.
+        ValueError: ``rank`` or ``steps`` below 1, an inverse temperature for "nmf" or
+            beyond 1e-6 to 1e6.
     """
 
     def __init__(
@@ -116,9 +123,14 @@ class HamburgerContext(UnitContext):
         out_channels: int = 256,
         rank: int = 64,
         steps: int | None = None,
+        inverse_temperature: float | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, lambda channels: Hamburger(method, channels, rank, steps)
+            in_channels,
+            out_channels,
+            lambda channels: Hamburger(
+                method, channels, rank, steps, inverse_temperature=inverse_temperature
+            ),
         )
 
 

@@ -27,6 +27,7 @@ class MFContext(LossContext):
             resampled bilinearly.
         init: what learned factors start from, ``"normal"`` (the paper's words; ``None`` means it)
             or ``"uniform"`` (its code); see :class:`mfops.FactorizedContext`.
+        inverse_temperature: of ``"vq"`` and ``"cd"``; ``None``: 100.
         loss_weight: weight of the loss where it enters through the backward pass
             (``return_loss=False``, in training).
 
@@ -44,6 +45,7 @@ class MFContext(LossContext):
         factorizer: str = "learned",
         steps: int | None = None,
         init: str | None = None,
+        inverse_temperature: float | None = None,
     ) -> None:
         super().__init__()
         self.lower = nn.Conv2d(in_channels, in_channels, 1)
@@ -55,6 +57,7 @@ class MFContext(LossContext):
             loss_weight=loss_weight,
             steps=steps,
             init=init,
+            inverse_temperature=inverse_temperature,
         )
         self.upper = Conv2dNormActivation(in_channels, out_channels, 1)
 

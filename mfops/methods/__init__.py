@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 from mfops.methods.base import Method
 from mfops.methods.cd import CD
 from mfops.methods.em import EM
@@ -11,6 +13,15 @@ from mfops.methods.vq import VQ
 METHODS: dict[str, Method] = {"em": EM(), "nmf": NMF(), "vq": VQ(), "cd": CD()}
 # Factorizers that are no methods: mfops.factorizers.
 WITH_PARAMETERS = ("learned", "double_attention")
+
+
+def with_temperature(method: Method, inverse_temperature: float) -> Method:
+    """The method at that inverse temperature; itself, where it has none."""
+    if method.inverse_temperature in (None, inverse_temperature):
+        return method
+    other = copy(method)
+    other.inverse_temperature = inverse_temperature
+    return other
 
 
 def register_method(name: str, method: Method) -> None:
@@ -33,4 +44,4 @@ def register_method(name: str, method: Method) -> None:
     METHODS[name] = method
 
 
-__all__ = ["METHODS", "WITH_PARAMETERS", "Method", "register_method"]
+__all__ = ["METHODS", "WITH_PARAMETERS", "Method", "register_method", "with_temperature"]

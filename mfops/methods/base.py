@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPS = 1e-6
+INVERSE_TEMPERATURE = 100.0  # of vq and cd
 
 
 class Method(ABC):
@@ -28,6 +29,8 @@ class Method(ABC):
     momentum: float | None = None
     # Whether X has to be >= 0; a module then takes relu(X).
     nonnegative = False
+    # Of the softmax over cosines. None: the method has none.
+    inverse_temperature: float | None = None
 
     def noise(
         self,

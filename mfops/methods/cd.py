@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfops.exporting import is_exporting_onnx
-from mfops.methods.base import Method, normalize_columns, soft_means
+from mfops.methods.base import INVERSE_TEMPERATURE, Method, normalize_columns, soft_means
 from mfops.methods.vq import cosine_assignment
 
 RIDGE = 0.1
@@ -18,15 +18,21 @@ class CD(Method):
     """Geng et al., "Is Attention Better Than Matrix Decomposition?", 2021, soft concept
     decomposition.
 
-        Z = softmax over K of 100 Y^T X                     (columns of X divided by their lengths)
+        Z = softmax over K of t Y^T X                       (columns of X divided by their lengths)
         Y = X (Z / (1e-6 + sum over N of Z))^T, columns divided by their lengths
 
     and after the last round the ridge regression Z = (Y^T Y + 0.1 I)^-1 Y^T X, through which the
     gradient reaches X, Y being constant.
+
+    Args:
+        inverse_temperature: t, as for :class:`mfops.methods.vq.VQ`.
     """
 
+    def __init__(self, inverse_temperature: float = INVERSE_TEMPERATURE) -> None:
+        self.inverse_temperature: float = inverse_temperature
+
     def update_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return cosine_assignment(x, y)
+        return cosine_assignment(x, y, self.inverse_temperature)
 
     def update_bases(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return normalize_columns(soft_means(x, z))

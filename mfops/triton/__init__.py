@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mfops import ops
+from mfops.methods.base import INVERSE_TEMPERATURE
 from mfops.triton.backward import launch_backward
 from mfops.triton.common import Problem
 from mfops.triton.finish import launch_finish, launch_nmf_backward
@@ -52,10 +53,15 @@ def reconstruct_backward(
 
 
 def iterate(
-    x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
+    x: Tensor,
+    y0: Tensor,
+    method: str,
+    steps: int,
+    tf32: bool = False,
+    inverse_temperature: float = INVERSE_TEMPERATURE,
 ) -> tuple[Tensor, Tensor]:
     z = x.new_empty(x.shape[0], y0.shape[-1], x.shape[2])
-    return find(x, y0, method, steps, z, tf32).y, z
+    return find(x, y0, method, steps, z, tf32, inverse_temperature).y, z
 
 
 def solve(

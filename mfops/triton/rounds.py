@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mfops.methods.base import EPS, normalize_columns
-from mfops.methods.vq import INVERSE_TEMPERATURE
 from mfops.triton.bases import launch_means, launch_ratios
 from mfops.triton.common import (
     Problem,
@@ -38,7 +37,6 @@ from mfops.triton.configs import Config, choose, round_configs
 PROGRAMS = 256
 
 _EPS = tl.constexpr(EPS)
-_SCALE = tl.constexpr(INVERSE_TEMPERATURE)
 
 
 @triton.jit
@@ -47,7 +45,7 @@ def scores(
     COSINE: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K x COLS elements of Y^T X; COSINE: over the lengths of X's columns, times 100."""
+    """BLOCK_K x COLS elements of Y^T X; unless COSINE is 0, times it, over X's columns' lengths."""
     s = tl.zeros((BLOCK_K, COLS), tl.float32)
     squares = tl.zeros((1, COLS), tl.float32)
     for row0 in tl.range(tl.full((), 0, tl.int64), rows, CHUNK, num_stages=STAGES):
@@ -58,7 +56,7 @@ def scores(
             exact = tile.to(tl.float32)
             squares += tl.sum(exact * exact, 0, keep_dims=True)
     if COSINE:
-        s = s / tl.maximum(tl.sqrt(squares), 1e-12) * _SCALE
+        s = s / tl.maximum(tl.sqrt(squares), 1e-12) * COSINE
     return s
 
 
@@ -208,7 +206,13 @@ def cut_columns(problem: Problem, config: Config) -> tuple[int, int]:
 
 
 def launch_round(
-    problem: Problem, config: Config, method: str, gram: Tensor, old: Tensor | None, write: bool
+    problem: Problem,
+    config: Config,
+    nmf: bool,
+    cosine: float,
+    gram: Tensor,
+    old: Tensor | None,
+    write: bool,
 ) -> tuple[Tensor, Tensor]:
     """Shares of X Z^T (B R, C, K), R ranges of columns, and of the sums that the bases need.
 
@@ -218,7 +222,7 @@ def launch_round(
     """
     x, y, z = problem.x, problem.y, problem.z
     batch, rows, cols = x.shape
-    rank, nmf = problem.rank, method == "nmf"
+    rank = problem.rank
     ranges, range_cols = cut_columns(problem, config)
     parts = ceil_div(rows, config.block_m)
     whole_k = rank <= config.block_k
@@ -229,7 +233,7 @@ def launch_round(
         x, *x.stride(), y, *strides(y), gram, *strides(gram), before, *strides(before),
         z, *strides(z), shares, *shares.stride(), sums, *sums.stride(),
         rows, cols, rank, parts, ranges, range_cols,
-        NMF=nmf, COSINE=method in ("vq", "cd"), FIRST=old is None, WRITE=write,
+        NMF=nmf, COSINE=cosine, FIRST=old is None, WRITE=write,
         PRECISION=problem.precision, GRAM_PRECISION=problem.gram_precision, WHOLE_K=whole_k,
         CHUNK=problem.chunk, ROWS=config.block_m, COLS=config.block_n, BLOCK_K=config.block_k,
         STAGES=config.stages,
@@ -247,26 +251,35 @@ class Found(NamedTuple):
     gram: Tensor  # Y^T Y of nmf
 
 
-def find(x: Tensor, y0: Tensor, method: str, steps: int, z: Tensor, tf32: bool) -> Found:
+def find(
+    x: Tensor,
+    y0: Tensor,
+    method: str,
+    steps: int,
+    z: Tensor,
+    tf32: bool,
+    inverse_temperature: float = 0.0,
+) -> Found:
     """`steps` rounds from y0. Z of the last one goes to z, of any dtype."""
     nmf = method == "nmf"
+    cosine = inverse_temperature if method in ("vq", "cd") else 0.0
     start = normalize_columns(y0) if method == "vq" else y0
     problem = Problem.of(x, start.to(x.dtype), z, tf32)
     gram = (y0.mT @ y0).to(problem.gram_dtype) if nmf else y0
     y, old = y0, None
 
     def launch(config: Config) -> None:
-        launch_round(problem, config, method, gram, old, nmf)
+        launch_round(problem, config, nmf, cosine, gram, old, nmf)
 
     with torch.cuda.device_of(x):
-        traits = "round", nmf, method in ("vq", "cd")
+        traits = "round", nmf, cosine > 0
         config = choose(problem, traits, lambda p: round_configs(p, nmf), launch)
         for step in range(steps):
             last = step == steps - 1
             # Between rounds Z of nmf is float32; in the last one it goes where it is wanted.
             new = torch.empty_like(z, dtype=torch.float32) if nmf and not last else z
             problem = problem._replace(z=new)
-            shares, sums = launch_round(problem, config, method, gram, old, nmf or last)
+            shares, sums = launch_round(problem, config, nmf, cosine, gram, old, nmf or last)
             if nmf:
                 y, rounded = launch_ratios(x, shares, sums, y, problem.gram_precision)
                 gram, old = (y.mT @ y).to(problem.gram_dtype), new

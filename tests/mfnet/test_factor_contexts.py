@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
+from mfnet import create_model
 from mfnet.contexts import CONTEXTS, DoubleAttentionContext, EMContext
 from mfnet.contexts.double_attention import DoubleAttention
 from mfnet.contexts.em import EMAUnit
 from mfnet.contexts.hamburger import Hamburger
+from mfops.factorizers import ImageFactorizer
 
 # em
 
@@ -361,3 +363,23 @@ def test_arguments_are_named() -> None:
             CONTEXTS[name](8, steps=0)
     with pytest.raises(ValueError, match="rank: expected a positive integer, got 0"):
         DoubleAttentionContext(8, rank=0)
+    with pytest.raises(ValueError, match="inverse_temperature: method 'nmf' takes none, got 1"):
+        CONTEXTS["nmf"](8, inverse_temperature=1)
+
+
+@pytest.mark.parametrize("context", ["vq", "cd", "mf"])
+def test_inverse_temperature_reaches_the_method(context: str) -> None:
+    options = {"factorizer": "vq"} if context == "mf" else {}
+    x = torch.randn(1, 8, 5, 6)
+    results = []
+    for inverse_temperature in (1, 100, None):
+        torch.manual_seed(0)
+        module = CONTEXTS[context](8, inverse_temperature=inverse_temperature, **options)
+        results.append(module.eval()(x))
+    assert not torch.allclose(results[0], results[1])
+    assert torch.equal(results[1], results[2])
+    model = create_model(
+        "mfnet", backbone="resnet18", context=context, inverse_temperature=1, **options
+    )
+    (method,) = (m for m in model.modules() if isinstance(m, ImageFactorizer))
+    assert method.inverse_temperature == 1

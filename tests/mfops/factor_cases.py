@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from mfops import reference
 from mfops.methods import METHODS
+from mfops.methods.base import INVERSE_TEMPERATURE
 
 # B, C, K, N: not multiples of anything, ones, more bases than channels or pixels.
 SHAPES = [
@@ -136,16 +137,23 @@ def _check(names: tuple[str, ...], actual: Any, run: Any, operands: Operands, wh
         explain(MANY_SAMPLES)
 
 
-def check(run: Any, case: Case, method: str, operands: Operands = None, steps: int = STEPS) -> None:
+def check(
+    run: Any,
+    case: Case,
+    method: str,
+    operands: Operands = None,
+    steps: int = STEPS,
+    temperature: float = INVERSE_TEMPERATURE,
+) -> None:
     """Asserts that run.iterate and, of em and nmf, run.solve and the gradients are right."""
     c, tf32, dtype = case.double(), operands == "tf32", case.x.dtype
-    actual = run.iterate(case.x, case.y0, method, steps, tf32)
+    actual = run.iterate(case.x, case.y0, method, steps, tf32, temperature)
     assert actual[0].dtype == torch.float32
     assert actual[1].dtype == dtype
     _check(
         ("y", "z"),
         actual,
-        lambda: reference.iterate(c.x, c.y0, method, steps),
+        lambda: reference.iterate(c.x, c.y0, method, steps, False, temperature),
         operands,
         f"iterate {method}",
     )

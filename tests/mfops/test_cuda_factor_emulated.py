@@ -69,6 +69,13 @@ def test_agrees_with_float64_reference(run, shape, layout, method):
             check(run, case, method, operands, steps=2)
 
 
+@pytest.mark.parametrize("method", ["vq", "cd"])
+@pytest.mark.parametrize("temperature", [1.0, 10.0])
+def test_agrees_at_other_temperatures(run, method, temperature):
+    case = guarded(make((2, 19, 5, 70), "contiguous", torch.float32, method))
+    check(run, case, method, steps=2, temperature=temperature)
+
+
 # 99, 163 and 227 KiB are what a block has on compute capability 8.6 and 8.9, 8.0, and 9.0.
 @pytest.mark.parametrize(("dtype", "operands"), TYPES)
 @pytest.mark.parametrize("kib", [99, 163, 227])

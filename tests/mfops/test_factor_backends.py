@@ -28,7 +28,14 @@ MORE_SHAPES = [(1, 20, 300, 40)]
 
 class FoundFactors(Run):
     def check(
-        self, shape: Any, layout: str, kind: Any, method: str, shared: bool, steps: int = STEPS
+        self,
+        shape: Any,
+        layout: str,
+        kind: Any,
+        method: str,
+        shared: bool,
+        steps: int = STEPS,
+        **options: float,
     ) -> None:
         self.skip_unless_able(shape[2], method)
         dtype = torch.float32 if kind == "tf32" else kind
@@ -38,6 +45,7 @@ class FoundFactors(Run):
             method,
             self.operands(kind),
             steps,
+            **options,
         )
 
 
@@ -99,6 +107,16 @@ def test_agrees_on_any_shape(run, method, shape, layout, dtype, shared):
     # vq and cd multiply a rounding by 100 in each round, which makes far outliers.
     steps = 1 if method in ("vq", "cd") else STEPS
     run.check(shape, layout, dtype, method, shared, steps)
+
+
+@every_run
+@pytest.mark.parametrize("method", ["vq", "cd"])
+@pytest.mark.parametrize("temperature", [1.0, 10.0])
+def test_agrees_at_other_temperatures(run, method, temperature):
+    layouts = LAYOUTS[:1] if INTERPRETED else LAYOUTS
+    for layout in layouts:
+        shape = (2, 19, 5, 70)
+        run.check(shape, layout, torch.float32, method, True, temperature=temperature)
 
 
 @every_run

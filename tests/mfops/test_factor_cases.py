@@ -23,14 +23,18 @@ def backend(iterate) -> SimpleNamespace:
     )
 
 
-def without_the_last_pixel(x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool):
+def without_the_last_pixel(x: Tensor, y0: Tensor, method: str, steps: int, *_: float):
     return reference.iterate(x[..., :-1], y0, method, steps)[0], reference.iterate(
         x, y0, method, steps
     )[1]
 
 
-def a_round_less(x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool):
+def a_round_less(x: Tensor, y0: Tensor, method: str, steps: int, *_: float):
     return reference.iterate(x, y0, method, steps - 1)
+
+
+def at_another_temperature(x: Tensor, y0: Tensor, method: str, steps: int, *_: float):
+    return reference.iterate(x, y0, method, steps, inverse_temperature=99)
 
 
 @every_kind
@@ -41,6 +45,13 @@ def test_mistakes_are_seen(mistake, method, dtype, operands):
     check(backend(reference.iterate), case, method, operands)
     with pytest.raises(AssertionError, match="more than roundings explain"):
         check(backend(mistake), case, method, operands)
+
+
+@pytest.mark.parametrize("method", ["vq", "cd"])
+def test_another_temperature_is_seen(method):
+    case = make((2, 70, 24, 289), "contiguous", torch.float32, method)
+    with pytest.raises(AssertionError, match="more than roundings explain"):
+        check(backend(at_another_temperature), case, method)
 
 
 @every_method

@@ -28,6 +28,7 @@ def test_opcheck(method, layout, dtype):
     for shared in (True, False):
         case = make((2, 6, 3, 20), layout, dtype, method, shared)
         torch.library.opcheck(OPS.iterate.default, (case.x, case.y0, method, 2))
+        torch.library.opcheck(OPS.iterate.default, (case.x, case.y0, method, 2, False, 7.0))
         if method in FUSED_METHODS:
             torch.library.opcheck(OPS.solve.default, (case.x, case.y0, method, 2))
     if method != "nmf":

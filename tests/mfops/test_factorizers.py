@@ -184,6 +184,21 @@ def test_autocast_and_state_dict(factorizer):
     torch.testing.assert_close(other.eval()(x), context.eval()(x))
 
 
+def test_compiles_traces_and_exports_with_a_temperature():
+    context = mfops.FactorizedContext(6, 3, factorizer="vq", inverse_temperature=2.0).eval()
+    x = torch.randn(2, 6, 4, 5)
+    expected = context(x)
+    hotter = mfops.FactorizedContext(6, 3, factorizer="vq").eval()(x)
+    assert not torch.allclose(expected, hotter)
+    for other in (
+        torch.compile(context, fullgraph=True, backend="eager"),
+        torch.export.export(context, (x,)).module(),
+        torch.fx.symbolic_trace(nn.Sequential(context)),
+    ):
+        torch.testing.assert_close(other(x), expected)
+    assert "inverse_temperature=2.0" in repr(context)
+
+
 @pytest.mark.parametrize("init", [None, "normal", "uniform"])
 def test_learned_factors_start_as_the_paper_says_or_as_its_code_does(init):
     torch.manual_seed(0)
@@ -310,8 +325,9 @@ def test_bad_arguments_are_refused_when_it_is_made(arguments, error, message):
     [
         ({"init": "xavier"}, "init: expected normal or uniform, got 'xavier'"),
         ({"factorizer": "em", "init": "normal"}, "init: factorizer 'em' takes none, got 'normal'"),
+        ({"inverse_temperature": 1}, "inverse_temperature: factorizer 'learned' takes none, got 1"),
     ],
 )
-def test_unknown_starts_are_refused(arguments, message):
+def test_options_of_others_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         mfops.FactorizedContext(6, 3, (4, 5), **arguments)

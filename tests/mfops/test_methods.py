@@ -51,16 +51,16 @@ def means(x: Array, z: Array) -> Array:
     return x @ (z / (EPS + z.sum(axis=1, keepdims=True))).T
 
 
-def vq(x: Array, y: Array, steps: int) -> tuple[Array, Array]:
+def vq(x: Array, y: Array, steps: int, t: float = 100) -> tuple[Array, Array]:
     for _ in range(steps):
-        z = softmax_over_bases(100 * unit(y, EPS).T @ unit(x, 1e-12))
+        z = softmax_over_bases(t * unit(y, EPS).T @ unit(x, 1e-12))
         y = means(x, z)
     return y, z
 
 
-def cd(x: Array, y: Array, steps: int) -> tuple[Array, Array]:
+def cd(x: Array, y: Array, steps: int, t: float = 100) -> tuple[Array, Array]:
     for _ in range(steps):
-        z = softmax_over_bases(100 * y.T @ unit(x, 1e-12))
+        z = softmax_over_bases(t * y.T @ unit(x, 1e-12))
         y = unit(means(x, z), EPS)
     return y, z
 
@@ -76,8 +76,8 @@ def nmf_final(x: Array, y: Array, z: Array, fixed: Array) -> Array:
     return z * (y.T @ x) / ((y.T @ y) @ z + EPS)
 
 
-def vq_final(x: Array, y: Array, z: Array, fixed: Array) -> Array:
-    return softmax_over_bases(100 * unit(y, EPS).T @ (x / (EPS + lengths(fixed))))
+def vq_final(x: Array, y: Array, z: Array, fixed: Array, t: float = 100) -> Array:
+    return softmax_over_bases(t * unit(y, EPS).T @ (x / (EPS + lengths(fixed))))
 
 
 def cd_final(x: Array, y: Array, z: Array, fixed: Array) -> Array:
@@ -109,6 +109,41 @@ def make(shape: tuple[int, int, int, int], method: str) -> tuple[Tensor, Tensor]
 
 def test_every_method_is_tested():
     assert set(NUMPY) == set(METHODS)
+
+
+@pytest.mark.parametrize("t", [1, 10.0])
+def test_inverse_temperature_of_vq_and_cd(t):
+    for method, rounds in (("vq", vq), ("cd", cd)):
+        x, y0 = make((2, 9, 4, 30), method)
+        y, z = mfops.factorize(x, y0, method, 3, inverse_temperature=t)
+        module = mfops.FactorizedContext(9, 4, 30, method, steps=3, inverse_temperature=t).double()
+        module.factorizer.bases.copy_(y0)
+        for b, image in enumerate(x.numpy()):
+            means, assigned = rounds(image, y0.numpy(), 3, t)
+            final = vq_final(image, means, assigned, image, t)
+            if method == "cd":
+                final = cd_final(image, means, assigned, image)
+            np.testing.assert_allclose(y[b].numpy(), means, rtol=1e-9)
+            np.testing.assert_allclose(z[b].numpy(), final, rtol=1e-9, atol=1e-12)
+            rebuilt = module.eval().factorizer.product(x)[b]
+            np.testing.assert_allclose(rebuilt.numpy(), means @ final, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "t", "message"),
+    [
+        ("em", 1.0, "method 'em' takes none, got 1.0"),
+        ("nmf", 1.0, "method 'nmf' takes none, got 1.0"),
+        ("vq", 0, "expected a number from 1e-6 to 1e6, got 0"),
+        ("cd", 1e50, "expected a number from 1e-6 to 1e6, got 1e.50"),
+        ("cd", "hot", "expected a number from 1e-6 to 1e6, got 'hot'"),
+    ],
+)
+def test_bad_inverse_temperatures(method, t, message):
+    with pytest.raises(ValueError, match=f"inverse_temperature: {message}"):
+        mfops.factorize(torch.rand(2, 3, 5), torch.rand(3, 2), method, inverse_temperature=t)
+    with pytest.raises(ValueError, match=f"inverse_temperature: {message}"):
+        mfops.FactorizedContext(3, factorizer=method, inverse_temperature=t)
 
 
 @every_method

@@ -12,7 +12,9 @@
 // clang-format on
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
-    m.def("iterate(Tensor x, Tensor y0, str method, int steps, bool tf32) -> (Tensor, Tensor)");
+    m.def(
+        "iterate(Tensor x, Tensor y0, str method, int steps, bool tf32, "
+        "float inverse_temperature=100.0) -> (Tensor, Tensor)");
     m.def(
         "solve(Tensor x, Tensor y0, str method, int steps, bool tf32) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
