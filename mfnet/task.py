@@ -295,9 +295,10 @@ class SegmentationTask(L.LightningModule):
         states = checkpoint.get("optimizer_states", [])
         stored = [group.get("name") for state in states for group in state["param_groups"]]
         own = [group["name"] for group in self._groups()]
-        resumes = self.trainer.state.fn == TrainerFn.FITTING and None not in stored
-        if not resumes or not stored or stored == own:
+        if not stored or None in stored or stored == own:
             return ""
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return ""  # the optimizer's state is not looked at
         return (
             f"its optimizer has the groups {', '.join(stored)}; with parameter_groups "
             f"'{self.parameter_groups}' they are {', '.join(own)}"

@@ -19,7 +19,7 @@ from mfnet.cli import MFNetCLI
 from mfnet.parameter_groups import parameter_groups
 from mfnet.task import SegmentationTask
 
-BATCH, STEPS = 4, 3
+BATCH, STEPS = 4, 2
 QUIET = {
     "accelerator": "cpu",
     "precision": "64-true",
@@ -98,8 +98,8 @@ def test_steps_are_the_published_ones(name: str) -> None:
     for module in task.network.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.p = 0.0
-    images = torch.randn(STEPS * BATCH, 3, 65, 65, dtype=torch.float64)
-    masks = torch.randint(21, (STEPS * BATCH, 65, 65))
+    images = torch.randn(STEPS * BATCH, 3, 33, 33, dtype=torch.float64)
+    masks = torch.randint(21, (STEPS * BATCH, 33, 33))
     masks[:, :9] = 255
     data = DataLoader(TensorDataset(images, masks), BATCH)
     expected = published_steps(task, list(data)).state_dict()
@@ -124,3 +124,11 @@ def test_a_run_does_not_go_on_with_other_groups(name: str, own: str, tmp_path: P
     with pytest.raises(ValueError, match=message):
         L.Trainer(**quiet).fit(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
     L.Trainer(**quiet).validate(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
+    task = paper_task(name)
+    SegmentationTask.load_from_checkpoint(
+        tmp_path / "before.ckpt",
+        network=task.network,
+        class_names=task.class_names,
+        parameter_groups="published",
+        weights_only=False,
+    )

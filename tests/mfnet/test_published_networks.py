@@ -17,7 +17,7 @@ from torchvision.models import resnet50
 
 from mfnet import create_model
 
-CLASSES, GRID, SIZE = 5, (7, 6), (97, 81)
+CLASSES, GRID, SIZE = 5, (5, 4), (65, 49)
 MULTI_GRID = (2, 4, 8)
 
 
@@ -210,7 +210,7 @@ def test_networks_are_the_published_ones(name: str) -> None:
     with torch.no_grad():
         expected = published(images)
         torch.testing.assert_close(ours(images), expected, rtol=1e-9, atol=1e-9)
-        without = create_model(name, num_classes=CLASSES, context_size=GRID).double().eval()
-        without.load_state_dict(weights, strict=True)
-        off = (without(images) - expected).abs().mean() / expected.abs().mean()
+        for block, dilation in zip(ours.backbone.features["layer4"], (1, 2, 2), strict=True):
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)  # timm's own
+        off = (ours(images) - expected).abs().mean() / expected.abs().mean()
     assert off > 1e-3  # without the multi-grid it is another network
