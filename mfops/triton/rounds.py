@@ -52,10 +52,10 @@ def scores(
         tile = load_tile(x, image, row0, rows, col0, cols, CHUNK, COLS)
         left = operand(load_tile(y, image, row0, rows, k0, rank, CHUNK, BLOCK_K), PRECISION)
         s = dot(tl.trans(left), operand(tile, PRECISION), s, PRECISION)
-        if COSINE:
+        if COSINE > 0:
             exact = tile.to(tl.float32)
             squares += tl.sum(exact * exact, 0, keep_dims=True)
-    if COSINE:
+    if COSINE > 0:
         s = s / tl.maximum(tl.sqrt(squares), 1e-12) * COSINE
     return s
 
@@ -108,7 +108,7 @@ def gram_product(
         if FIRST:
             s = scores(
                 x, y, image, rows, col0, cols, j0, rank,
-                False, PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
+                0.0, PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
             )  # fmt: skip
             right = _exp(s, top, j0, rank, BLOCK_K) / total[None, :]
         else:
