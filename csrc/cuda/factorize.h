@@ -43,9 +43,9 @@ struct FactorPlan {
     Method method = Method::kEm;
     int steps = 0;
     float inverse_temperature = 0;  // of vq and cd
-    bool solve = false;  // not the rounds alone
-    int padded = 0;      // K in whole 16s
-    int span = 0;        // > 0: one launch for all rounds, a block keeping so many columns of X
+    bool solve = false;             // not the rounds alone
+    int padded = 0;                 // K in whole 16s
+    int span = 0;  // > 0: one launch for all rounds, a block keeping so many columns of X
     size_t shared_bytes = 0;
     bool split = false;         // a round is two kernels: Z, then its products
     ColumnPlan round, last;     // split: those that find Z
