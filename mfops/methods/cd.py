@@ -42,8 +42,9 @@ class CD(Method):
         gram = y.mT @ y + ridge
         if is_exporting_onnx():
             return solve_by_products(gram, y.mT) @ x
-        # The ridge keeps the matrix regular; solve itself would wait for the GPU to make sure.
-        return torch.linalg.solve_ex(gram, y.mT).result @ x
+        # Not linalg.solve: torch 2.14's batched LU fails on several threads from about K = 180. The
+        # ridge keeps the matrix positive definite; linalg.cholesky would wait for the GPU to check.
+        return torch.cholesky_solve(y.mT, torch.linalg.cholesky_ex(gram).L) @ x
 
 
 def solve_by_products(gram: Tensor, right: Tensor) -> Tensor:

@@ -196,12 +196,8 @@ def test_same_bits_every_run(run, layout, shared):
 @pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("shared", SHARING)
 def test_any_number_of_threads(run, threads, shared):
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        run.check((3, 300, 4, 700), "contiguous", torch.float32, shared)
-    finally:
-        torch.set_num_threads(before)
+    run.check((3, 300, 4, 700), "contiguous", torch.float32, shared)
 
 
 @all_runs

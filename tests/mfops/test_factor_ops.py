@@ -72,10 +72,8 @@ def test_flops_are_those_of_the_products_in_the_reference(method):
 
 @pytest.fixture(params=[1, 3, 8])
 def threads(request):
-    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param
 
 
 @needs_extension

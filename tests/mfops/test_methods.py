@@ -168,6 +168,17 @@ def test_reference_is_the_published_iteration(method, shape, steps):
 
 
 @every_method
+def test_a_high_rank_on_several_threads(method):
+    torch.set_num_threads(2)
+    x, y0 = make((2, 9, 256, 30), method)
+    _, z = mfops.factorize(x, y0, method, 1)
+    for actual, image in zip(z.numpy(), x.numpy(), strict=True):
+        y, before = NUMPY[method].rounds(image, y0.numpy(), 1)
+        expected = NUMPY[method].final(image, y, before, image)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-12)
+
+
+@every_method
 @pytest.mark.parametrize("loss", [0.0, 3.0])
 def test_gradients_by_finite_differences(method, loss):
     """Of X' and its mse, with what the method holds constant held constant."""
