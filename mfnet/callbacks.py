@@ -1,30 +1,24 @@
-"""Lightning callbacks that leave files behind: a run's record, and overlays of predictions."""
+"""The Lightning callback that writes a run's record."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfnet.data import DataError, denormalise
-from mfnet.data.prediction import Skipped
+from mfnet.data import denormalise
 from mfnet.files import written_whole
 from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET
-from mfnet.visualize import overlay, save_image
 
 SUMMARY = "summary.json"
 SAMPLES = "samples.npz"
@@ -135,103 +129,3 @@ class RunRecord(Callback):
             arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
         with written_whole(path) as partial:
             np.savez_compressed(partial, **arrays)
-
-
-class OverlayWriter(BasePredictionWriter):
-    """Write each predicted image, at its own size, with its classes painted over it.
-
-    A prediction batch is ``(images, originals, paths)``: originals are uint8 RGB (3, H, W), and
-    the module's output holds logits (C, h, w) per image, resized bilinearly to (H, W), or class
-    indices (h, w), resized by the nearest neighbour. The overlay of ``<stem>.<any>`` is
-    ``<output>/<stem>.png``; images from several folders keep their place below the folder they
-    share. Colours are the data module's ``palette``.
-
-    Raises ``ValueError`` before anything is predicted when two images would share an overlay, or
-    an overlay would replace one of the images; ``DataError`` at the end, naming the images that
-    could not be predicted (:class:`mfnet.data.prediction.Skipped`), all others being written.
-    """
-
-    def __init__(self, output: str | Path) -> None:
-        super().__init__("batch")
-        self.output = Path(output)
-        self._targets: dict[Path, Path] = {}
-        self._skipped: list[Skipped] = []
-        self._written = 0
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._skipped, self._written = [], 0
-        self._targets = overlay_targets(trainer.predict_dataloaders.dataset.paths, self.output)
-        self.output.mkdir(parents=True, exist_ok=True)
-
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Tensor | Skipped,
-        batch_indices: Sequence[int] | None,
-        batch: tuple[Tensor, Sequence[Tensor], Sequence[str]],
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        if isinstance(prediction, Skipped):
-            self._skipped.append(prediction)
-            return
-        _, originals, paths = batch
-        for output, original, path in zip(prediction, originals, paths, strict=True):
-            mask = classes_at(output, original.shape[-2:])
-            picture = overlay(
-                original.permute(1, 2, 0).cpu().numpy(),
-                mask.cpu().numpy(),
-                trainer.datamodule.palette,
-            )
-            save_image(picture, self._targets[Path(path)])
-            self._written += 1
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        of_ranks = [(self._written, self._skipped)]
-        if dist.is_available() and dist.is_initialized():
-            of_ranks *= dist.get_world_size()
-            dist.all_gather_object(of_ranks, (self._written, self._skipped))
-        written = sum(count for count, _ in of_ranks)
-        skipped = [one for _, some in of_ranks for one in some]
-        if trainer.is_global_zero:
-            print(f"{written} overlays written to {self.output.absolute()}")
-        if skipped:
-            reasons = "; ".join(f"{path}: {reason}" for path, reason in skipped)
-            raise DataError(
-                f"{len(skipped)} of {written + len(skipped)} images were not predicted: {reasons}"
-            )
-
-
-def overlay_targets(paths: Sequence[str | Path], output: Path) -> dict[Path, Path]:
-    """Where the overlay of each image goes; see :class:`OverlayWriter`.
-
-    Raises:
-        ValueError: two images would share an overlay, or an overlay would replace an image.
-    """
-    sources = [Path(path) for path in paths]
-    if not sources:
-        raise ValueError("predict: expected at least one image, got none")
-    absolute = {source: source.absolute() for source in sources}
-    root = Path(os.path.commonpath([path.parent for path in absolute.values()]))
-    taken: dict[Path, Path] = {}
-    for source, path in absolute.items():
-        target = output / path.relative_to(root).with_suffix(".png")
-        if target in taken:
-            raise ValueError(f"{source} and {taken[target]}: both overlays would be {target}")
-        taken[target] = source
-    images = {path.resolve() for path in sources}
-    for target, source in taken.items():
-        if target.resolve() in images:
-            raise ValueError(f"{target}: the overlay of {source} would replace an image")
-    return {source: target for target, source in taken.items()}
-
-
-def classes_at(output: Tensor, size: Sequence[int]) -> Tensor:
-    """Class indices (H, W) at ``size`` from logits (C, h, w) or class indices (h, w)."""
-    if output.ndim == 3:
-        logits = F.interpolate(output[None].float(), tuple(size), mode="bilinear")
-        return logits[0].argmax(0)
-    # Nearest-neighbour resizing knows no integers on every device.
-    resized = F.interpolate(output[None, None].float(), tuple(size), mode="nearest-exact")
-    return resized[0, 0].long()

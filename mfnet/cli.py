@@ -1,4 +1,4 @@
-"""``mfnet fit|validate|test|predict|demo|report``: the command line, on Lightning's CLI."""
+"""``mfnet fit|validate|test|predict``, on Lightning's CLI, and the door to the other commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
-from mfnet.callbacks import OverlayWriter, RunRecord
+from mfnet.callbacks import RunRecord
+from mfnet.checkpoint import CHECKPOINTS, RECORD, find_checkpoint, read_checkpoint
 from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs, with_image_list
 from mfnet.data import SegmentationDataModule
 from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, user_error
+from mfnet.inference import TILE, Inference
 from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
+from mfnet.prediction_writer import PredictionWriter
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
 
@@ -35,6 +40,9 @@ NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"Checkpoint directory .* exists and is not empty",
 )
+
+# Commands that are not Lightning's: modules of their names, imported where they are called.
+_COMMANDS = ("demo", "report", "export", "video")
 
 MAX_EPOCHS = 50  # the paper's; Lightning's own default is 1000
 
@@ -101,7 +109,7 @@ class MFNetCLI(LightningCLI):
         parser.set_defaults(
             {"model.network": {"class_path": "mfnet.create_model", "init_args": {"name": "mfnet"}}}
         )
-        parser.add_lightning_class_args(OverlayWriter, "overlays")
+        parser.add_lightning_class_args(PredictionWriter, "overlays")
         parser.set_defaults({"overlays.output": "predictions"})
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.link_arguments(
@@ -111,8 +119,10 @@ class MFNetCLI(LightningCLI):
     def setup_parser(self, add_subcommands: bool, *rest: Any) -> None:
         super().setup_parser(add_subcommands, *rest)
         if add_subcommands:
+            for subcommand in ("validate", "test", "predict"):
+                self._parser(subcommand).add_class_arguments(Inference, as_group=True)
             self._parser("predict").set_defaults(
-                {"data": {"class_path": from_checkpoint.PHOTOGRAPHS}}
+                {"data": {"class_path": from_checkpoint.PHOTOGRAPHS}, "tile": TILE}
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -144,7 +154,7 @@ class MFNetCLI(LightningCLI):
         config = self.config[subcommand]
         folder = Path(config.trainer.default_root_dir)
         checkpoint = _find_checkpoint(config.ckpt_path, folder, subcommand)
-        record = {} if checkpoint is None else run_directory.read_record(checkpoint)
+        record = {} if checkpoint is None else read_checkpoint(checkpoint).get(RECORD, {})
         # Lightning on the states of callbacks, which matter to fit alone.
         for message in ("The dirpath has changed from", "Be aware that when using `ckpt_path`"):
             warnings.filterwarnings("ignore", message=message)
@@ -196,6 +206,9 @@ class MFNetCLI(LightningCLI):
             said = error.args[0] if error.args else type(error).__name__
             raise CommandLineError(f"{said} (MFNET_TRACEBACK=1 shows where)") from error
         self.model.network_config = self._get(self.config, "model").network.as_dict()
+        if self.subcommand not in (None, "fit"):
+            config = self.config[self.subcommand]
+            self.model.inference = Inference(*(config[field.name] for field in fields(Inference)))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -207,7 +220,7 @@ class MFNetCLI(LightningCLI):
         check_callbacks(callbacks)
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((folder / run_directory.CHECKPOINTS).resolve())
+                callback.dirpath = str((folder / CHECKPOINTS).resolve())
         names = _network_names(self._get(self.config, "model").network)
         callbacks += [RunRecord(*names, folder=folder), MonitorCheck(), EpochScores()]
         if config.enable_checkpointing is not False:
@@ -228,7 +241,7 @@ class MFNetCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where the best checkpoint is."""
         folder = Path(self.trainer.default_root_dir)
-        best = folder / run_directory.CHECKPOINTS / "best.ckpt"
+        best = folder / CHECKPOINTS / "best.ckpt"
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero or not best.is_file():
             return
         try:
@@ -266,12 +279,8 @@ def _dispatch(arguments: list[str]) -> None:
         sys.exit(0)
     if command.startswith("-"):
         raise CommandLineError(f"expected a command first, got {command}: mfnet fit {command} ...")
-    if command == "demo":
-        from mfnet import demo
-
-        demo.main(rest)
-    elif command == "report":
-        report.main(rest)
+    if command in _COMMANDS:
+        import_module(f"mfnet.{command}").main(rest)
     else:
         MFNetCLI([command, *with_image_list(rest)])
 
@@ -328,10 +337,10 @@ def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | N
             rank_zero_warn("no --ckpt_path: the network is used as it was initialised")
         return None
     file = Path(path)
-    if subcommand != "fit" and file.is_dir():  # a run's folder
-        file = file / run_directory.CHECKPOINTS / "best.ckpt"
+    if subcommand != "fit" and file.is_dir():
+        return str(find_checkpoint(file))
     if path in ("best", "last"):
-        file = Path(folder) / run_directory.CHECKPOINTS / f"{path}.ckpt"
+        file = Path(folder) / CHECKPOINTS / f"{path}.ckpt"
         if path == "last" and subcommand == "fit" and not file.is_file():
             # One command line can then start a job and, when it is run again, continue it.
             rank_zero_info(f"no '{file}' yet: starting from the beginning")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mfnet.checkpoint import CHECKPOINTS
 from mfnet.cli import MFNetCLI
 from mfnet.report import report
-from mfnet.run_directory import CHECKPOINTS, METRICS
+from mfnet.run_directory import METRICS
 
 
 def main(arguments: Sequence[str] = ()) -> None:

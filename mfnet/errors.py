@@ -153,4 +153,4 @@ def _origin(error: BaseException) -> str:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame.tb_frame.f_globals["__name__"].partition(".")[0] if frame else ""
+    return frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] if frame else ""

@@ -6,10 +6,10 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from mfnet.pretrained import STARTING_WEIGHTS
+
 PHOTOGRAPHS = "mfnet.data.Photographs"
 
-# Arguments that only say where training started; the checkpoint holds all weights.
-_STARTING_WEIGHTS = ("backbone_weights", "encoder_weights")
 _OF_PHOTOGRAPHS = ("predict_images", "resize", "num_workers")
 
 
@@ -27,7 +27,7 @@ def defaults(record: dict[str, Any], subcommand: str) -> dict[str, Any]:
 def without_starting_weights(network: Namespace) -> None:
     """Lets the network start anywhere: no file is read and nothing is fetched."""
     arguments = network.get("init_args", Namespace())
-    for name in _STARTING_WEIGHTS:
+    for name in STARTING_WEIGHTS:
         if name in arguments:
             arguments[name] = None
 

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 import mfnet.data
 from mfnet.contexts import CONTEXTS
+from mfnet.inference import TILE
 from mfnet.models import create_model, list_models
 
 COMMANDS = """\
@@ -22,8 +23,10 @@ Semantic segmentation with factorized context.
   mfnet validate       score a network on the validation images
   mfnet test           score a network on the test images
   mfnet predict        predict images
-  mfnet demo           train a small network on generated images and show what it learned
+  mfnet export RUN     write a trained network as ONNX, torch.export, AOTInductor or weights
+  mfnet video RUN FILM OUTPUT   paint a trained network's classes over a film
   mfnet report RUN...  curves, predictions and a table from the folders of finished runs
+  mfnet demo           train a small network on generated images and show what it learned
 
 mfnet COMMAND --help says more; mfnet --version tells versions."""
 
@@ -73,9 +76,19 @@ the run
   --trainer.default_root_dir DIR   its folder; default runs/<config>-<network>
   --ckpt_path P                    a file, or best or last of the folder; last continues a run
   --overlays.output DIR            where predict writes         (predictions)
+  --overlays.kinds [K,...]         what: overlay, mask, probabilities
   --print_config                   the whole configuration, to be used with --config
 
+{evaluation}
 mfnet {command} --help_all lists every flag of Lightning's Trainer too."""
+
+EVALUATION = f"""\
+how images are shown to the network
+  --tile N                         larger ones in windows of N x N   (predict: {TILE}, else: whole)
+  --overlap S                      share of a window that its neighbours cover   (0.25)
+  --scales [0.5,1,1.5]             averaged over scales
+  --flip true                      averaged with the mirrored image
+"""
 
 SUMMARIES = {
     "fit": ("Train a network.", "mfnet fit --config camvid --data.root DIR"),
@@ -157,6 +170,7 @@ def screen(command: str, configs: list[str], epochs: int) -> str:
         models=", ".join(list_models()),
         contexts=f"{', '.join(contexts[:half])},\n{' ' * 39}{', '.join(contexts[half:])}",
         epochs=epochs,
+        evaluation=EVALUATION if command in ("validate", "test", "predict") else "",
     )
 
 

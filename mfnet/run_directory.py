@@ -26,10 +26,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from mfnet.checkpoint import CHECKPOINTS, read_checkpoint
 from mfnet.files import written_whole
-from mfnet.task import RECORD
 
-CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
 
@@ -167,25 +166,8 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Raises ``FileNotFoundError``, or ``ValueError`` for what is not a checkpoint."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"checkpoint '{path}': no such file")
-        try:
-            checkpoint = torch.load(path, map_location, weights_only=weights_only is not False)
-        except Exception as error:  # a damaged file fails in a dozen ways
-            raise ValueError(f"checkpoint '{path}' is not a whole checkpoint file") from error
-        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-            raise ValueError(f"checkpoint '{path}' was not written by a training run")
-        return checkpoint
-
-
-def read_record(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint tells beside its weights; see :class:`mfnet.task.SegmentationTask`.
-
-    Empty for one that was written before checkpoints told. Raises as
-    :meth:`WholeFileCheckpointIO.load_checkpoint`.
-    """
-    return WholeFileCheckpointIO().load_checkpoint(path).get(RECORD, {})
+        """See :func:`mfnet.checkpoint.read_checkpoint`."""
+        return read_checkpoint(path, map_location, weights_only is not False)
 
 
 class ContinuedCSVLogger(CSVLogger):

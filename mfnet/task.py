@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -19,15 +17,17 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfnet import resume
+from mfnet.checkpoint import RECORD, misfit, named_as, read_checkpoint
 from mfnet.data.prediction import Skipped
+from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
+from mfnet.pretrained import arguments_of, build
 from mfops import collect_losses
 
 IGNORE_INDEX = 255
-RECORD = "mfnet"  # a checkpoint's entry
 EPOCHS_DONE = "epochs_done"  # another, a fraction
 
 
@@ -95,6 +95,9 @@ class SegmentationTask(L.LightningModule):
     Attributes:
         normalisation: the mean and standard deviation in effect. The data modules look here.
         network_config: ``class_path`` and ``init_args`` that built the network, if known.
+        inference: how images are shown to the network in evaluation and prediction; a loss is then
+            that of the averaged probabilities.
+        keep_probabilities: whether predictions hold probabilities beside the classes.
 
     A checkpoint's entry ``"mfnet"`` holds what a prediction needs beside the weights:
     ``class_names``, ``palette`` and ``resize`` of the trainer's data module, ``normalisation``, and
@@ -130,6 +133,8 @@ class SegmentationTask(L.LightningModule):
         self._given = image_mean, image_std
         self.normalisation = self._unless_given(normalisation_of(network))
         self.network_config: dict[str, Any] | None = None
+        self.inference = Inference()
+        self.keep_probabilities = False
         self._seed = torch.initial_seed()
         self._resumed_at = Fraction(0)  # in epochs
         self._configured: resume.Settings | None = None
@@ -229,15 +234,17 @@ class SegmentationTask(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | Skipped:
-        """Logits of a batch ``(images, originals, paths)`` of one image."""
+    def predict_step(self, batch: Any, batch_idx: int) -> Prediction | Skipped:
+        """The classes of a batch ``(image, original, [path])``, at the original's size."""
         if isinstance(batch, Skipped):
             return batch
+        (image,), (original,), (path,) = batch
+        how = self.normalisation, self.device, original.shape[-2:], self.keep_probabilities
         try:
-            return self(batch[0])
+            return self.inference.predict(self, image, *how)
         # What one image is too small or too large for is no reason to leave out the others.
         except (ValueError, RuntimeError) as error:
-            return Skipped(batch[2][0], str(error))
+            return Skipped(path, str(error))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.SGD(
@@ -252,18 +259,31 @@ class SegmentationTask(L.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's; network and class names are the checkpoint's where they are not given."""
+        if not {"network", "class_names"} <= kwargs.keys():
+            record = read_checkpoint(checkpoint_path).get(RECORD, {})
+            told = arguments_of(record, checkpoint_path)
+            kwargs.setdefault("class_names", told["class_names"])
+            if "network" not in kwargs:
+                kwargs["network"] = build(told["network"])
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        where = "the checkpoint" if path is None else f"checkpoint '{path}'"
         own = self.state_dict()
         if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = _named_as(own, checkpoint["state_dict"])
-        fault = _misfit(checkpoint.get("state_dict"), own) or self._misfit_of_groups(checkpoint)
+            checkpoint["state_dict"] = named_as(own, checkpoint["state_dict"])
+        fault = misfit(checkpoint.get("state_dict"), own) or self._misfit_of_groups(checkpoint)
         if fault:
-            raise ValueError(f"checkpoint '{self.trainer.ckpt_path}' does not fit: {fault}")
+            raise ValueError(f"{where} does not fit: {fault}")
         record = checkpoint.get(RECORD, {})
         classes = record.get("class_names", self.class_names)
         if classes != self.class_names:
             raise ValueError(
-                f"checkpoint '{self.trainer.ckpt_path}' does not fit: its classes are "
+                f"{where} does not fit: its classes are "
                 f"{', '.join(classes)}; those of the data are {', '.join(self.class_names)}"
             )
         # Before checkpoints told, ImageNet's was used for every network.
@@ -318,7 +338,11 @@ class SegmentationTask(L.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, masks = batch
-        logits = self(images)
+        if self.inference.is_plain:
+            logits = self(images)
+        else:
+            probabilities = self.inference.probabilities(self, images)
+            logits = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
         total, pixels = self._cross_entropy(logits, masks)
         self.pixel_loss.update(total / pixels.clamp(min=1), pixels)
         self.confusion.update(logits.argmax(1), masks)
@@ -355,35 +379,3 @@ def _mean_over_ranks(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value
-
-
-def _named_as(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``given`` under the names that the network has for them, compiled or not.
-
-    Bases had no method in their name before: ``bases``, now ``em_bases``.
-    """
-    names = {re.sub(r"\.[^.]+_bases$", ".bases", _uncompiled(key)): key for key in own}
-    names |= {_uncompiled(key): key for key in own}
-    return {names.get(_uncompiled(key), key): tensor for key, tensor in given.items()}
-
-
-def _uncompiled(key: str) -> str:
-    return key.replace("_orig_mod.", "")
-
-
-def _misfit(given: Mapping[str, Tensor] | None, own: Mapping[str, Tensor]) -> str:
-    """What keeps a checkpoint's tensors from being loaded, in a few words; empty if nothing."""
-    if given is None:
-        return "it holds no 'state_dict', so it was not written by a training run"
-    faults = {
-        "missing": [key for key in own if key not in given],
-        "unexpected": [key for key in given if key not in own],
-        "of another shape": [
-            f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in given and given[key].shape != own[key].shape
-        ],
-    }
-    return "; ".join(
-        f"{len(keys)} tensors {what} (first: {keys[0]})" for what, keys in faults.items() if keys
-    )

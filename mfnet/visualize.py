@@ -62,15 +62,28 @@ def overlay(
     image, mask = np.asarray(image), np.asarray(mask)
     if image.shape != (*mask.shape, 3):
         raise ValueError(f"image: expected shape {(*mask.shape, 3)} as the mask, got {image.shape}")
-    painted = colourise(mask, palette, ignore_index)
-    blended = (1 - opacity) * image + opacity * painted
-    return np.where((mask == ignore_index)[..., None], image, blended.round()).astype(np.uint8)
+    result = np.empty(image.shape, np.uint8)
+    for top in range(0, len(mask), 256):  # the numbers in between are ten times as large
+        rows = slice(top, top + 256)
+        painted = colourise(mask[rows], palette, ignore_index)
+        blended = (1 - opacity) * image[rows] + opacity * painted
+        ignored = (mask[rows] == ignore_index)[..., None]
+        result[rows] = np.where(ignored, image[rows], blended.round())
+    return result
 
 
 def save_image(image: Array, path: Path) -> None:
     """Write a uint8 RGB image (H, W, 3); no half-written file is left behind."""
     with written_whole(path) as partial:
         Image.fromarray(np.ascontiguousarray(image)).save(partial)
+
+
+def save_mask(mask: Array, palette: Sequence[Colour], path: Path) -> None:
+    """Write class indices uint8 (H, W) as a palette PNG; no half-written file is left behind."""
+    picture = Image.fromarray(np.ascontiguousarray(mask))
+    picture.putpalette(np.asarray(palette, np.uint8).tobytes())
+    with written_whole(path) as partial:
+        picture.save(partial)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

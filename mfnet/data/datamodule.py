@@ -39,8 +39,7 @@ class SegmentationDataModule(L.LightningDataModule):
     Batches are ``(image, mask)``: float32 (B, 3, H, W), normalised as the trainer's module says in
     ``normalisation`` (without one: by ImageNet's mean and standard deviation), and int64 (B, H, W)
     with 255 where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one
-    image: normalised float32 (1, 3, h, w) and uint8 (1, 3, H, W), or a
-    :class:`mfnet.data.prediction.Skipped`.
+    image, uint8 (1, 3, h, w) and (1, 3, H, W), or a :class:`mfnet.data.prediction.Skipped`.
 
     A class has ``class_names``, ``num_classes`` and ``palette`` (RGB) once it is constructed.
     """
@@ -152,9 +151,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 "--data.predict_images photos"
             )
         paths = find_images(self.predict_images)
-        dataset = PredictionDataset(
-            paths, transforms.predict_transform(self.resize, self._normalisation())
-        )
+        dataset = PredictionDataset(paths, self.resize)
         sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
         return self._loader(dataset, sampler, batch_size=1, collate_fn=collate_one)
 

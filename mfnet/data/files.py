@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
 IGNORE_INDEX = 255
+LARGEST = 2**30  # pixels of an image
 
 _SUBFILE_TYPE = 254  # TIFF's tag; bit 0: a smaller copy of another picture in the file
 
@@ -62,6 +63,11 @@ def read_image(path: str | Path) -> tv_tensors.Image:
     """
     with _opened(path, "image") as file:
         return _rgb(ImageOps.exif_transpose(file), path, file.format)
+
+
+def picture_to_image(picture: Image.Image) -> tv_tensors.Image:
+    """What :func:`read_image` makes of a file, of a picture that is open already."""
+    return _rgb(ImageOps.exif_transpose(picture), "image", picture.format)
 
 
 def read_pair(image: str | Path, mask: str | Path) -> tuple[tv_tensors.Image, StoredMask]:
@@ -147,7 +153,7 @@ def has_image_suffix(path: Path) -> bool:
 def _opened(path: str | Path, kind: str) -> Iterator[Image.Image]:
     """The only picture of a file; raises ``DataError`` for all that Pillow finds wrong with it."""
     try:
-        with Image.open(path) as file:
+        with _large_pictures(), Image.open(path) as file:
             pictures = _count_pictures(file)
             if pictures > 1:
                 raise DataError(
@@ -158,6 +164,16 @@ def _opened(path: str | Path, kind: str) -> Iterator[Image.Image]:
         raise
     except _BROKEN as error:
         raise _unreadable(path, kind, error) from error
+
+
+@contextmanager
+def _large_pictures() -> Iterator[None]:
+    """Pillow refuses 179 megapixels, as files of strangers may be made to fill the memory."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, LARGEST // 2  # where it warns
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _count_pictures(file: Image.Image) -> int:

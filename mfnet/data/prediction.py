@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
-from torchvision.transforms import v2
+from torch.utils.data import Dataset
 
 from mfnet.data.files import DataError, has_image_suffix, read_image
+from mfnet.data.transforms import resized
 
 
 class Skipped(NamedTuple):
@@ -23,17 +23,17 @@ class Skipped(NamedTuple):
 
 
 class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
-    """Triples of a normalised float32 image (3, h, w), the original uint8 image (3, H, W), upright
-    as its EXIF orientation says, and its path; :class:`Skipped` where the file cannot be read.
+    """Triples of a uint8 image (3, h, w) for the network, the original (3, H, W), upright as its
+    EXIF orientation says, and its path; :class:`Skipped` where the file cannot be read.
 
     Args:
         paths: image files.
-        transform: of the image alone.
+        resize: (h, w); by default the image is the original.
     """
 
-    def __init__(self, paths: Sequence[Path], transform: v2.Transform) -> None:
+    def __init__(self, paths: Sequence[Path], resize: tuple[int, int] | None = None) -> None:
         self.paths = paths
-        self.transform = transform
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -44,13 +44,17 @@ class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
             original = read_image(path)
         except DataError as error:
             return Skipped(str(path), str(error).removeprefix(f"{path}: "))
-        return self.transform(original), original.as_subclass(torch.Tensor), str(path)
+        image = original if self.resize is None else resized(original, self.resize)
+        return image.as_subclass(torch.Tensor), original.as_subclass(torch.Tensor), str(path)
 
 
 def collate_one(samples: Sequence[tuple[Tensor, Tensor, str] | Skipped]) -> object:
-    """The batch of one sample; one that is skipped stays as it is."""
+    """The batch of one sample, without a copy; one that is skipped stays as it is."""
     (sample,) = samples
-    return sample if isinstance(sample, Skipped) else default_collate([sample])
+    if isinstance(sample, Skipped):
+        return sample
+    image, original, path = sample
+    return image[None], original[None], [path]
 
 
 def find_images(patterns: str | Sequence[str]) -> list[Path]:

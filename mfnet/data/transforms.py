@@ -38,7 +38,7 @@ class Resize(v2.Transform):
         self.size = size
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return _resized(inpt, self.size)
+        return resized(inpt, self.size)
 
 
 class Rescale(v2.Transform):
@@ -63,7 +63,7 @@ class Rescale(v2.Transform):
         return {"size": (max(1, round(height * factor)), max(1, round(width * factor)))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return _resized(inpt, params["size"])
+        return resized(inpt, params["size"])
 
 
 def train_transform(
@@ -98,13 +98,6 @@ def eval_transform(
     return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors(normalisation)])
 
 
-def predict_transform(
-    resize: tuple[int, int] | None = None, normalisation: Normalisation = IMAGENET
-) -> v2.Transform:
-    """Transform of a lone image: the whole of it, at its own size or at ``resize`` (h, w)."""
-    return v2.Compose([*_resize(resize), *_to_normalised_tensors(normalisation)])
-
-
 def denormalise(image: Tensor, normalisation: Normalisation = IMAGENET) -> Tensor:
     """Undo the normalisation: float (..., 3, H, W) -> uint8 of the same shape."""
     mean, std = (image.new_tensor(v).view(3, 1, 1) for v in normalisation)
@@ -115,7 +108,7 @@ def _resize(size: tuple[int, int] | None) -> list[v2.Transform]:
     return [] if size is None else [Resize(size)]
 
 
-def _resized(inpt: Any, size: tuple[int, int]) -> Any:
+def resized(inpt: Any, size: tuple[int, int]) -> Any:
     """Images bilinearly, masks by the nearest neighbour.
 
     torchvision resizes a Mask in a mode of its own, which rounds down where images, PIL and the

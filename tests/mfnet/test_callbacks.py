@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mfnet import create_model
-from mfnet.callbacks import OverlayWriter, RunRecord, classes_at, count_flops, overlay_targets
+from mfnet.callbacks import RunRecord, count_flops
 from mfnet.report import report
 
 PALETTE = [(0, 0, 0), (200, 10, 30), (0, 0, 250)]
@@ -188,89 +187,3 @@ def test_counting_flops_disturbs_nothing():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(not p.is_meta for p in network.parameters())
-
-
-def test_classes_from_logits_and_from_indices():
-    logits = torch.tensor([[[4.0, 0.0]], [[0.0, 2.0]]])
-    assert classes_at(logits, (1, 8))[0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
-    indices = torch.tensor([[0, 2]], dtype=torch.uint8)
-    assert classes_at(indices, (2, 4)).tolist() == [[0, 0, 2, 2]] * 2
-
-
-class Pictures(Dataset):
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        original = torch.from_numpy(np.array(Image.open(self.paths[index]))).permute(2, 0, 1)
-        return original[:, ::2, ::2].float() / 255, original, str(self.paths[index])
-
-
-class PredictData(L.LightningDataModule):
-    palette = PALETTE
-
-    def __init__(self, paths):
-        super().__init__()
-        self.paths = paths
-
-    def predict_dataloader(self):
-        return DataLoader(Pictures(self.paths))
-
-
-class Constant(L.LightningModule):
-    """Predicts class 1 in the left half of every image."""
-
-    def predict_step(self, batch, batch_idx):
-        indices = torch.zeros(len(batch[0]), *batch[0].shape[-2:], dtype=torch.uint8)
-        indices[..., : indices.shape[-1] // 2] = 1
-        return indices
-
-
-def predict(paths, output):
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        callbacks=[OverlayWriter(output)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.predict(Constant(), datamodule=PredictData(paths), return_predictions=False)
-
-
-def test_overlays_at_the_images_own_size(tmp_path):
-    paths = [tmp_path / "in" / name for name in ("a.png", "deep/b.png", "deep/a.bmp")]
-    for path, size in zip(paths, [(40, 20), (16, 30), (24, 24)], strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (100, 100, 100)).save(path)
-    output = tmp_path / "new" / "out"
-    predict(paths, output)
-    written = sorted(str(path.relative_to(output)) for path in output.rglob("*.*"))
-    assert written == ["a.png", "deep/a.png", "deep/b.png"]
-    picture = np.array(Image.open(output / "a.png"))
-    assert picture.shape == (20, 40, 3)
-    assert (picture[:, :20] == picture[0, 0]).all()
-    assert (picture[:, 20:] == picture[0, 39]).all()
-    assert picture[0, 0, 0] > picture[0, 39, 0]
-    assert Image.open(output / "deep" / "b.png").size == (16, 30)
-
-
-def test_overlays_that_would_collide_are_refused_before_predicting(tmp_path):
-    paths = [tmp_path / "a.png", tmp_path / "a.bmp"]
-    for path in paths:
-        Image.new("RGB", (34, 34)).save(path)
-    with pytest.raises(ValueError, match=r"a\.bmp and .*a\.png: both overlays would be .*a\.png"):
-        predict(paths, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_overlay_never_replaces_an_image(tmp_path):
-    paths = [tmp_path / "a.png"]
-    with pytest.raises(ValueError, match=r"a\.png: the overlay of .* would replace an image"):
-        overlay_targets(paths, tmp_path)
-    assert overlay_targets(paths, tmp_path / "out") == {paths[0]: tmp_path / "out" / "a.png"}
-    with pytest.raises(ValueError, match="expected at least one image"):
-        overlay_targets([], tmp_path)

@@ -125,9 +125,10 @@ def test_help_is_one_screen(command: str, capsys: pytest.CaptureFixture[str]) ->
         assert word in text
 
 
-def test_help_names_flags_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    screen = printed("fit --help", capsys)
-    full = printed("fit --help_all", capsys) + " ".join(help.nested_flags())
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_help_names_flags_that_there_are(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = printed(f"{command} --help", capsys)
+    full = printed(f"{command} --help_all", capsys) + " ".join(help.nested_flags())
     flags = set(re.findall(r"--[a-z][\w.]*", screen))
     flags -= {"--help_all", "--model.network.help"}
     flags = {flag for flag in flags if not flag.startswith("--trainer.callbacks.")}  # of a class

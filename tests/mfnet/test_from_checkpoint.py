@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import mfnet
+from mfnet.checkpoint import RECORD
 from mfnet.cli import MFNetCLI, main
 from mfnet.data import synthetic
-from mfnet.task import RECORD
+from mfnet.task import SegmentationTask
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,9 @@ NETWORK = [
 ]
 
 
+CPU = ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
 def _of_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if "num_batches" not in key}
 
@@ -80,6 +89,59 @@ def test_validate_takes_the_network_from_the_checkpoint(
         "--data.resize=[40,48]", "--data.num_workers=0", "--trainer.accelerator=cpu",
     ])  # fmt: skip
     assert "val/mIoU" in capsys.readouterr().out
+
+
+def test_windows_scales_and_flips_from_the_command_line(
+    run: Path, images: Path, tmp_path: Path
+) -> None:
+    """What the command line writes is what Python returns, and masks can be trained on."""
+    with Image.open(images / "JPEGImages" / "val_00000.jpg") as photo:
+        photo.resize((70, 90)).save(tmp_path / "photo.png")
+    flags = ["--tile=48", "--overlap=0.5", "--scales=[1,1.5]", "--flip=true", *CPU]
+    main([
+        "predict", f"--ckpt_path={run}", f"--data.predict_images={tmp_path / 'photo.png'}",
+        "--data.resize=null", f"--overlays.output={tmp_path / 'out'}",
+        "--overlays.kinds=[mask,probabilities]", *flags,
+    ])  # fmt: skip
+    network = mfnet.load(run)
+    network.resize = None
+    options = {"tile": 48, "overlap": 0.5, "scales": [1, 1.5], "flip": True}
+    expected = network.predict_probabilities(tmp_path / "photo.png", **options).numpy()
+    with np.load(tmp_path / "out" / "probabilities" / "photo.npz") as file:
+        assert np.array_equal(file["probabilities"], expected)
+    assert not np.array_equal(network.predict_probabilities(tmp_path / "photo.png"), expected)
+
+    root = tmp_path / "pseudo"
+    for folder, file in (
+        ("JPEGImages", tmp_path / "photo.png"),
+        ("SegmentationClass", tmp_path / "out" / "mask" / "photo.png"),
+    ):
+        (root / folder).mkdir(parents=True)
+        shutil.copy(file, root / folder)
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "ImageSets" / "Segmentation" / "test.txt").write_text("photo\n")
+    shutil.copy(images / "classes.txt", root)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["test", "--data=VOCFolder", f"--data.root={root}", f"--ckpt_path={run}", *flags])
+    assert re.search(r"test/accuracy\W+1\.0\W", printed.getvalue())
+
+
+def test_load_gives_what_was_trained(run: Path, tmp_path: Path) -> None:
+    network = mfnet.load(run)
+    assert not network.training
+    assert network.class_names == list(synthetic.CLASSES)
+    assert network.resize == (40, 48)
+    task = SegmentationTask.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert task.class_names == network.class_names
+    images = torch.randn(2, 3, 40, 48)
+    torch.testing.assert_close(task.eval()(images), network(images))
+    network.save_pretrained(tmp_path / "weights")
+    assert {p.suffix for p in (tmp_path / "weights").iterdir()} == {".json", ".md", ".safetensors"}
+    assert "resnet18.pth" not in (tmp_path / "weights" / "config.json").read_text()
+    again = mfnet.load(tmp_path / "weights")
+    assert torch.equal(again(images), network(images))
+    told = ("class_names", "palette", "normalisation", "resize")
+    assert all(getattr(again, name) == getattr(network, name) for name in told)
 
 
 def test_the_record_of_a_checkpoint(run: Path) -> None:
@@ -119,7 +181,7 @@ def test_what_cannot_be_predicted_is_named_and_all_else_written(
         main(["predict", "--data.predict_images", *names, *flags])
     assert exit_.value.code == 1
     printed = capsys.readouterr()
-    assert f"3 overlays written to {tmp_path / 'out'}" in printed.out
+    assert f"3 images predicted, see {tmp_path / 'out'}" in printed.out
     line = printed.err.splitlines()[-1]
     assert line.startswith("mfnet: error: 2 of 5 images were not predicted: ")
     assert f"{photos / 'broken.jpg'}: cannot read image" in line

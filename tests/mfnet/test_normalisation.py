@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mfnet import create_model
+from mfnet.checkpoint import RECORD
 from mfnet.data import Synthetic
 from mfnet.normalisation import IMAGENET, Normalisation, normalisation_of
-from mfnet.task import RECORD, SegmentationTask
+from mfnet.task import SegmentationTask
 
 HALF = Normalisation((0.5,) * 3, (0.5,) * 3)
 
@@ -63,10 +64,13 @@ def test_training_validation_and_prediction_share_it(data: Synthetic, tmp_path: 
     runner.fit(task, datamodule=data)
     file = data.list_samples("val")[0].image
     data.predict_images = str(file)
-    (images, originals, _), *_ = data.predict_dataloader()
-    torch.testing.assert_close(images[0], (originals[0] / 255 - 0.5) / 0.5)
+    (_, originals, _), *_ = data.predict_dataloader()
+    expected = (originals / 255 - 0.5) / 0.5
     runner.validate(task, datamodule=data, verbose=False)
-    assert torch.equal(task.network.seen, images)
+    torch.testing.assert_close(task.network.seen, expected)
+    task.network.seen = None
+    runner.predict(task, datamodule=data)
+    torch.testing.assert_close(task.network.seen, expected)
     assert task.network.seen.min() < -0.9  # with ImageNet's it would reach -2
 
 

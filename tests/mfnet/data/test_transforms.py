@@ -8,7 +8,6 @@ from mfnet.data import denormalise
 from mfnet.data.transforms import (
     Rescale,
     eval_transform,
-    predict_transform,
     train_transform,
 )
 from mfnet.normalisation import IMAGENET, Normalisation
@@ -175,7 +174,7 @@ def test_scales_cover_the_range():
 @pytest.mark.parametrize("normalisation", [IMAGENET, Normalisation((0.5,) * 3, (0.25,) * 3)])
 def test_normalisation_and_its_inverse(normalisation):
     image = tv_tensors.Image(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8))
-    out = predict_transform(normalisation=normalisation)(image)
+    out = eval_transform("modern", (40, 50), normalisation=normalisation)(image)
     mean, std = (torch.tensor(values)[:, None, None] for values in normalisation)
     torch.testing.assert_close(out, (image / 255 - mean) / std)
     undone = denormalise(out, normalisation)

@@ -1,0 +1,214 @@
+"""``mfnet export RUN --to onnx|pt2|aoti|weights``: a trained network for use elsewhere.
+
+What was written is run and compared with the network before it is left in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torchvision.transforms.v2 import functional as tv
+
+from mfnet.files import written_whole
+from mfnet.pretrained import TrainedNetwork, load
+
+Run = Callable[[Tensor], Tensor]
+
+# Batch, height and width of what the file is compared on; the first is the example of an export.
+SIZES = ((2, 97, 129), (1, 65, 65), (3, 128, 80))
+LARGEST_ERROR = 1e-3  # of the largest logit
+METADATA = "mfnet"
+
+
+class Normalised(nn.Module):
+    """A network on RGB images in 0 to 1, float (B, 3, H, W), that normalises them itself."""
+
+    def __init__(self, network: TrainedNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(tv.normalize(images, *self.network.normalisation))
+
+
+def _write_onnx(model: nn.Module, path: Path, metadata: str) -> None:
+    sizes = {0: "batch", 2: "height", 3: "width"}
+    program = torch.onnx.export(
+        model,
+        (_example(0),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=(sizes,),
+        verbose=False,
+    )
+    assert program is not None  # it is where no path is given
+    program.model.metadata_props[METADATA] = metadata
+    program.save(path)
+
+
+def _run_onnx(path: Path) -> Run:
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _program(model: nn.Module) -> torch.export.ExportedProgram:
+    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    return torch.export.export(model, (_example(0),), dynamic_shapes=(sizes,))
+
+
+def _write_pt2(model: nn.Module, path: Path, metadata: str) -> None:
+    torch.export.save(_program(model), path, extra_files={METADATA: metadata})
+
+
+def _run_pt2(path: Path) -> Run:
+    return torch.export.load(path).module()
+
+
+def _write_aoti(model: nn.Module, path: Path, metadata: str) -> None:
+    torch._inductor.aoti_compile_and_package(
+        _program(model),
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": {METADATA: metadata}},
+    )
+
+
+def _run_aoti(path: Path) -> Run:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+class Format(NamedTuple):
+    """How a kind of file is written and run, and the packages that this needs."""
+
+    name: str
+    write: Callable[[nn.Module, Path, str], None]
+    run: Callable[[Path], Run]
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "onnx": Format("network.onnx", _write_onnx, _run_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "pt2": Format("network.pt2", _write_pt2, _run_pt2),
+    "aoti": Format("network.aoti.pt2", _write_aoti, _run_aoti),
+}
+
+
+def export(
+    source: str | Path, to: str, output: str | Path | None = None, normalise: bool = False
+) -> tuple[Path, float]:
+    """Write a trained network to a file that takes any batch, height and width.
+
+    Args:
+        source: what :func:`mfnet.load` takes.
+        to: ``"onnx"``, ``"pt2"`` (torch.export; where it is loaded, ``import mfops`` comes first),
+            ``"aoti"`` (AOTInductor, compiled for this machine's kind of processor), or
+            ``"weights"``, a folder for ``mfnet.load`` and ``from_pretrained``.
+        output: the file or, of weights, the folder; default: ``network.onnx``, ``network.pt2``,
+            ``network.aoti.pt2`` or ``weights`` in the run's folder.
+        normalise: whether the program takes RGB in 0 to 1 and normalises it itself.
+
+    Returns:
+        Where it is, and the largest difference of its logits from the network's, in units of the
+        network's largest logit, over three sizes.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`mfnet.load`; an unknown format, a package that it
+            needs is missing, or what was written differs by more than 1e-3.
+    """
+    if to not in (*FORMATS, "weights"):
+        raise ValueError(f"to: expected {', '.join(FORMATS)} or weights, got {to!r}")
+    if to == "weights" and normalise:
+        raise ValueError("normalise: weights hold the network alone; predict() normalises")
+    packages = () if to == "weights" else FORMATS[to].packages
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{to} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    network = load(source)
+    folder = Path(source).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    name = "weights" if to == "weights" else FORMATS[to].name
+    path = folder / name if output is None else Path(output).expanduser()
+    if to == "weights":
+        with _folder_written_whole(path) as partial:
+            network.save_pretrained(partial)
+            return path, _compare(network, TrainedNetwork.from_pretrained(partial))
+    model = Normalised(network) if normalise else network
+    metadata = json.dumps(_metadata(network, normalise))
+    with written_whole(path) as partial:
+        FORMATS[to].write(model.eval(), partial, metadata)
+        return path, _compare(model, FORMATS[to].run(partial))
+
+
+def _metadata(network: TrainedNetwork, normalise: bool) -> dict[str, Any]:
+    return {
+        "class_names": network.class_names,
+        "palette": network.palette,
+        "resize": network.resize,
+        "normalisation": None if normalise else network.normalisation._asdict(),
+    }
+
+
+def _example(index: int) -> Tensor:
+    batch, height, width = SIZES[index]
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(index))
+
+
+@torch.inference_mode()
+def _compare(model: nn.Module, run: Run) -> float:
+    worst = 0.0
+    for index, size in enumerate(SIZES):
+        images = _example(index)
+        expected, got = model(images), run(images)
+        if got.shape != expected.shape:
+            raise ValueError(
+                f"export: expected logits {tuple(expected.shape)} of images {size}, got "
+                f"{tuple(got.shape)}"
+            )
+        error = float((got - expected).abs().max() / expected.abs().max())
+        if not error <= LARGEST_ERROR:
+            raise ValueError(
+                f"export: on images {size} the logits differ by {error:.1e} of the largest, more "
+                f"than {LARGEST_ERROR:.0e}; nothing was written"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+@contextmanager
+def _folder_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, whose files are moved there once the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder)
+        path.mkdir(exist_ok=True)
+        for file in Path(folder).iterdir():
+            os.replace(file, path / file.name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``mfnet export``; user errors are raised, for the caller to print."""
+    parser = argparse.ArgumentParser(
+        prog="mfnet export",
+        description="Write a trained network to a file for use elsewhere (docs/deploy.md).",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or weights folder")
+    parser.add_argument("--to", required=True, choices=[*FORMATS, "weights"])
+    parser.add_argument("--output", metavar="PATH", help="default: in the run's folder")
+    parser.add_argument(
+        "--normalise", action="store_true", help="take RGB in 0 to 1 and normalise it inside"
+    )
+    options = parser.parse_args(arguments)
+    path, error = export(options.run, options.to, options.output, options.normalise)
+    print(f"written: {path}; largest difference from the network: {error:.1e} of its largest logit")

@@ -1,0 +1,206 @@
+"""A trained network in Python: loaded, applied to photographs, saved, shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jsonargparse import ArgumentError, ArgumentParser
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from mfnet.checkpoint import RECORD, find_checkpoint, misfit, named_as, read_checkpoint
+from mfnet.data import voc
+from mfnet.data.files import picture_to_image, read_image
+from mfnet.data.transforms import resized
+from mfnet.inference import TILE, Inference, Prediction
+from mfnet.normalisation import Normalisation
+
+CONFIG = "config.json"
+# Arguments that only say where training started; what is loaded next are all of the weights.
+STARTING_WEIGHTS = ("backbone_weights", "encoder_weights", "weights", "weights_backbone")
+
+
+_CARD = """\
+---
+{{ card_data }}
+---
+
+A network for semantic segmentation, trained with mfnet.
+
+```python
+import mfnet
+
+network = mfnet.TrainedNetwork.from_pretrained("...")  # this repository, or a local copy of it
+labels = network.predict("photo.jpg")
+```
+"""
+
+
+class TrainedNetwork(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="mfnet",
+    pipeline_tag="image-segmentation",
+    tags=["semantic-segmentation"],
+    model_card_template=_CARD,
+):
+    """A segmentation network with all that its use needs.
+
+    ``forward`` takes normalised images (B, C, H, W) and returns the network's logits; for
+    photographs there is :meth:`predict`. ``save_pretrained(folder)``, ``from_pretrained(folder)``
+    and ``push_to_hub(name)`` are huggingface_hub's: ``config.json`` holds the arguments below,
+    ``model.safetensors`` the weights, neither can hold code.
+
+    Args:
+        network: ``class_path`` of an ``nn.Module`` or of a function that returns one, ``init_args``
+            and ``dict_kwargs``, as the command line's ``--model.network`` takes them.
+        class_names: the classes, in the order of the logits.
+        palette: RGB of each class; default: PASCAL's colours.
+        normalisation: ``mean`` and ``std`` that images are normalised with.
+        resize: (height, width) that images were resized to in training; :meth:`predict` does so.
+
+    Attributes:
+        network: the network itself, for instance a :class:`mfnet.SegmentationNetwork`.
+    """
+
+    def __init__(
+        self,
+        network: Mapping[str, Any],
+        class_names: Sequence[str],
+        normalisation: Mapping[str, Sequence[float]],
+        palette: Sequence[Sequence[int]] | None = None,
+        resize: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = build(network)
+        self.class_names = list(class_names)
+        given = voc.pascal_palette(len(class_names)) if palette is None else palette
+        self.palette = [tuple(colour) for colour in given]
+        self.normalisation = Normalisation(*(tuple(normalisation[k]) for k in ("mean", "std")))
+        self.resize = None if resize is None else tuple(resize)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    @torch.inference_mode()
+    def predict(self, image: Image.Image | str | Path | Tensor, **options: Any) -> Tensor:
+        """Class indices, uint8 (H, W), at the image's own size, upright as its EXIF says.
+
+        Args:
+            image: a PIL image, the path of one, or a uint8 tensor (3, H, W).
+            **options: those of :class:`mfnet.inference.Inference`: ``tile`` (1025; ``None`` shows
+                large images as a whole, too), ``overlap``, ``scales``, ``flip``.
+
+        Raises:
+            DataError: the file or the PIL image cannot be used.
+            TypeError: the image is none of these, the tensor is not uint8, an unknown option.
+            ValueError: the tensor has another shape, or an option is out of range.
+        """
+        return self._predict(image, options).labels
+
+    @torch.inference_mode()
+    def predict_probabilities(
+        self, image: Image.Image | str | Path | Tensor, **options: Any
+    ) -> Tensor:
+        """Probabilities, float16 (classes, H, W); otherwise as :meth:`predict`."""
+        probabilities = self._predict(image, options, probabilities=True).probabilities
+        assert probabilities is not None  # they were asked for
+        return probabilities
+
+    def _predict(self, image: Any, options: dict[str, Any], **keep: bool) -> Prediction:
+        inference = Inference(**{"tile": TILE, **options})
+        pixels = _pixels(image)
+        shown = pixels if self.resize is None else resized(pixels, self.resize)
+        device = next(self.parameters()).device
+        training = self.training
+        self.eval()
+        try:
+            size = pixels.shape[-2:]
+            return inference.predict(self, shown, self.normalisation, device, size, **keep)
+        finally:
+            self.train(training)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> TrainedNetwork:
+        # The mixin's own default leaves what the file lacks as it was initialised.
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+
+def load(source: str | Path) -> TrainedNetwork:
+    """A trained network, in evaluation mode, on the CPU.
+
+    Args:
+        source: the folder of a run (its best checkpoint), a checkpoint, or a folder that
+            ``save_pretrained`` or ``mfnet export --to weights`` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not tell what network it holds (written by a version before 0.1.0's
+            last), or its tensors do not fit.
+    """
+    folder = Path(source).expanduser()
+    if (folder / CONFIG).is_file():
+        return TrainedNetwork.from_pretrained(folder)
+    path = find_checkpoint(source)
+    checkpoint = read_checkpoint(path)
+    arguments = arguments_of(checkpoint.get(RECORD, {}), path)
+    network = TrainedNetwork(**arguments)
+    own = network.state_dict()
+    state = named_as(own, checkpoint.get("state_dict", {}))
+    state = {key: value for key, value in state.items() if key.startswith("network.")}
+    fault = misfit(state, own)
+    if fault:
+        raise ValueError(f"checkpoint '{path}' does not fit: {fault}")
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def arguments_of(record: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """A :class:`TrainedNetwork`'s arguments, of a checkpoint's record; plain values.
+
+    Raises:
+        ValueError: the record does not tell the network.
+    """
+    if not record.get("network"):
+        raise ValueError(f"checkpoint '{path}' does not tell the network that it holds")
+    network = dict(record["network"])
+    given = dict(network.get("init_args", {}))
+    given.update({name: None for name in STARTING_WEIGHTS if name in given})
+    if "num_classes" in given:  # the command line takes the data's, whatever stands here
+        given["num_classes"] = len(record["class_names"])
+    return {**record, "network": {**network, "init_args": given}}
+
+
+def build(network: Mapping[str, Any]) -> nn.Module:
+    """The network of a ``class_path`` with ``init_args`` and ``dict_kwargs``.
+
+    Raises:
+        ValueError: they do not make an ``nn.Module``; nothing else is called.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--network", type=nn.Module)
+    try:
+        config = parser.parse_object({"network": dict(network)})
+    except ArgumentError as error:
+        raise ValueError(f"network: {' '.join(str(error).split())}") from error
+    # instantiate_classes until jsonargparse 4.49
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return make(config).network
+
+
+def _pixels(image: Any) -> Tensor:
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        return picture_to_image(image)
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image: expected a PIL image, a path or a uint8 tensor, got {got}")
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image: expected a tensor (3, H, W), got {tuple(image.shape)}")
+    return tv_tensors.Image(image)

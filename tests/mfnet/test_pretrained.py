@@ -1,0 +1,133 @@
+"""A trained network in Python."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import mfnet
+from mfnet.data import DataError
+from mfnet.pretrained import TrainedNetwork, build
+
+# A network as small as they come: as many classes as colours.
+TINY = {"class_path": "mfops.FactorizedContext", "init_args": {"channels": 3, "rank": 2}}
+TOLD = {
+    "class_names": ["sky", "road", "car"],
+    "normalisation": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+    "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]],
+}
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return TrainedNetwork(network=TINY, **TOLD).eval()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_every_kind_of_image(network, photo, monkeypatch):
+    labels = network.predict(photo)
+    assert labels.dtype == torch.uint8
+    assert labels.shape == (40, 50)
+    with Image.open(photo) as picture:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        assert torch.equal(network.predict(picture), labels)
+        assert torch.equal(network.predict(picture.convert("RGBA")), labels)
+    assert torch.equal(network.predict(pixels), labels)
+    monkeypatch.setenv("HOME", str(photo.parent))
+    assert torch.equal(network.predict("~/photo.png"), labels)
+    mean, std = (torch.tensor(TOLD["normalisation"][k])[:, None, None] for k in ("mean", "std"))
+    logits = network(((pixels / 255 - mean) / std)[None])
+    assert torch.equal(logits.argmax(1)[0], labels)
+    probabilities = network.predict_probabilities(photo)
+    torch.testing.assert_close(probabilities, logits.softmax(1)[0].half(), rtol=2e-3, atol=1e-3)
+    assert torch.equal(network.train().predict(photo), labels)
+    assert network.training
+
+
+def test_upright_and_resized_as_in_training(network, photo):
+    labels = network.predict(photo)
+    with Image.open(photo) as picture:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter
+        picture.rotate(90, expand=True).save(photo.parent / "turned.png", exif=exif)
+    assert torch.equal(network.predict(photo.parent / "turned.png"), labels)
+    seen = []
+    network.resize = (20, 24)
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    assert network.predict(photo).shape == (40, 50)
+    assert network.predict(photo, tile=16).shape == (40, 50)
+    assert seen[0] == (1, 3, 20, 24)
+    assert max(max(shape[-2:]) for shape in seen[1:]) == 16
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "error", "message"),
+    [
+        (np.zeros((4, 4, 3)), {}, TypeError, "image: expected a PIL image, a path or a uint8"),
+        (torch.zeros(3, 4, 4), {}, TypeError, "a uint8 tensor, got torch.float32"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), {}, ValueError, r"\(3, H, W\), got \(4, 4, 3\)"),
+        ("nothing.png", {}, DataError, "nothing.png: cannot read image"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), {"tile": 0}, ValueError, "tile: expected"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), {"tiles": 9}, TypeError, "'tiles'"),
+    ],
+)
+def test_bad_images_and_options(network, image, options, error, message):
+    with pytest.raises(error, match=message):
+        network.predict(image, **options)
+
+
+def test_a_folder_without_a_line_of_code_in_it(network, photo, tmp_path):
+    network.save_pretrained(tmp_path / "weights")
+    config = json.loads((tmp_path / "weights" / "config.json").read_text())
+    assert config == {"network": TINY, "resize": None, **TOLD}
+    for loaded in (
+        mfnet.load(tmp_path / "weights"),
+        TrainedNetwork.from_pretrained(tmp_path / "weights"),
+    ):
+        assert torch.equal(loaded.predict(photo), network.predict(photo))
+        assert not loaded.training
+        assert loaded.palette == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    file = tmp_path / "weights" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(iter(tensors))]
+    save_file(tensors, file)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        mfnet.load(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("class_path", "message"),
+    [
+        ("os.system", "os.system does not correspond to a subclass of Module"),
+        ("mfnet.NoSuchThing", "NoSuchThing"),
+        ("builtins.exec", "does not correspond to a subclass of Module"),
+    ],
+)
+def test_a_configuration_calls_nothing_but_networks(class_path, message):
+    with pytest.raises(ValueError, match=message):
+        build({"class_path": class_path, "init_args": {"command": "touch pwned"}})
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"best\.ckpt': no such file"):
+        mfnet.load(tmp_path)
+    (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        mfnet.load(tmp_path / "a.ckpt")
+    checkpoint = {"pytorch-lightning_version": "2.5", "state_dict": {}}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="does not tell the network"):
+        mfnet.load(tmp_path / "old.ckpt")
+    torch.save({**checkpoint, "mfnet": {"network": TINY, **TOLD}}, tmp_path / "empty.ckpt")
+    with pytest.raises(ValueError, match="does not fit: 2 tensors missing"):
+        mfnet.load(tmp_path / "empty.ckpt")
