@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 PHOTOGRAPHS = "mfnet.data.Photographs"
 
 # Arguments that only say where training started; the checkpoint holds all weights.
-_STARTING_WEIGHTS = ("backbone_weights", "encoder_weights")
+_STARTING_WEIGHTS = ("backbone_weights", "encoder_weights", "weights_backbone")
 _OF_PHOTOGRAPHS = ("predict_images", "resize", "num_workers")
 
 
