@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfnet.data import DataError, denormalise
 from mfnet.data.prediction import Skipped
 from mfnet.files import written_whole
-from mfnet.models import unwrapped
+from mfnet.models import evaluation_parameters, unwrapped
 from mfnet.normalisation import IMAGENET
 from mfnet.visualize import overlay, save_image
 
@@ -58,7 +58,8 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
 class RunRecord(Callback):
     """Write ``summary.json`` and ``samples.npz`` into the run's folder.
 
-    ``summary.json``: model, backbone, parameters, trainable_parameters, gflops (see
+    ``summary.json``: model, backbone, parameters, trainable_parameters (both without those of an
+    auxiliary head, which only trains), gflops (see
     :func:`count_flops`, at the validation images' size; null where it cannot be counted),
     input_size, class_names, palette; written at the first validation.
     ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
@@ -109,7 +110,7 @@ class RunRecord(Callback):
             # A foreign network may not run on the meta device; that must not end its training.
             rank_zero_warn(f"the FLOPs of {type(network).__name__} cannot be counted: {error}")
             gflops = None
-        parameters = list(network.parameters())
+        parameters = evaluation_parameters(network)
         summary = {
             "model": self.model or type(network).__name__,
             "backbone": self.backbone,

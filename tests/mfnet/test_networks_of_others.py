@@ -1,7 +1,8 @@
-"""Networks that return dictionaries or small logits, in training."""
+"""Networks that return dictionaries or small logits, and our own auxiliary heads, in training."""
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCNHead
 
+from mfnet import create_model
+from mfnet.callbacks import count_flops
 from mfnet.cli import main
 from mfnet.data import synthetic
 from mfnet.outputs import read_output
@@ -104,6 +108,41 @@ def test_logits_at_full_size_stay_as_they_are() -> None:
     assert read_output(logits, IMAGES, 3, nn.Identity()) == (logits, None)
 
 
+@pytest.mark.parametrize("name", ["mfnet", "emanet"])
+def test_our_auxiliary_head(name: str) -> None:
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=3, backbone="resnet18", auxiliary_head=True)
+    out = network(IMAGES)
+    assert {key: logits.shape for key, logits in out.items()} == {
+        key: (2, 3, 33, 37) for key in ("out", "aux")
+    }
+    output, _ = network(IMAGES, return_loss=True)
+    assert set(output) == {"out", "aux"}
+    head = network.auxiliary_head
+    assert isinstance(head, FCNHead)
+    assert (head[0].in_channels, head[0].out_channels, head[3].p) == (256, 64, 0.1)
+
+    loss, logged, task = step(network, reconstruction_warmup=0)
+    loss.backward()
+    assert head[0].weight.grad.any()
+    assert "train/auxiliary" in logged
+    head_group = task.configure_optimizers()["optimizer"].param_groups[-1]["params"]
+    assert {id(p) for p in head.parameters()} <= {id(p) for p in head_group}
+
+
+def test_without_training_there_is_no_head() -> None:
+    """Evaluation gives the same logits without it, and a checkpoint without one loads as before."""
+    plain = create_model("mfnet", num_classes=3, backbone="resnet18").eval()
+    assert not [key for key in plain.state_dict() if "auxiliary" in key]
+    network = create_model("mfnet", num_classes=3, backbone="resnet18", auxiliary_head=True)
+    missing, unexpected = network.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.startswith("auxiliary_head.") for key in missing)
+    network.auxiliary_head.forward = None  # type: ignore[assignment, method-assign]
+    with torch.no_grad():
+        assert torch.equal(network.eval()(IMAGES), plain(IMAGES))
+
+
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=4, val=2, size=33)
@@ -134,3 +173,14 @@ def test_torchvisions_network_by_class_path(voc: Path, tmp_path: Path) -> None:
         "--trainer.enable_progress_bar=false",
     ])  # fmt: skip
     assert len(list((tmp_path / "seen").iterdir())) == 1
+
+
+def test_the_summary_is_of_the_network_that_predicts(voc: Path, tmp_path: Path) -> None:
+    more = ["--model.network.backbone=resnet18", "--model.network.auxiliary_head=true"]
+    main(["fit", *flags(voc, tmp_path, *more)])
+    assert "auxiliary" in (tmp_path / "metrics.csv").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    plain = create_model("mfnet", num_classes=5, backbone="resnet18")
+    parameters = sum(p.numel() for p in plain.parameters())
+    assert (summary["parameters"], summary["trainable_parameters"]) == (parameters, parameters)
+    assert summary["gflops"] == count_flops(plain, (33, 33)) / 1e9
