@@ -186,7 +186,7 @@ def evaluated(loss: nn.Module, logits: Tensor, masks: Tensor) -> Tensor:
     Raises:
         ValueError: the loss does not take these, or returns something else.
     """
-    logits = logits.float()
+    logits, loss = logits.float(), loss.float()  # bf16-true makes class weights bfloat16
     if isinstance(loss, CrossEntropy):
         return loss(logits, masks)
     if not (masks != IGNORE_INDEX).any():  # most means are then not a number

@@ -118,6 +118,11 @@ def kinds(trainer: L.Trainer) -> list[str]:
     return [type(one).__name__ for one in (*trainer.optimizers, *schedulers)]
 
 
+def words(kinds: list[str]) -> str:
+    """The classes, for a message."""
+    return " and ".join("polynomial decay" if kind == OWN_KINDS[1] else kind for kind in kinds)
+
+
 def stored_kinds(checkpoint: dict[str, Any], record: dict[str, Any]) -> list[str] | None:
     """:func:`kinds` of the run that wrote the checkpoint; ``None`` where that is not known.
 

@@ -212,8 +212,8 @@ class SegmentationTask(L.LightningModule):
         if self._stored_kinds not in (None, own):
             raise ValueError(
                 f"checkpoint '{self.trainer.ckpt_path}' does not fit: optimizer and schedule of "
-                f"its run are {', '.join(self._stored_kinds)}; --optimizer and --lr_scheduler give "
-                f"this one {', '.join(own)}"
+                f"its run are {resume.words(self._stored_kinds)}; --optimizer and --lr_scheduler "
+                f"give this one {resume.words(own)}"
             )
 
     def on_train_start(self) -> None:

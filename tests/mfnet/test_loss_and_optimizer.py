@@ -61,13 +61,13 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def fit(
-    ckpt: Path | None = None, epochs: int = 2, task: type = SegmentationTask, **arguments: Any
+    ckpt: Path | None = None, epochs: int = 2, precision: Any = "32-true", **arguments: Any
 ) -> tuple[SegmentationTask, list[list[float]]]:
     torch.manual_seed(0)
-    module = task(Foreign(), CLASSES, **arguments)
+    module = SegmentationTask(Foreign(), CLASSES, **arguments)
     watch = Watch()
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, callbacks=[watch], logger=False,
+        accelerator="cpu", max_epochs=epochs, callbacks=[watch], precision=precision, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     loader = DataLoader(batches(), batch_size=None)
@@ -158,11 +158,15 @@ def cosine(optimizer: Any) -> CosineAnnealingLR:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ({}, {"optimizer": adamw}, "SGD, LambdaLR; .* give this one AdamW, LambdaLR"),
-        ({"optimizer": adamw}, {}, "AdamW, LambdaLR; .* give this one SGD, LambdaLR"),
-        ({"optimizer": adamw}, {"optimizer": torch.optim.Adam}, "AdamW, LambdaLR; .* Adam, Lam"),
-        ({"lr_scheduler": cosine}, {}, "SGD, CosineAnnealingLR; .* SGD, LambdaLR"),
-        ({}, {"lr_scheduler": cosine}, "SGD, LambdaLR; .* SGD, CosineAnnealingLR"),
+        ({}, {"optimizer": adamw}, "SGD and polynomial decay; .* give this one AdamW and poly"),
+        ({"optimizer": adamw}, {}, "AdamW and polynomial decay; .* give this one SGD and poly"),
+        (
+            {"optimizer": adamw},
+            {"optimizer": torch.optim.Adam},
+            "AdamW and poly.*; .* this one Adam and poly",
+        ),
+        ({"lr_scheduler": cosine}, {}, "SGD and CosineAnnealingLR; .* SGD and polynomial decay"),
+        ({}, {"lr_scheduler": cosine}, "SGD and polynomial decay; .* SGD and CosineAnnealingLR"),
     ],
 )
 def test_another_class_than_the_checkpoints_is_refused(
@@ -253,6 +257,12 @@ def test_no_label_no_loss_whatever_the_loss() -> None:
     loss.backward()
     assert loss == 0
     assert all(not p.grad.any() for p in task.network.parameters())
+
+
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss()])
+def test_class_weights_in_low_precision(loss: nn.Module | None) -> None:
+    task, _ = fit(epochs=1, class_weights=WEIGHTS, loss=loss, precision="bf16-true")
+    assert all(p.isfinite().all() for p in parameters(task))
 
 
 def test_val_loss_has_no_class_weights_and_checkpoints_no_loss(tmp_path: Path) -> None:
