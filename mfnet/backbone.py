@@ -22,7 +22,8 @@ class Backbone(nn.Module):
 
     ``forward`` takes images ``(B, 3, H, W)`` and returns ``(low, high)``: the last features at
     stride 4, ``(B, low_channels, ~H/4, ~W/4)``, and those at stride 16,
-    ``(B, high_channels, ~H/16, ~W/16)``.
+    ``(B, high_channels, ~H/16, ~W/16)``; with ``with_middle``, between them, those before the last
+    stage, ``(B, middle_channels, h, w)``, in ResNets at stride 16 too.
 
     Args:
         name: a timm model that supports ``output_stride``, for example ``"resnet50"``.
@@ -65,14 +66,16 @@ class Backbone(nn.Module):
         self._low = len(strides) - 1 - strides[::-1].index(LOW_STRIDE)
         self.low_channels: int = info.channels()[self._low]
         self.high_channels: int = info.channels()[-1]
+        self.middle_channels: int = info.channels()[-2]
         if multi_grid is not None:
             _set_multi_grid(self.features, name, multi_grid)
         if weights not in (None, "timm"):
             _load_file(self.features, name, Path(weights))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, with_middle: bool = False) -> tuple[Tensor, ...]:
         features = self.features(x)
-        return features[self._low], features[-1]
+        middle = (features[-2],) if with_middle else ()
+        return (features[self._low], *middle, features[-1])
 
 
 def _dilated_features(name: str, pretrained: bool) -> Any:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfnet.data import denormalise
 from mfnet.files import written_whole
-from mfnet.models import unwrapped
+from mfnet.models import evaluation_parameters, unwrapped
 from mfnet.normalisation import IMAGENET
 
 SUMMARY = "summary.json"
@@ -52,7 +52,8 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
 class RunRecord(Callback):
     """Write ``summary.json`` and ``samples.npz`` into the run's folder.
 
-    ``summary.json``: model, backbone, parameters, trainable_parameters, gflops (see
+    ``summary.json``: model, backbone, parameters, trainable_parameters (both without those of an
+    auxiliary head, which only trains), gflops (see
     :func:`count_flops`, at the validation images' size; null where it cannot be counted),
     input_size, class_names, palette; written at the first validation.
     ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
@@ -103,7 +104,7 @@ class RunRecord(Callback):
             # A foreign network may not run on the meta device; that must not end its training.
             rank_zero_warn(f"the FLOPs of {type(network).__name__} cannot be counted: {error}")
             gflops = None
-        parameters = list(network.parameters())
+        parameters = evaluation_parameters(network)
         summary = {
             "model": self.model or type(network).__name__,
             "backbone": self.backbone,

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
@@ -26,7 +27,14 @@ from mfnet.callbacks import RunRecord
 from mfnet.checkpoint import CHECKPOINTS, RECORD, find_checkpoint, read_checkpoint
 from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs, with_image_list
 from mfnet.data import SegmentationDataModule
-from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, user_error
+from mfnet.errors import (
+    NO_DATA,
+    CommandLineError,
+    chosen_by_user,
+    explain,
+    refusal,
+    user_error,
+)
 from mfnet.inference import TILE, Inference
 from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
 from mfnet.prediction_writer import PredictionWriter
@@ -73,11 +81,18 @@ class MFNetCLI(LightningCLI):
     Args:
         args: the command line; default: the process's.
         run: ``False`` builds ``trainer``, ``model`` and ``datamodule`` without a subcommand.
+        model_class: the task, a subclass with more arguments or an optimizer of its own; see
+            docs/training.md.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        model_class: type[SegmentationTask] = SegmentationTask,
+    ) -> None:
         super().__init__(
-            SegmentationTask,
+            model_class,
             SegmentationDataModule,
             subclass_mode_data=True,
             save_config_callback=RunConfig,
@@ -111,6 +126,11 @@ class MFNetCLI(LightningCLI):
         )
         parser.add_lightning_class_args(PredictionWriter, "overlays")
         parser.set_defaults({"overlays.output": "predictions"})
+        taken = vars(parser.get_defaults().model)
+        if "optimizer" in taken:  # a task of one's own may not take them
+            parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
+        if "lr_scheduler" in taken:
+            parser.add_lr_scheduler_args(link_to="model.lr_scheduler")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
         parser.link_arguments(
             "data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate"
@@ -203,8 +223,14 @@ class MFNetCLI(LightningCLI):
         except (ValueError, TypeError, KeyError) as error:
             if user_error(error) is not None or not chosen_by_user(error):
                 raise
-            said = error.args[0] if error.args else type(error).__name__
-            raise CommandLineError(f"{said} (MFNET_TRACEBACK=1 shows where)") from error
+            raise CommandLineError(f"{refusal(error)} (MFNET_TRACEBACK=1 shows where)") from error
+        own = type(self.model).configure_optimizers is not SegmentationTask.configure_optimizers
+        for key in ("optimizer", "lr_scheduler"):
+            if own and self._get(self.config, key):
+                raise CommandLineError(
+                    f"--{key}: expected none, as {type(self.model).__name__} configures its "
+                    f"optimizer itself, got {self._get(self.config, key).class_path}"
+                )
         self.model.network_config = self._get(self.config, "model").network.as_dict()
         if self.subcommand not in (None, "fit"):
             config = self.config[self.subcommand]

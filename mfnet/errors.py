@@ -27,6 +27,7 @@ _UNKNOWN = r"unrecognized arguments: (.*)|[Oo]ption '(.+?)'|(?:nested key|Key) '
 _NO_CLASS = (
     r"dot import path string: (\S+)|class_path '(\S+)':\s+(?:No module|module '|cannot import)"
 )
+_REFUSED = r"given class_path '(\S+)':\s*(.*?)\s*- Expected a <class 'NoneType'>"
 
 
 class CommandLineError(ArgumentError):
@@ -92,7 +93,8 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
         near = _nearest(found[1], found[2].replace("'", "").split(", "))
         hint = f": did you mean {near[0]}?" if near else "; mfnet --help lists them"
         return f"unknown command '{found[1]}'{hint}"
-    if found := re.search(_NO_CLASS, message):
+    number = "Expected a <class 'float'>" in message  # or a tensor, for what torch.optim calls lr
+    if (found := re.search(_NO_CLASS, message)) and not number:
         known = f", or one of {', '.join(classes)}" if key == "data" else ""
         near = _nearest((found[1] or found[2]).rpartition(".")[2], classes)
         hint = f"; did you mean {near[0]}?" if near and key == "data" else ""
@@ -102,12 +104,19 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
     expected = [
         re.sub(r"typing\.Literal\[(.+)\]|<class '(\w+)'>", r"\1\2", kind)
         for kind in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.M)
-        if "NoneType" not in kind and "a path but" not in kind
+        if not any(words in kind for words in ("NoneType", "path but", "path string"))
     ]
     found = re.search(r"(?:Given value|Got value): (?!NestedArg)(.*)", message)
     if found and expected:
         return f"--{key}: expected {' or '.join(dict.fromkeys(expected))}, got {found[1]}"
     return _one_line(message)
+
+
+def refusal(error: Exception) -> str:
+    """What a class said of its arguments, without jsonargparse's account of an optional one."""
+    said = str(error.args[0]) if error.args else type(error).__name__
+    found = re.search(_REFUSED, said, re.DOTALL)
+    return f"{found[1]}: {found[2] or 'it refuses its arguments'}" if found else said
 
 
 def _own_flags(message: str, key: str) -> list[str]:

@@ -58,11 +58,17 @@ network
   --model.network.context_size [h,w]   grid of a learned Z      ([33,33])
   --model.network.init I               of a learned Y, Z: normal, uniform
   --model.network.factorizer F         of mf: learned, em, nmf, vq, cd, double_attention
+  --model.network.auxiliary_head true  a second head that only trains
   --model.network CLASS                another network, by its class path
   --model.network.help                 create_model's options
 training
   --model.backbone_lr, --model.head_lr LR   (0.007, 0.07)
-  --model.momentum, --model.weight_decay    (0.9, 0.0005)
+  --model.momentum, --model.weight_decay    of SGD                        (0.9, 0.0005)
+  --optimizer CLASS, --lr_scheduler CLASS   others than SGD and polynomial decay; docs/training.md
+  --model.lr_warmup E                       epochs of linear warm-up      (0)
+  --model.loss CLASS                        called as loss(logits, masks) (cross entropy)
+  --model.class_weights W                   a number for each class, or auto
+  --model.auxiliary_weight W                of auxiliary outputs' loss    (0.4)
   --model.parameter_groups G                two_rates, or published: as the paper's code
   --model.image_mean, --model.image_std     [R,G,B]; by default what the backbone's weights want
   --model.reconstruction_weight W           of the context's own loss     (0.1)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCNHead
 
 from mfnet.backbone import Backbone
 from mfnet.contexts import CONTEXTS
@@ -27,13 +28,22 @@ class SegmentationNetwork(nn.Module):
         backbone: images to ``(low, high)`` features.
         context: high-level features to context features; see :mod:`mfnet.contexts`.
         decoder: ``(context features, low features)`` to logits at any resolution.
+        auxiliary_head: features before the backbone's last stage to logits at any resolution. It
+            runs in training alone.
     """
 
-    def __init__(self, backbone: Backbone, context: nn.Module, decoder: nn.Module) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        context: nn.Module,
+        decoder: nn.Module,
+        auxiliary_head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.context = context
         self.decoder = decoder
+        self.auxiliary_head = auxiliary_head
         for module in self._head().modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -45,8 +55,11 @@ class SegmentationNetwork(nn.Module):
 
     def forward(
         self, x: Tensor, return_loss: bool = False, masks: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | dict[str, Tensor] | tuple[Tensor | dict[str, Tensor], Tensor]:
         """Logits in x's resolution or, with ``return_loss``, ``(logits, loss)``.
+
+        With an auxiliary head, in training, the logits are ``{"out": logits, "aux": its logits}``,
+        as torchvision's networks return them.
 
         ``loss`` is the context's own, unweighted, as a float32 scalar: MFNet's reconstruction
         error, EncNet's SE-loss, and zero for networks without one. Without ``return_loss`` in
@@ -59,7 +72,12 @@ class SegmentationNetwork(nn.Module):
                 masks gets none, or of another shape.
         """
         _check_images(x)
-        low, high = self.backbone(x)
+        auxiliary = None
+        if self.training and self.auxiliary_head is not None:
+            low, middle, high = self.backbone(x, with_middle=True)
+            auxiliary = upsample(self.auxiliary_head(middle), x.shape[-2:])
+        else:
+            low, high = self.backbone(x)
         # Asked of the context, not of its class: a compiled one answers for what is inside.
         needs_masks = getattr(self.context, "needs_masks", None)
         if return_loss and needs_masks is not None:
@@ -68,18 +86,27 @@ class SegmentationNetwork(nn.Module):
         else:
             context, loss = self.context(high), x.new_zeros((), dtype=torch.float32)
         logits = upsample(self.decoder(context, low), x.shape[-2:])
-        return (logits, loss) if return_loss else logits
+        output = logits if auxiliary is None else {"out": logits, "aux": auxiliary}
+        return (output, loss) if return_loss else output
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """The backbone's trainable parameters: the group with the lower learning rate."""
         return [p for p in self.backbone.parameters() if p.requires_grad]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of context and decoder."""
+        """The trainable parameters of context, decoder and auxiliary head."""
         return [p for p in self._head().parameters() if p.requires_grad]
 
     def _head(self) -> nn.ModuleList:
-        return nn.ModuleList((self.context, self.decoder))
+        parts = (self.context, self.decoder, self.auxiliary_head)
+        return nn.ModuleList(part for part in parts if part is not None)
+
+
+def evaluation_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters without those of an auxiliary head, which evaluation does not use."""
+    auxiliary = getattr(network, "auxiliary_head", None)
+    unused = set() if auxiliary is None else set(auxiliary.parameters())
+    return [parameter for parameter in network.parameters() if parameter not in unused]
 
 
 def forward_parameters(network: nn.Module) -> Mapping[str, Parameter]:
@@ -130,6 +157,7 @@ def create_model(
     context_size: tuple[int, int] | None = None,
     init: Literal["normal", "uniform"] | None = None,
     multi_grid: Sequence[int] | None = None,
+    auxiliary_head: bool = False,
     **kwargs: Any,
 ) -> SegmentationNetwork:
     """Build a segmentation network at output stride 16.
@@ -156,6 +184,8 @@ def create_model(
             ``"uniform"``; see :class:`mfops.FactorizedContext`. No other context looks at it.
         multi_grid: dilations of the blocks of a ResNet's last layer, (2, 4, 8) in the paper's code
             (timm's own: 1, 2, 2); see :class:`mfnet.backbone.Backbone`.
+        auxiliary_head: an FCN head on the features before the backbone's last stage, whose logits
+            the network returns beside its own in training; see :class:`SegmentationNetwork`.
         **kwargs: options of the network's context. mf: ``rank=64``, ``loss_weight=0.1`` (where
             the caller does not take the loss) and ``steps`` of a factorizer that has them. em:
             ``bases=64`` and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``.
@@ -182,7 +212,7 @@ def create_model(
         raise TypeError(f"factorizer: only context 'mf' takes one, this is '{context}'")
     for keyword in kwargs:
         if keyword not in options:
-            own = ["num_classes", "backbone", "backbone_weights", "multi_grid"]
+            own = ["num_classes", "backbone", "backbone_weights", "multi_grid", "auxiliary_head"]
             own += ["init", "context", "context_size"]
             raise TypeError(
                 f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
@@ -198,8 +228,9 @@ def create_model(
         kwargs["context_size"] = context_size
     trunk = Backbone(backbone, backbone_weights, multi_grid)
     decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
+    head = FCNHead(trunk.middle_channels, num_classes) if auxiliary_head else None
     return SegmentationNetwork(
-        trunk, build_context(trunk.high_channels, CONTEXT_CHANNELS, **kwargs), decoder
+        trunk, build_context(trunk.high_channels, CONTEXT_CHANNELS, **kwargs), decoder, head
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from inspect import signature
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from mfnet.data.loader import ResumableLoader
 
 Settings = list[list[dict[str, Any]]]
+KINDS = "optimizer"  # in a checkpoint's record
+OWN_KINDS = ("SGD", "LambdaLR")  # of a run that names no others
 
 
 def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
@@ -30,6 +33,16 @@ def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
     if epochs > 0:
         shares.append(max(epochs_done(trainer), resumed_at) / epochs)
     return float(min(max(shares), 1))
+
+
+def share_warmed_up(trainer: L.Trainer, resumed_at: Fraction, epochs: float) -> float:
+    """The share of the first ``epochs`` that is done, in 0 to 1; 1 where there are none.
+
+    Never below that at ``resumed_at`` (in epochs), as in :func:`share_done`.
+    """
+    if epochs == 0:
+        return 1.0
+    return float(min(max(epochs_done(trainer), resumed_at) / Fraction(epochs), 1))
 
 
 def epochs_done(trainer: L.Trainer) -> Fraction:
@@ -86,8 +99,51 @@ def settings(trainer: L.Trainer) -> Settings:
     ]
 
 
-def restore(trainer: L.Trainer, configured: Settings) -> None:
-    """Put this run's settings in place of those that a checkpoint has brought with its states."""
+def schedules(trainer: L.Trainer) -> list[dict[str, Any]]:
+    """What each scheduler was constructed with, as far as it keeps that under the same name."""
+    plans = []
+    for config in trainer.lr_scheduler_configs:
+        classes = type(config.scheduler).__mro__[:-1]
+        names = {name for kind in classes for name in signature(kind).parameters}
+        # last_epoch is progress; from total_steps OneCycleLR derives more, which would stay.
+        names -= {"optimizer", "last_epoch", "total_steps"}
+        own = vars(config.scheduler)
+        plans.append({name: own[name] for name in names if name in own})
+    return plans
+
+
+def kinds(trainer: L.Trainer) -> list[str]:
+    """The classes of the optimizers and of their schedulers."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [type(one).__name__ for one in (*trainer.optimizers, *schedulers)]
+
+
+def words(kinds: list[str]) -> str:
+    """The classes, for a message."""
+    return " and ".join("polynomial decay" if kind == OWN_KINDS[1] else kind for kind in kinds)
+
+
+def stored_kinds(checkpoint: dict[str, Any], record: dict[str, Any]) -> list[str] | None:
+    """:func:`kinds` of the run that wrote the checkpoint; ``None`` where that is not known.
+
+    ``record`` is its entry of mfnet's, which tells them unless they are the task's own.
+    """
+    if KINDS in record:
+        return list(record[KINDS])
+    groups = [g for state in checkpoint.get("optimizer_states", []) for g in state["param_groups"]]
+    schedulers = checkpoint.get("lr_schedulers", [])
+    by_sgd = groups and all("dampening" in group for group in groups)
+    by_factor = schedulers and all("lr_lambdas" in state for state in schedulers)
+    return list(OWN_KINDS) if by_sgd and by_factor else None
+
+
+def restore(trainer: L.Trainer, configured: Settings, planned: list[dict[str, Any]]) -> None:
+    """Put this run's settings in place of those that a checkpoint has brought with its states.
+
+    ``configured`` and ``planned`` are what :func:`settings` and :func:`schedules` said before.
+    """
+    for config, given in zip(trainer.lr_scheduler_configs, planned, strict=True):
+        vars(config.scheduler).update(given)
     for optimizer, groups in zip(trainer.optimizers, configured, strict=True):
         for group, given in zip(optimizer.param_groups, groups, strict=False):
             # A scheduler that cycles momentum keeps its limits in the group: it is at some place.

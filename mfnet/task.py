@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from mfnet import resume
+from mfnet import losses, optimizers, resume
 from mfnet.checkpoint import RECORD, misfit, named_as, read_checkpoint
+from mfnet.data.files import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
 from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
+from mfnet.outputs import read_output
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.pretrained import arguments_of, build
 from mfops import collect_losses
 
-IGNORE_INDEX = 255
 EPOCHS_DONE = "epochs_done"  # another, a fraction
 
 
@@ -53,35 +53,55 @@ def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
 
 
 class SegmentationTask(L.LightningModule):
-    """Cross entropy, plus a network's own auxiliary loss, by SGD with polynomial decay.
+    """Cross entropy, plus a network's own losses, by SGD with polynomial decay, unless told else.
 
-    The loss is ``CE + reconstruction_weight * auxiliary``, the weight being 0 for the first
-    ``reconstruction_warmup`` epochs. The auxiliary loss is what the network returns where its
+    The loss is ``L(logits) + auxiliary_weight * L(auxiliary logits) + reconstruction_weight *
+    reconstruction``, the last weight being 0 for the first ``reconstruction_warmup`` epochs. L is
+    cross entropy (CE) or ``loss``. Auxiliary logits are a network's that returns them in training;
+    see :mod:`mfnet.outputs`. The reconstruction loss is what the network returns where its
     ``forward`` takes ``return_loss``, and the losses that ``FactorizedContext`` modules in it would
     inject, with this weight in place of their own (one of weight 0 stays without a loss). CE is
     the mean over the pixels that are not ignored (255) in the batches of all ranks together, so
-    that n processes with batch b take the step of one process with batch n b; a batch without any
-    such pixel has CE 0.
+    that n processes with batch b take the step of one process with batch n b; another loss is
+    that of each rank's batch, and its gradients are averaged. A batch without any such pixel has
+    L 0.
 
     Batches are ``(images (B, 3, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
-    ``train/ce``, ``train/reconstruction`` (unweighted), ``lr-<group>`` (``backbone``, ``head``),
-    ``val/loss`` (CE over all pixels of the set) and the scores of :func:`segmentation_scores`
-    are logged: ``val/mIoU``, ``val/fwIoU``, ``val/accuracy``, ``val/IoU/<class>``.
+    ``train/ce`` (with another loss ``train/<its class>``), ``train/auxiliary`` and
+    ``train/reconstruction`` (unweighted), ``lr-<group>`` (``backbone``, ``head``), ``val/loss`` and
+    the scores of :func:`segmentation_scores` are logged: ``val/mIoU``, ``val/fwIoU``,
+    ``val/accuracy``, ``val/IoU/<class>``. ``val/loss`` is L of the logits alone, without class
+    weights, so that runs with other weights compare: CE over all pixels of the set; of another
+    loss, the mean over the batches, weighted by their pixels that are not ignored.
 
-    On resuming, the learning rates, momentum and weight decay given here win over the
-    checkpoint's, and the decay goes on from the share of training that is done.
+    On resuming, the rates and other settings of optimizer and schedule given here win over the
+    checkpoint's, and the polynomial decay goes on from the share of training that is done; a
+    checkpoint of an optimizer or schedule of another class is refused.
 
     Args:
         network: a :class:`mfnet.SegmentationNetwork` or any module that maps images to logits
-            ``(B, classes, H, W)``; compiled, distributed or averaging wrappers of one too.
+            ``(B, classes, h, w)``, by themselves or as :mod:`mfnet.outputs` reads them; compiled,
+            distributed or averaging wrappers of one too.
         class_names: the classes, in the order of the logits' channels.
         backbone_lr: learning rate of ``network.backbone_parameters()``; in another module, of
             its submodule ``backbone`` or ``encoder``.
         head_lr: learning rate of all other parameters.
-        momentum: SGD's momentum.
+        momentum: SGD's momentum; of the task's own SGD alone, as is the next.
         weight_decay: SGD's weight decay.
         power: the rates are multiplied by ``(1 - share) ** power`` at every step, ``share`` being
             that of the epochs (or of ``max_steps``, if those end first) that are done.
+        lr_warmup: epochs, or a part of one, in which the rates are also multiplied by a factor that
+            rises linearly from 0 to 1. The schedule of ``lr_scheduler`` has none.
+        optimizer: makes another optimizer of parameter groups. Its rate is that of the head, and
+            the backbone's keeps its ratio, ``backbone_lr / head_lr``, to it.
+        lr_scheduler: makes the scheduler of an optimizer, in place of polynomial decay; it steps
+            once an epoch.
+        loss: a module called as ``loss(logits float32 (B, classes, H, W), masks)`` that returns a
+            scalar and ignores 255: where one takes ``ignore_index`` and has its default, it is
+            given 255. ``None``: :class:`mfnet.losses.CrossEntropy`.
+        class_weights: a number for each class, for a loss that takes ``weight``; ``"auto"``:
+            :func:`mfnet.losses.median_frequency` of the training masks, counted before training.
+        auxiliary_weight: weight of the loss of auxiliary logits.
         parameter_groups: ``"two_rates"``, those above, or ``"published"``: as the code of MFNet's
             paper has them, :func:`mfnet.parameter_groups.published`.
         reconstruction_weight: weight of the auxiliary loss (the paper's lambda; EncNet's SE-loss
@@ -91,6 +111,10 @@ class SegmentationTask(L.LightningModule):
             timm's configuration says of the weights of the timm model inside the network,
             ImageNet's where there is none; after a checkpoint was loaded, the checkpoint's.
         image_std: standard deviation, likewise.
+
+    Raises:
+        ValueError: class weights do not fit the classes or the loss, a loss has parameters, a
+            warm-up is below 0 or given beside a scheduler.
 
     Attributes:
         normalisation: the mean and standard deviation in effect. The data modules look here.
@@ -113,6 +137,12 @@ class SegmentationTask(L.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         power: float = 0.9,
+        lr_warmup: float = 0.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        loss: nn.Module | None = None,
+        class_weights: list[float] | Literal["auto"] | None = None,
+        auxiliary_weight: float = 0.4,
         parameter_groups: Grouping = "two_rates",
         reconstruction_weight: float = 0.1,
         reconstruction_warmup: int = 10,
@@ -127,6 +157,20 @@ class SegmentationTask(L.LightningModule):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.power = power
+        self.lr_warmup = lr_warmup
+        if lr_warmup < 0 or (lr_warmup and lr_scheduler is not None):
+            raise ValueError(
+                "lr_warmup: expected at least 0, and 0 beside lr_scheduler, whose schedule has "
+                f"none, got {lr_warmup}"
+            )
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.loss = losses.prepared(losses.CrossEntropy() if loss is None else loss)
+        self.class_weights = class_weights
+        self.training_loss = self._weighted(
+            [1.0] * len(self.class_names) if class_weights == "auto" else class_weights
+        )
+        self.auxiliary_weight = auxiliary_weight
         self.parameter_groups = parameter_groups
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction_warmup = reconstruction_warmup
@@ -138,6 +182,8 @@ class SegmentationTask(L.LightningModule):
         self._seed = torch.initial_seed()
         self._resumed_at = Fraction(0)  # in epochs
         self._configured: resume.Settings | None = None
+        self._planned: list[dict[str, Any]] = []
+        self._stored_kinds: list[str] | None = None
         # Labels were checked where they were read; validate_args would wait for the GPU.
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
@@ -150,7 +196,7 @@ class SegmentationTask(L.LightningModule):
         Raises:
             ValueError: the network returns something else.
         """
-        return self._checked(self.network(images), images)
+        return read_output(self.network(images), images, len(self.class_names), self.network)[0]
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [LabelCheck()]
@@ -158,16 +204,27 @@ class SegmentationTask(L.LightningModule):
     def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
         self._seed = torch.initial_seed()
         self._resumed_at = Fraction(0)  # a checkpoint, loaded next, tells otherwise
-        self._configured = None
+        self._configured = self._stored_kinds = None
+        if stage == "fit" and self.class_weights == "auto":
+            data = getattr(self.trainer.datamodule, "train_set", None)
+            self.training_loss = self._weighted(losses.balanced_class_weights(data).tolist())
 
     def on_fit_start(self) -> None:
         # As configured: a checkpoint that is loaded next brings those of its own run.
         self._configured = resume.settings(self.trainer)
+        self._planned = resume.schedules(self.trainer)
+        own = resume.kinds(self.trainer)
+        if self._stored_kinds not in (None, own):
+            raise ValueError(
+                f"checkpoint '{self.trainer.ckpt_path}' does not fit: optimizer and schedule of "
+                f"its run are {resume.words(self._stored_kinds)}; --optimizer and --lr_scheduler "
+                f"give this one {resume.words(own)}"
+            )
 
     def on_train_start(self) -> None:
         resume.continue_epoch(self.trainer)
         if self._configured is not None:  # a trial of BatchSizeFinder comes before
-            resume.restore(self.trainer, self._configured)
+            resume.restore(self.trainer, self._configured, self._planned)
 
     def on_train_epoch_start(self) -> None:
         optimizers = self.trainer.optimizers
@@ -188,24 +245,28 @@ class SegmentationTask(L.LightningModule):
         warming_up = self.current_epoch < self.reconstruction_warmup
         weight = 0.0 if warming_up else self.reconstruction_weight
         takes = forward_parameters(unwrapped(self.network))
-        with collect_losses() as losses:
+        with collect_losses() as collected:
             if "return_loss" in takes:
                 labels = {"masks": masks} if "masks" in takes else {}
-                logits, own = self.network(images, return_loss=True, **labels)
-                losses.append(own)
+                output, own = self.network(images, return_loss=True, **labels)
+                collected.append(own)
             else:
-                logits = self.network(images)
-        auxiliary = sum(losses) if losses else None
-        total, pixels = self._cross_entropy(self._checked(logits, images), masks)
-        ce = total / _mean_over_ranks(pixels).clamp(min=1)
-        loss = ce
+                output = self.network(images)
+        logits, auxiliary = read_output(output, images, len(self.class_names), self.network)
+        loss = losses.evaluated(self.training_loss, logits, masks)
+        name = "ce" if isinstance(self.loss, losses.CrossEntropy) else type(self.loss).__name__
+        per_epoch = {"train/loss": loss.detach(), f"train/{name}": loss.detach()}
         if auxiliary is not None:
-            loss = ce + weight * auxiliary
+            own = losses.evaluated(self.training_loss, auxiliary, masks)
+            per_epoch["train/auxiliary"] = own.detach()
+            loss = loss + self.auxiliary_weight * own
+        if collected:
+            reconstruction = sum(collected)
+            per_epoch["train/reconstruction"] = reconstruction.detach()
+            loss = loss + weight * reconstruction
 
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        per_epoch = {"train/loss": loss.detach(), "train/ce": ce.detach()}
-        if auxiliary is not None:
-            per_epoch["train/reconstruction"] = auxiliary.detach()
+        per_epoch["train/loss"] = loss.detach()
         self.log_dict(
             per_epoch, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images)
         )
@@ -247,17 +308,13 @@ class SegmentationTask(L.LightningModule):
             return Skipped(path, str(error))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.SGD(
-            self._groups(), momentum=self.momentum, weight_decay=self.weight_decay
-        )
-
-        # LambdaLR rather than PolynomialLR, which counts steps: a run that goes on with more epochs
-        # or with batches of another size is still at the share of training that it has reached.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self._decay())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        if self.optimizer is None:
+            optimizer = torch.optim.SGD(
+                self._groups(), momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        else:
+            optimizer = optimizers.build_optimizer(self._groups(), self.optimizer, self.head_lr)
+        return optimizers.scheduled(optimizer, self.lr_scheduler, self._rate_factor)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -290,6 +347,7 @@ class SegmentationTask(L.LightningModule):
         stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
         self.normalisation = self._unless_given(stored)
         self._resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
+        self._stored_kinds = resume.stored_kinds(checkpoint, record)
         resume.mark_finished_epoch(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -306,6 +364,8 @@ class SegmentationTask(L.LightningModule):
             },
             "network": self.network_config,
         }
+        if (kinds := resume.kinds(self.trainer)) != list(resume.OWN_KINDS):
+            checkpoint[RECORD][resume.KINDS] = kinds
 
     def _groups(self) -> Groups:
         return parameter_groups(self.network, self.parameter_groups, self.backbone_lr, self.head_lr)
@@ -328,8 +388,15 @@ class SegmentationTask(L.LightningModule):
         pairs = zip(self._given, normalisation, strict=True)
         return Normalisation(*(tuple(own if given is None else given) for given, own in pairs))
 
-    def _decay(self) -> float:
-        return (1 - resume.share_done(self.trainer, self._resumed_at)) ** self.power
+    def _rate_factor(self) -> float:
+        warmed_up = resume.share_warmed_up(self.trainer, self._resumed_at, self.lr_warmup)
+        return warmed_up * (1 - resume.share_done(self.trainer, self._resumed_at)) ** self.power
+
+    def _weighted(self, class_weights: list[float] | None) -> nn.Module:
+        if class_weights is None:
+            return self.loss
+        weights = losses.checked_class_weights(class_weights, len(self.class_names))
+        return losses.with_class_weights(self.loss, weights.to(self.device))
 
     @torch.inference_mode(False)  # else a later fit could not update what a validation created
     def _reset_metrics(self) -> None:
@@ -343,8 +410,8 @@ class SegmentationTask(L.LightningModule):
         else:
             probabilities = self.inference.probabilities(self, images)
             logits = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
-        total, pixels = self._cross_entropy(logits, masks)
-        self.pixel_loss.update(total / pixels.clamp(min=1), pixels)
+        pixels = (masks != IGNORE_INDEX).sum().float()
+        self.pixel_loss.update(losses.evaluated(self.loss, logits, masks), pixels)
         self.confusion.update(logits.argmax(1), masks)
 
     def _log_scores(self, stage: str) -> None:
@@ -356,26 +423,3 @@ class SegmentationTask(L.LightningModule):
             for name, iou in zip(self.class_names, scores["IoU"], strict=True)
         }
         self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=True)
-
-    def _cross_entropy(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over the pixels that count, and their number, both float32 scalars."""
-        total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, (masks != IGNORE_INDEX).sum().float()
-
-    def _checked(self, logits: Any, images: Tensor) -> Tensor:
-        expected = (len(images), len(self.class_names), *images.shape[-2:])
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if got != expected:
-            raise ValueError(
-                f"network: expected {type(self.network).__name__} to return logits of shape "
-                f"{expected} (batch, classes, height, width), got {got}"
-            )
-        return logits
-
-
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value

@@ -19,7 +19,7 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-PAGES = ("README.md", "docs/data.md", "docs/factorizers.md")
+PAGES = ("README.md", "docs/data.md", "docs/factorizers.md", "docs/training.md")
 BLOCKS = [(page, number) for page in PAGES for number in range(len(blocks(page)))]
 
 

@@ -1,0 +1,186 @@
+"""Networks that return dictionaries or small logits, and our own auxiliary heads, in training."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCNHead
+
+from mfnet import create_model
+from mfnet.callbacks import count_flops
+from mfnet.cli import main
+from mfnet.data import synthetic
+from mfnet.outputs import read_output
+from mfnet.task import SegmentationTask
+
+CLASSES = ["a", "b", "c"]
+IMAGES = torch.randn(2, 3, 33, 37, generator=torch.Generator().manual_seed(0))
+MASKS = torch.randint(0, 3, (2, 33, 37), generator=torch.Generator().manual_seed(0))
+MASKS[:, :7] = 255
+
+
+class Answers(nn.Module):
+    """Logits in different ways."""
+
+    def __init__(self, answer: str) -> None:
+        super().__init__()
+        self.answer = answer
+        self.backbone = nn.Conv2d(3, 4, 3, stride=4)
+        self.head = nn.Conv2d(4, 3, 1)
+        self.aux = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.backbone(x)
+        logits = self.head(features)
+        full = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
+        return {
+            "small": logits,
+            "out": OrderedDict(out=full),
+            "aux": {"out": full, "aux": self.aux(features)},
+            "object": SimpleNamespace(logits=logits),
+            "wrong aux": {"out": full, "aux": self.aux(features)[:, :2]},
+            "too small": full[:, :, 0],
+        }[self.answer]
+
+
+def step(network: nn.Module, **arguments: Any) -> tuple[Tensor, dict[str, float], SegmentationTask]:
+    """The loss of a step, and what it logs."""
+    task = SegmentationTask(network, CLASSES, **arguments)
+    task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    logged: dict[str, float] = {}
+    task.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    task.log_dict = lambda values, **kwargs: logged.update(values)  # type: ignore[method-assign]
+    return task.training_step((IMAGES, MASKS), 0), logged, task
+
+
+def full_size(logits: Tensor) -> Tensor:
+    return F.interpolate(logits, IMAGES.shape[-2:], mode="bilinear", align_corners=False)
+
+
+@pytest.mark.parametrize("answer", ["small", "out", "object", "aux"])
+def test_every_kind_of_answer_trains_and_predicts(answer: str) -> None:
+    network = Answers(answer)
+    loss, logged, task = step(network)
+    features = network.backbone(IMAGES)
+    expected = full_size(network.head(features))
+    ce = F.cross_entropy(expected, MASKS, ignore_index=255)
+    torch.testing.assert_close(logged["train/ce"], ce.detach())
+    if answer == "aux":
+        own = F.cross_entropy(full_size(network.aux(features)), MASKS, ignore_index=255)
+        torch.testing.assert_close(logged["train/auxiliary"], own.detach())
+        ce = ce + 0.4 * own
+    torch.testing.assert_close(loss, ce)
+    torch.testing.assert_close(task(IMAGES), expected)
+    task._evaluate((IMAGES, MASKS))
+    assert task.confusion.compute().sum() == (MASKS != 255).sum()
+    torch.testing.assert_close(task.predict_step((IMAGES[:1], None, ["x"]), 0), expected[:1])
+
+
+def test_the_weight_of_an_auxiliary_output() -> None:
+    loss, logged, _ = step(Answers("aux"), auxiliary_weight=0.25)
+    expected = logged["train/ce"] + 0.25 * logged["train/auxiliary"]
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("wrong aux", r"return auxiliary logits of shape \(2, 3, 33, 37\) .* got \(2, 2, 8, 9\)$"),
+        ("too small", r"return logits of shape \(2, 3, 33, 37\) .*, got \(2, 3, 37\)$"),
+    ],
+)
+def test_what_is_wrong_is_named(answer: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"network: expected Answers to {message}"):
+        step(Answers(answer))
+
+
+def test_logits_at_full_size_stay_as_they_are() -> None:
+    logits = torch.randn(2, 3, 33, 37)
+    assert read_output(logits, IMAGES, 3, nn.Identity()) == (logits, None)
+
+
+@pytest.mark.parametrize("name", ["mfnet", "emanet"])
+def test_our_auxiliary_head(name: str) -> None:
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=3, backbone="resnet18", auxiliary_head=True)
+    out = network(IMAGES)
+    assert {key: logits.shape for key, logits in out.items()} == {
+        key: (2, 3, 33, 37) for key in ("out", "aux")
+    }
+    output, _ = network(IMAGES, return_loss=True)
+    assert set(output) == {"out", "aux"}
+    head = network.auxiliary_head
+    assert isinstance(head, FCNHead)
+    assert (head[0].in_channels, head[0].out_channels, head[3].p) == (256, 64, 0.1)
+
+    loss, logged, task = step(network, reconstruction_warmup=0)
+    loss.backward()
+    assert head[0].weight.grad.any()
+    assert "train/auxiliary" in logged
+    head_group = task.configure_optimizers()["optimizer"].param_groups[-1]["params"]
+    assert {id(p) for p in head.parameters()} <= {id(p) for p in head_group}
+
+
+def test_without_training_there_is_no_head() -> None:
+    """Evaluation gives the same logits without it, and a checkpoint without one loads as before."""
+    plain = create_model("mfnet", num_classes=3, backbone="resnet18").eval()
+    assert not [key for key in plain.state_dict() if "auxiliary" in key]
+    network = create_model("mfnet", num_classes=3, backbone="resnet18", auxiliary_head=True)
+    missing, unexpected = network.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.startswith("auxiliary_head.") for key in missing)
+    network.auxiliary_head.forward = None  # type: ignore[assignment, method-assign]
+    with torch.no_grad():
+        assert torch.equal(network.eval()(IMAGES), plain(IMAGES))
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=4, val=2, size=33)
+
+
+def flags(voc: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "--data=VOCFolder", f"--data.root={voc}", "--data.crop_size=33", "--data.batch_size=2",
+        "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=1", "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false", "--trainer.enable_model_summary=false",
+        f"--trainer.default_root_dir={run}", *more,
+    ]  # fmt: skip
+
+
+def test_torchvisions_network_by_class_path(voc: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = "--model.network=torchvision.models.segmentation.deeplabv3_mobilenet_v3_large"
+    more = ["--model.network.weights_backbone=null", "--model.network.aux_loss=true"]
+    main(["fit", *flags(voc, run, path, *more)])
+    assert "train/auxiliary" in (run / "metrics.csv").read_text()
+    weights = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert len(weights["network.classifier.4.bias"]) == 5  # as many as the data's classes
+    image = next((voc / "JPEGImages").iterdir())
+    main([
+        "predict", f"--ckpt_path={run}", f"--data.predict_images={image}",
+        "--data.num_workers=0", "--trainer.accelerator=cpu", f"--overlays.output={tmp_path}/seen",
+        "--trainer.enable_progress_bar=false",
+    ])  # fmt: skip
+    assert len(list((tmp_path / "seen").iterdir())) == 1
+
+
+def test_the_summary_is_of_the_network_that_predicts(voc: Path, tmp_path: Path) -> None:
+    more = ["--model.network.backbone=resnet18", "--model.network.auxiliary_head=true"]
+    main(["fit", *flags(voc, tmp_path, *more)])
+    assert "auxiliary" in (tmp_path / "metrics.csv").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    plain = create_model("mfnet", num_classes=5, backbone="resnet18")
+    parameters = sum(p.numel() for p in plain.parameters())
+    assert (summary["parameters"], summary["trainable_parameters"]) == (parameters, parameters)
+    assert summary["gflops"] == count_flops(plain, (33, 33)) / 1e9
