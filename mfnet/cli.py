@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import OverlayWriter, RunRecord
-from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs, with_image_list
+from mfnet.config import (
+    ConfigAction,
+    RunConfig,
+    expand_all,
+    plain,
+    shipped_configs,
+    with_image_list,
+)
 from mfnet.data import SegmentationDataModule
 from mfnet.errors import (
     NO_DATA,
@@ -221,7 +228,7 @@ class MFNetCLI(LightningCLI):
                     f"--{key}: expected none, as {type(self.model).__name__} configures its "
                     f"optimizer itself, got {self._get(self.config, key).class_path}"
                 )
-        self.model.network_config = self._get(self.config, "model").network.as_dict()
+        self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
