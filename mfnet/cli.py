@@ -25,7 +25,14 @@ from tqdm import tqdm
 from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import RunRecord
 from mfnet.checkpoint import CHECKPOINTS, RECORD, find_checkpoint, read_checkpoint
-from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs, with_image_list
+from mfnet.config import (
+    ConfigAction,
+    RunConfig,
+    expand_all,
+    plain,
+    shipped_configs,
+    with_image_list,
+)
 from mfnet.data import SegmentationDataModule
 from mfnet.errors import (
     NO_DATA,
@@ -231,7 +238,7 @@ class MFNetCLI(LightningCLI):
                     f"--{key}: expected none, as {type(self.model).__name__} configures its "
                     f"optimizer itself, got {self._get(self.config, key).class_path}"
                 )
-        self.model.network_config = self._get(self.config, "model").network.as_dict()
+        self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
         if self.subcommand not in (None, "fit"):
             config = self.config[self.subcommand]
             self.model.inference = Inference(*(config[field.name] for field in fields(Inference)))

@@ -107,6 +107,15 @@ def expand_all(value: Any) -> Any:
     return value
 
 
+def plain(value: Any) -> Any:
+    """``value`` with enums, at any depth, as their names: a checkpoint is read without classes."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
 class RunConfig(SaveConfigCallback):
     """Save the configuration in the run's folder; Lightning's goes where the logger logs."""
 

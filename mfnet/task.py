@@ -90,6 +90,15 @@ class SegmentationTask(L.LightningModule):
         weight_decay: SGD's weight decay.
         power: the rates are multiplied by ``(1 - share) ** power`` at every step, ``share`` being
             that of the epochs (or of ``max_steps``, if those end first) that are done.
+        parameter_groups: ``"two_rates"``, those above, or ``"published"``: as the code of MFNet's
+            paper has them, :func:`mfnet.parameter_groups.published`.
+        reconstruction_weight: weight of the reconstruction loss (the paper's lambda; EncNet's
+            SE-loss has 0.2, without a warm-up).
+        reconstruction_warmup: epochs trained without it.
+        image_mean: mean of R, G, B that images are normalised with, in 0 to 1. ``None``: what
+            timm's configuration says of the weights of the timm model inside the network,
+            ImageNet's where there is none; after a checkpoint was loaded, the checkpoint's.
+        image_std: standard deviation, likewise.
         lr_warmup: epochs, or a part of one, in which the rates are also multiplied by a factor that
             rises linearly from 0 to 1. The schedule of ``lr_scheduler`` has none.
         optimizer: makes another optimizer of parameter groups. Its rate is that of the head, and
@@ -102,15 +111,6 @@ class SegmentationTask(L.LightningModule):
         class_weights: a number for each class, for a loss that takes ``weight``; ``"auto"``:
             :func:`mfnet.losses.median_frequency` of the training masks, counted before training.
         auxiliary_weight: weight of the loss of auxiliary logits.
-        parameter_groups: ``"two_rates"``, those above, or ``"published"``: as the code of MFNet's
-            paper has them, :func:`mfnet.parameter_groups.published`.
-        reconstruction_weight: weight of the auxiliary loss (the paper's lambda; EncNet's SE-loss
-            has 0.2, without a warm-up).
-        reconstruction_warmup: epochs trained without it.
-        image_mean: mean of R, G, B that images are normalised with, in 0 to 1. ``None``: what
-            timm's configuration says of the weights of the timm model inside the network,
-            ImageNet's where there is none; after a checkpoint was loaded, the checkpoint's.
-        image_std: standard deviation, likewise.
 
     Raises:
         ValueError: class weights do not fit the classes or the loss, a loss has parameters, a
@@ -125,7 +125,8 @@ class SegmentationTask(L.LightningModule):
 
     A checkpoint's entry ``"mfnet"`` holds what a prediction needs beside the weights:
     ``class_names``, ``palette`` and ``resize`` of the trainer's data module, ``normalisation``, and
-    ``network``, which is ``network_config``.
+    ``network``, which is ``network_config``; ``optimizer``, the classes of optimizer and scheduler,
+    where they are not the task's own.
     """
 
     def __init__(
@@ -137,17 +138,17 @@ class SegmentationTask(L.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         power: float = 0.9,
+        parameter_groups: Grouping = "two_rates",
+        reconstruction_weight: float = 0.1,
+        reconstruction_warmup: int = 10,
+        image_mean: Triple | None = None,
+        image_std: Triple | None = None,
         lr_warmup: float = 0.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         loss: nn.Module | None = None,
         class_weights: list[float] | Literal["auto"] | None = None,
         auxiliary_weight: float = 0.4,
-        parameter_groups: Grouping = "two_rates",
-        reconstruction_weight: float = 0.1,
-        reconstruction_warmup: int = 10,
-        image_mean: Triple | None = None,
-        image_std: Triple | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -157,6 +158,11 @@ class SegmentationTask(L.LightningModule):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.power = power
+        self.parameter_groups = parameter_groups
+        self.reconstruction_weight = reconstruction_weight
+        self.reconstruction_warmup = reconstruction_warmup
+        self._given = image_mean, image_std
+        self.normalisation = self._unless_given(normalisation_of(network))
         self.lr_warmup = lr_warmup
         if lr_warmup < 0 or (lr_warmup and lr_scheduler is not None):
             raise ValueError(
@@ -171,11 +177,6 @@ class SegmentationTask(L.LightningModule):
             [1.0] * len(self.class_names) if class_weights == "auto" else class_weights
         )
         self.auxiliary_weight = auxiliary_weight
-        self.parameter_groups = parameter_groups
-        self.reconstruction_weight = reconstruction_weight
-        self.reconstruction_warmup = reconstruction_warmup
-        self._given = image_mean, image_std
-        self.normalisation = self._unless_given(normalisation_of(network))
         self.network_config: dict[str, Any] | None = None
         self.inference = Inference()
         self.keep_probabilities = False
@@ -257,9 +258,9 @@ class SegmentationTask(L.LightningModule):
         name = "ce" if isinstance(self.loss, losses.CrossEntropy) else type(self.loss).__name__
         per_epoch = {"train/loss": loss.detach(), f"train/{name}": loss.detach()}
         if auxiliary is not None:
-            own = losses.evaluated(self.training_loss, auxiliary, masks)
-            per_epoch["train/auxiliary"] = own.detach()
-            loss = loss + self.auxiliary_weight * own
+            beside = losses.evaluated(self.training_loss, auxiliary, masks)
+            per_epoch["train/auxiliary"] = beside.detach()
+            loss = loss + self.auxiliary_weight * beside
         if collected:
             reconstruction = sum(collected)
             per_epoch["train/reconstruction"] = reconstruction.detach()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum, mobilenet_v3_large
 from torchvision.models.segmentation.fcn import FCNHead
 
 from mfnet import create_model
@@ -158,11 +159,17 @@ def flags(voc: Path, run: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_torchvisions_network_by_class_path(voc: Path, tmp_path: Path) -> None:
+def test_torchvisions_network_by_class_path(
+    voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, fetched = mobilenet_v3_large(weights=None).state_dict(), []
+    monkeypatch.setattr(
+        WeightsEnum, "get_state_dict", lambda *_, **__: fetched.append(0) or weights
+    )
     run = tmp_path / "run"
     path = "--model.network=torchvision.models.segmentation.deeplabv3_mobilenet_v3_large"
-    more = ["--model.network.weights_backbone=null", "--model.network.aux_loss=true"]
-    main(["fit", *flags(voc, run, path, *more)])
+    main(["fit", *flags(voc, run, path, "--model.network.aux_loss=true")])
+    assert len(fetched) == 1  # ImageNet's, torchvision's default: predict below needs no others
     assert "train/auxiliary" in (run / "metrics.csv").read_text()
     weights = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert len(weights["network.classifier.4.bias"]) == 5  # as many as the data's classes
@@ -172,7 +179,7 @@ def test_torchvisions_network_by_class_path(voc: Path, tmp_path: Path) -> None:
         "--data.num_workers=0", "--trainer.accelerator=cpu", f"--overlays.output={tmp_path}/seen",
         "--trainer.enable_progress_bar=false",
     ])  # fmt: skip
-    assert len(list((tmp_path / "seen").iterdir())) == 1
+    assert len(list((tmp_path / "seen").iterdir())) == len(fetched) == 1
 
 
 def test_the_summary_is_of_the_network_that_predicts(voc: Path, tmp_path: Path) -> None:
