@@ -45,6 +45,7 @@ from mfnet.errors import (
 from mfnet.inference import TILE, Inference
 from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
 from mfnet.prediction_writer import PredictionWriter
+from mfnet.pretrained import forget_starting_weights
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
 
@@ -189,7 +190,7 @@ class MFNetCLI(LightningCLI):
             self._parser(subcommand).set_defaults(from_checkpoint.defaults(record, subcommand))
             self.config = self._parsed(parser, args)
             config = self.config[subcommand]
-            from_checkpoint.without_starting_weights(config.model.network)
+            forget_starting_weights(config.model.network.get("init_args", Namespace()))
             if subcommand == "predict" and config.data.class_path.startswith("mfnet.data."):
                 config.data = from_checkpoint.photographs(config.data, record)
         config.ckpt_path = checkpoint

@@ -6,8 +6,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from mfnet.pretrained import STARTING_WEIGHTS
-
 PHOTOGRAPHS = "mfnet.data.Photographs"
 
 _OF_PHOTOGRAPHS = ("predict_images", "resize", "num_workers")
@@ -22,14 +20,6 @@ def defaults(record: dict[str, Any], subcommand: str) -> dict[str, Any]:
         arguments = {"resize": record.get("resize")}
         values["data"] = {"class_path": PHOTOGRAPHS, "init_args": arguments}
     return values
-
-
-def without_starting_weights(network: Namespace) -> None:
-    """Lets the network start anywhere: no file is read and nothing is fetched."""
-    arguments = network.get("init_args", Namespace())
-    for name in STARTING_WEIGHTS:
-        if name in arguments:
-            arguments[name] = None
 
 
 def photographs(data: Namespace, record: dict[str, Any]) -> Namespace:

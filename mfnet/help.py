@@ -62,6 +62,8 @@ network
   --model.network CLASS                another network, by its class path
   --model.network.help                 create_model's options
 training
+  --model.init_from RUN_OR_FILE             a trained network to start from; docs/training.md
+  --model.freeze_backbone true              or statistics: of BatchNorm alone
   --model.backbone_lr, --model.head_lr LR   (0.007, 0.07)
   --model.momentum, --model.weight_decay    of SGD                        (0.9, 0.0005)
   --optimizer CLASS, --lr_scheduler CLASS   others than SGD and polynomial decay; docs/training.md

@@ -40,7 +40,7 @@ def read_output(
 
 def _at_size(logits: Any, kind: str, images: Tensor, classes: int, network: str) -> Tensor:
     size = images.shape[-2:]
-    expected = (len(images), classes, *size)
+    expected = (images.shape[0], classes, *size)  # len() would freeze it in an export
     got: Any = type(logits).__name__
     if isinstance(logits, Tensor):
         got = tuple(logits.shape)

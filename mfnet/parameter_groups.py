@@ -17,7 +17,8 @@ Grouping = Literal["two_rates", "published"]
 
 def two_rates(network: nn.Module, backbone_lr: float, head_lr: float) -> Groups:
     """Those of ``network.backbone`` (or ``encoder``) at one rate, all others at another."""
-    inside = _ids(_backbone(network).parameters())
+    backbone = backbone_of(network)
+    inside = set() if backbone is None else _ids(backbone.parameters())
     trainable = [p for p in network.parameters() if p.requires_grad]
     return [
         {
@@ -65,9 +66,10 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _backbone(network: nn.Module) -> nn.Module:
+def backbone_of(network: nn.Module) -> nn.Module | None:
+    """The module that is called so, or ``encoder``."""
     backbone = getattr(network, "backbone", getattr(network, "encoder", None))
-    return backbone if isinstance(backbone, nn.Module) else nn.Module()
+    return backbone if isinstance(backbone, nn.Module) else None
 
 
 def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:

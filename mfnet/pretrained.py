@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
 from mfnet.inference import TILE, Inference, Prediction
 from mfnet.normalisation import Normalisation
+from mfnet.outputs import read_output
 
-CONFIG = "config.json"
+CONFIG = "config.json"  # huggingface_hub's names of files
+WEIGHTS = "model.safetensors"
+PREFIX = "network."  # of the network's tensors, in a checkpoint and here
 # Arguments that only say where training started; what is loaded next are all of the weights.
 STARTING_WEIGHTS = ("backbone_weights", "encoder_weights", "weights", "weights_backbone")
 
@@ -85,7 +89,7 @@ class TrainedNetwork(
         self.resize = None if resize is None else tuple(resize)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
+        return read_output(self.network(images), images, len(self.class_names), self.network)[0]
 
     @torch.inference_mode()
     def predict(self, image: Image.Image | str | Path | Tensor, **options: Any) -> Tensor:
@@ -152,7 +156,7 @@ def load(source: str | Path) -> TrainedNetwork:
     network = TrainedNetwork(**arguments)
     own = network.state_dict()
     state = named_as(own, checkpoint.get("state_dict", {}))
-    state = {key: value for key, value in state.items() if key.startswith("network.")}
+    state = {key: value for key, value in state.items() if key.startswith(PREFIX)}
     fault = misfit(state, own)
     if fault:
         raise ValueError(f"checkpoint '{path}' does not fit: {fault}")
@@ -170,10 +174,24 @@ def arguments_of(record: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint '{path}' does not tell the network that it holds")
     network = dict(record["network"])
     given = dict(network.get("init_args", {}))
-    given.update({name: None for name in STARTING_WEIGHTS if name in given})
+    forget_starting_weights(given)
     if "num_classes" in given:  # the command line takes the data's, whatever stands here
         given["num_classes"] = len(record["class_names"])
-    return {**record, "network": {**network, "init_args": given}}
+    told = {
+        name: record.get(name) for name in ("class_names", "palette", "normalisation", "resize")
+    }
+    return {**told, "network": {**network, "init_args": given}}
+
+
+def forget_starting_weights(arguments: Any) -> None:
+    """Lets a network start anywhere: no file is read and nothing is fetched.
+
+    Args:
+        arguments: a mapping or a jsonargparse Namespace; changed in place.
+    """
+    for name in STARTING_WEIGHTS:
+        if isinstance(arguments.get(name), (str, Path, Enum)):  # torchvision's weights are an Enum
+            arguments[name] = None
 
 
 def build(network: Mapping[str, Any]) -> nn.Module:

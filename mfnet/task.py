@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -19,6 +20,7 @@ from mfnet import losses, optimizers, resume
 from mfnet.checkpoint import RECORD, misfit, named_as, read_checkpoint
 from mfnet.data.files import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
+from mfnet.fine_tuning import Freeze, frozen_modules, initialise
 from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
@@ -28,7 +30,7 @@ from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.pretrained import arguments_of, build
 from mfops import collect_losses
 
-EPOCHS_DONE = "epochs_done"  # another, a fraction
+EPOCHS_DONE = "epochs_done"  # an entry of a checkpoint, a fraction
 
 
 def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
@@ -111,6 +113,10 @@ class SegmentationTask(L.LightningModule):
         class_weights: a number for each class, for a loss that takes ``weight``; ``"auto"``:
             :func:`mfnet.losses.median_frequency` of the training masks, counted before training.
         auxiliary_weight: weight of the loss of auxiliary logits.
+        init_from: a trained network to start from, :func:`mfnet.fine_tuning.initialise`; read when
+            training starts, and not where it goes on from a checkpoint.
+        freeze_backbone: whether the backbone stays as it is, parameters and statistics;
+            ``"statistics"``: its BatchNorm statistics alone.
 
     Raises:
         ValueError: class weights do not fit the classes or the loss, a loss has parameters, a
@@ -149,6 +155,8 @@ class SegmentationTask(L.LightningModule):
         loss: nn.Module | None = None,
         class_weights: list[float] | Literal["auto"] | None = None,
         auxiliary_weight: float = 0.4,
+        init_from: str | None = None,
+        freeze_backbone: Freeze = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -177,6 +185,9 @@ class SegmentationTask(L.LightningModule):
             [1.0] * len(self.class_names) if class_weights == "auto" else class_weights
         )
         self.auxiliary_weight = auxiliary_weight
+        self.init_from = init_from
+        self.freeze_backbone = freeze_backbone
+        self._keep_frozen()
         self.network_config: dict[str, Any] | None = None
         self.inference = Inference()
         self.keep_probabilities = False
@@ -211,6 +222,9 @@ class SegmentationTask(L.LightningModule):
             self.training_loss = self._weighted(losses.balanced_class_weights(data).tolist())
 
     def on_fit_start(self) -> None:
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            rank_zero_info(initialise(self.network, self.init_from))
+            self.init_from = None  # a second fit goes on with what the first has trained
         # As configured: a checkpoint that is loaded next brings those of its own run.
         self._configured = resume.settings(self.trainer)
         self._planned = resume.schedules(self.trainer)
@@ -227,7 +241,17 @@ class SegmentationTask(L.LightningModule):
         if self._configured is not None:  # a trial of BatchSizeFinder comes before
             resume.restore(self.trainer, self._configured, self._planned)
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self._keep_frozen()
+        return self
+
+    def _keep_frozen(self) -> None:
+        for module in frozen_modules(self.network, self.freeze_backbone):
+            module.eval()
+
     def on_train_epoch_start(self) -> None:
+        self._keep_frozen()  # synchronised BatchNorm has put modules of its own there
         optimizers = self.trainer.optimizers
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for index, group in enumerate(groups):

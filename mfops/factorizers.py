@@ -38,6 +38,12 @@ class Factorizer(nn.Module):
         return self.reconstruct(x)[0]
 
 
+def resampled(z: Tensor, size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """A learned Z (K, h w) of the grid `size` (h, w), bilinearly on another `grid`."""
+    maps = z.unflatten(1, size).unsqueeze(0)
+    return F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)[0].flatten(1)
+
+
 class LearnedFactorizer(Factorizer):
     """Y (C, K) and Z (K, h w) are parameters shared by the whole data set.
 
@@ -89,9 +95,7 @@ class LearnedFactorizer(Factorizer):
         # compare would bind an exported program to the grid of its example.
         if not is_exporting() and grid == self.size:
             return self.y, self.z
-        maps = self.z.unflatten(1, self.size).unsqueeze(0)
-        z = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False)
-        return self.y, z.squeeze(0).flatten(1)
+        return self.y, resampled(self.z, self.size, grid)
 
     def product(self, x: Tensor) -> Tensor:
         # X need not be read: the product is all there is to do.

@@ -1,0 +1,186 @@
+"""Starting from a trained network, and keeping its backbone as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import mfnet
+from mfnet.cli import MFNetCLI, main
+from mfnet.data import synthetic
+from mfnet.fine_tuning import initialise
+from mfnet.pretrained import TrainedNetwork
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of three classes and a Z of the grid 3 x 5."""
+    torch.manual_seed(7)
+    network = TrainedNetwork(
+        network={
+            "class_path": "mfnet.create_model",
+            "init_args": {
+                "name": "mfnet",
+                "num_classes": 3,
+                "backbone": "resnet18",
+                "context_size": [3, 5],
+            },
+        },
+        class_names=["a", "b", "c"],
+        normalisation={"mean": [0.5] * 3, "std": [0.5] * 3},
+    )
+    folder = tmp_path_factory.mktemp("trained")
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=2, val=1, size=33)
+
+
+def ours(num_classes: int, size: tuple[int, int]) -> mfnet.SegmentationNetwork:
+    return mfnet.create_model("mfnet", num_classes, backbone="resnet18", context_size=size)
+
+
+def test_what_fits_is_taken_and_what_does_not_is_told(trained: Path, tmp_path: Path) -> None:
+    given = mfnet.load(trained).network.state_dict()
+    network = ours(5, (6, 10))
+    own = {key: value.clone() for key, value in network.state_dict().items()}
+    told = initialise(network, trained)
+    after = network.state_dict()
+    classifier = {"decoder.classifier.weight", "decoder.classifier.bias"}
+    (z,) = [key for key in own if key.endswith(".z")]
+    for key in own:
+        if key in classifier:
+            assert torch.equal(after[key], own[key])
+        elif key != z:
+            assert torch.equal(after[key], given[key])
+    maps = given[z].unflatten(1, (3, 5))[None]
+    expected = nn.functional.interpolate(maps, (6, 10), mode="bilinear")[0].flatten(1)
+    assert torch.equal(after[z], expected)
+    assert told == (
+        f"init_from '{trained}': {len(own) - 2} of {len(own)} tensors taken; of another shape: "
+        "decoder.classifier.weight (3, 256, 1, 1) instead of (5, 256, 1, 1), "
+        "decoder.classifier.bias (3,) instead of (5,)"
+    )
+
+
+def test_files_of_tensors_and_wrapped_networks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, own = nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    tensors = {f"0.{key}": value for key, value in layer.state_dict().items()}
+    tensors["extra"] = torch.zeros(1)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in tensors.items()}}, tmp_path / "a.pth")
+    save_file(
+        {f"network.{key}": value for key, value in tensors.items()}, tmp_path / "a.safetensors"
+    )
+    for file in ("a.pth", "a.safetensors"):
+        network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+        told = initialise(torch.compile(network), tmp_path / file)
+        assert torch.equal(network[0].weight, layer.weight)
+        assert "2 of 4 tensors taken; not in it: 1.weight, 1.bias; in it, but not" in told
+        assert told.endswith("network: extra")
+    (tmp_path / "bad.pth").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"bad.pth' is not a file of tensors by name"):
+        initialise(own, tmp_path / "bad.pth")
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        initialise(own, tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match="none of its tensors fits"):
+        initialise(nn.Conv2d(1, 1, 1), tmp_path / "a.pth")
+
+
+def flags(images: Path, folder: Path) -> list[str]:
+    return [
+        "--data=VOCFolder", f"--data.root={images}", "--model.network.name=mfnet",
+        "--model.network.backbone=resnet18", "--model.network.context_size=[3,3]",
+        "--data.crop_size=33", "--data.batch_size=2", "--data.num_workers=0",
+        "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}",
+    ]  # fmt: skip
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_frozen_backbone_leaves_training_as_it_entered(
+    images: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    given = mfnet.load(trained).state_dict()
+    tune = ["fit", *flags(images, tmp_path / "run"), f"--model.init_from={trained}"]
+    main([*tune, "--model.freeze_backbone=true"])
+    after = state(tmp_path / "run")
+    backbone = [key for key in after if key.startswith("network.backbone.")]
+    assert len(backbone) > 100
+    assert all(torch.equal(after[key], given[key]) for key in backbone)
+    assert not torch.equal(
+        after["network.decoder.fuse.0.0.weight"], given["network.decoder.fuse.0.0.weight"]
+    )
+    assert "tensors taken; of another shape: decoder.classifier" in caplog.text
+    # A continuation needs neither the file nor its tensors.
+    main([
+        "fit", *flags(images, tmp_path / "run"), "--model.init_from=gone", "--ckpt_path=last",
+        "--model.freeze_backbone=true", "--trainer.max_epochs=2",
+    ])  # fmt: skip
+    assert all(torch.equal(state(tmp_path / "run")[key], given[key]) for key in backbone)
+
+
+def test_frozen_statistics_alone(images: Path, trained: Path, tmp_path: Path) -> None:
+    given = mfnet.load(trained).state_dict()
+    tune = ["fit", *flags(images, tmp_path / "run"), f"--model.init_from={trained}"]
+    main([*tune, "--model.freeze_backbone=statistics"])
+    after = state(tmp_path / "run")
+    statistics = [k for k in after if ".backbone." in k and ("running" in k or "num_batches" in k)]
+    assert len(statistics) > 20
+    assert all(torch.equal(after[key], given[key]) for key in statistics)
+    weight = "network.backbone.features.layer4.1.bn2.weight"
+    assert not torch.equal(after[weight], given[weight])
+    outside = "network.decoder.fuse.0.1.running_mean"
+    assert not torch.equal(after[outside], given[outside])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model.freeze_backbone=some"], "freeze_backbone: expected"),
+        (["--model.init_from=nothing.ckpt"], "checkpoint 'nothing.ckpt': no such file"),
+        (
+            ["--model.network=torch.nn.Conv2d", "--model.network.in_channels=3",
+             "--model.network.out_channels=5", "--model.network.kernel_size=1",
+             "--model.freeze_backbone=true"],
+            "freeze_backbone: Conv2d has neither a backbone nor an encoder",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes(
+    given: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [flag for flag in flags(images, tmp_path) if "network" not in flag or len(given) < 2]
+    with pytest.raises(SystemExit):
+        main(["fit", *base, *given])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_frozen_network_of_others(images: Path, tmp_path: Path) -> None:
+    cli = MFNetCLI(
+        [
+            *[flag for flag in flags(images, tmp_path) if "network" not in flag],
+            "--model.network=segmentation_models_pytorch.Unet", "--model.network.classes=5",
+            "--model.network.encoder_name=resnet18", "--model.network.encoder_weights=null",
+            "--model.freeze_backbone=true",
+        ],
+        run=False,
+    )  # fmt: skip
+    task = cli.model
+    assert not any(p.requires_grad for p in task.network.encoder.parameters())
+    assert all(p.requires_grad for p in task.network.decoder.parameters())
+    task.eval()
+    task.train()
+    assert not any(module.training for module in task.network.encoder.modules())
+    assert task.network.decoder.training
