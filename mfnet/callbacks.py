@@ -18,12 +18,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from mfnet.data import DataError, denormalise
 from mfnet.data.prediction import Skipped
 from mfnet.files import written_whole
 from mfnet.models import unwrapped
 from mfnet.normalisation import IMAGENET
+from mfnet.scores import CONFUSION, class_table, write_class_scores, write_confusion
 from mfnet.visualize import overlay, save_image
 
 SUMMARY = "summary.json"
@@ -56,13 +58,15 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
 
 
 class RunRecord(Callback):
-    """Write ``summary.json`` and ``samples.npz`` into the run's folder.
+    """Write ``summary.json``, ``samples.npz`` and ``confusion.csv`` into the run's folder.
 
     ``summary.json``: model, backbone, parameters, trainable_parameters, gflops (see
     :func:`count_flops`, at the validation images' size; null where it cannot be counted),
     input_size, class_names, palette; written at the first validation.
     ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
     a few validation images, always the same, and ``epoch``; refreshed at every validation.
+    ``confusion.csv``: see :func:`mfnet.scores.write_confusion`; of the last validation, where the
+    module has counts (:attr:`mfnet.task.SegmentationTask.confusion_counts`).
     Rank 0 alone writes, only while fitting, and not in the sanity check.
 
     Args:
@@ -99,6 +103,9 @@ class RunRecord(Callback):
             self._chosen = [dataset[index * len(dataset) // count] for index in range(count)]
             self._write_summary(folder / SUMMARY, trainer, pl_module)
         self._write_samples(folder / SAMPLES, trainer, pl_module)
+        counts = getattr(pl_module, "confusion_counts", None)
+        if counts is not None:
+            write_confusion(counts, pl_module.class_names, folder / CONFUSION)
 
     def _write_summary(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network = unwrapped(pl_module.network)
@@ -135,6 +142,41 @@ class RunRecord(Callback):
             arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
         with written_whole(path) as partial:
             np.savez_compressed(partial, **arrays)
+
+
+class ClassScores(Callback):
+    """Print the scores of each class after ``validate`` and ``test``, and write them as CSV.
+
+    The files are ``scores-val.csv`` and ``scores-test.csv``; see
+    :func:`mfnet.scores.write_class_scores`. Where the folder cannot be written to, that is a
+    warning. Rank 0 alone prints and writes.
+
+    Args:
+        folder: the folder of the files.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._put_out("val", trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._put_out("test", trainer, pl_module)
+
+    def _put_out(self, stage: str, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        counts, names = pl_module.confusion_counts, pl_module.class_names
+        tqdm.write(class_table(counts, names), end="")
+        path = self.folder / f"scores-{stage}.csv"
+        try:
+            write_class_scores(counts, names, path)
+        except OSError as error:  # the folder of someone else's run
+            rank_zero_warn(f"{path} was not written: {error.strerror}")
+        else:
+            tqdm.write(f"written: {path}")
 
 
 class OverlayWriter(BasePredictionWriter):

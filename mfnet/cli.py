@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
-from mfnet.callbacks import OverlayWriter, RunRecord
+from mfnet.callbacks import ClassScores, OverlayWriter, RunRecord
 from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs, with_image_list
 from mfnet.data import SegmentationDataModule
 from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, user_error
@@ -210,6 +210,10 @@ class MFNetCLI(LightningCLI):
                 callback.dirpath = str((folder / run_directory.CHECKPOINTS).resolve())
         names = _network_names(self._get(self.config, "model").network)
         callbacks += [RunRecord(*names, folder=folder), MonitorCheck(), EpochScores()]
+        if self.subcommand in ("validate", "test"):
+            checkpoint = self._get(self.config, "ckpt_path")
+            scored = run_directory.folder_of(checkpoint) if checkpoint else folder
+            callbacks.append(ClassScores(scored))
         if config.enable_checkpointing is not False:
             callbacks += run_directory.checkpoint_callbacks(folder)
         logger = config.logger

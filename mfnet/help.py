@@ -23,7 +23,7 @@ Semantic segmentation with factorized context.
   mfnet test           score a network on the test images
   mfnet predict        predict images
   mfnet demo           train a small network on generated images and show what it learned
-  mfnet report RUN...  curves, predictions and a table from the folders of finished runs
+  mfnet report RUN...  curves, predictions, confusion matrices and tables of finished runs
 
 mfnet COMMAND --help says more; mfnet --version tells versions."""
 

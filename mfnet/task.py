@@ -24,32 +24,12 @@ from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
 from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
+from mfnet.scores import segmentation_scores
 from mfops import collect_losses
 
 IGNORE_INDEX = 255
 RECORD = "mfnet"  # a checkpoint's entry
 EPOCHS_DONE = "epochs_done"  # another, a fraction
-
-
-def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
-    """The usual scores of a confusion matrix (classes, classes), rows the truth, float64.
-
-    With ``tp`` the diagonal: ``IoU_c = tp_c / (truth_c + predicted_c - tp_c)``;
-    All are NaN where no pixel has a truth;
-    ``mIoU`` = mean of IoU_c over the classes that occur in the truth or in the predictions (an
-    absent one has no IoU: NaN, left out); ``fwIoU = sum_c truth_c / all IoU_c``;
-    ``accuracy = sum_c tp_c / all``. All are taken over the whole set, not averaged per image.
-    """
-    confusion = confusion.double()
-    hits, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    iou = hits / (truth + predicted - hits)
-    frequency = truth / truth.sum()
-    return {
-        "IoU": iou,
-        "mIoU": iou.nanmean(),
-        "fwIoU": (frequency * iou).nansum() + 0 * frequency[0],  # NaN where there is no truth
-        "accuracy": hits.sum() / truth.sum(),
-    }
 
 
 class SegmentationTask(L.LightningModule):
@@ -94,6 +74,8 @@ class SegmentationTask(L.LightningModule):
 
     Attributes:
         normalisation: the mean and standard deviation in effect. The data modules look here.
+        confusion_counts: int64 (classes, classes), rows the truth, of the last validation or test,
+            all ranks' together; ``None`` before.
         network_config: ``class_path`` and ``init_args`` that built the network, if known.
 
     A checkpoint's entry ``"mfnet"`` holds what a prediction needs beside the weights:
@@ -138,6 +120,7 @@ class SegmentationTask(L.LightningModule):
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
         )
         self.pixel_loss = MeanMetric()
+        self.confusion_counts: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes, H, W) of images (B, 3, H, W).
@@ -324,7 +307,9 @@ class SegmentationTask(L.LightningModule):
         self.confusion.update(logits.argmax(1), masks)
 
     def _log_scores(self, stage: str) -> None:
-        scores = segmentation_scores(self.confusion.compute())
+        counts = self.confusion.compute()
+        self.confusion_counts = counts.cpu()
+        scores = segmentation_scores(counts)
         values = {f"{stage}/loss": self.pixel_loss.compute()}
         values |= {f"{stage}/{name}": scores[name] for name in ("mIoU", "fwIoU", "accuracy")}
         values |= {
