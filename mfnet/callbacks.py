@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mfnet.data import DataError, denormalise
+from mfnet.data import DataError, as_rgb, denormalise
 from mfnet.data.prediction import Skipped
 from mfnet.files import written_whole
 from mfnet.models import unwrapped
@@ -32,8 +32,8 @@ SUMMARY = "summary.json"
 SAMPLES = "samples.npz"
 
 
-def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
-    """FLOPs of one forward pass of one RGB image of ``size`` (H, W), 2 per multiply-add.
+def count_flops(network: nn.Module, size: tuple[int, int], channels: int = 3) -> int:
+    """FLOPs of one forward pass of one image of ``size`` (H, W), 2 per multiply-add.
 
     Convolutions and matrix products are counted (``torch.utils.flop_counter``). The network runs
     in evaluation mode on stand-ins of its parameters and buffers on the meta device, so nothing
@@ -49,7 +49,7 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
     network.eval()
     try:
         with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as flops:
-            image = torch.empty(1, 3, *size, device="meta", dtype=dtype)
+            image = torch.empty(1, channels, *size, device="meta", dtype=dtype)
             torch.func.functional_call(network, stand_ins, (image,))
     finally:
         for module, training in modes:
@@ -109,9 +109,9 @@ class RunRecord(Callback):
 
     def _write_summary(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network = unwrapped(pl_module.network)
-        size = tuple(self._chosen[0][0].shape[-2:])
+        channels, *size = self._chosen[0][0].shape
         try:
-            gflops = count_flops(network, size) / 1e9
+            gflops = count_flops(network, size, channels) / 1e9
         except (RuntimeError, NotImplementedError) as error:
             # A foreign network may not run on the meta device; that must not end its training.
             rank_zero_warn(f"the FLOPs of {type(network).__name__} cannot be counted: {error}")
@@ -137,7 +137,8 @@ class RunRecord(Callback):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 images = trainer.precision_plugin.convert_input(image[None].to(pl_module.device))
                 logits = pl_module(images)
-            arrays[f"image_{index}"] = denormalise(image, normalisation).permute(1, 2, 0).numpy()
+            shown = as_rgb(denormalise(image, normalisation))
+            arrays[f"image_{index}"] = shown.permute(1, 2, 0).numpy()
             arrays[f"truth_{index}"] = mask.numpy().astype(np.uint8)
             arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
         with written_whole(path) as partial:
@@ -182,7 +183,7 @@ class ClassScores(Callback):
 class OverlayWriter(BasePredictionWriter):
     """Write each predicted image, at its own size, with its classes painted over it.
 
-    A prediction batch is ``(images, originals, paths)``: originals are uint8 RGB (3, H, W), and
+    A prediction batch is ``(images, originals, paths)``: originals are uint8 (C, H, W), and
     the module's output holds logits (C, h, w) per image, resized bilinearly to (H, W), or class
     indices (h, w), resized by the nearest neighbour. The overlay of ``<stem>.<any>`` is
     ``<output>/<stem>.png``; images from several folders keep their place below the folder they
@@ -222,7 +223,7 @@ class OverlayWriter(BasePredictionWriter):
         for output, original, path in zip(prediction, originals, paths, strict=True):
             mask = classes_at(output, original.shape[-2:])
             picture = overlay(
-                original.permute(1, 2, 0).cpu().numpy(),
+                as_rgb(original).permute(1, 2, 0).cpu().numpy(),
                 mask.cpu().numpy(),
                 trainer.datamodule.palette,
             )

@@ -23,6 +23,7 @@ from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import ClassScores, OverlayWriter, RunRecord
 from mfnet.config import ConfigAction, RunConfig, expand_all, shipped_configs, with_image_list
 from mfnet.data import SegmentationDataModule
+from mfnet.data.datamodule import CHANNELS
 from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, user_error
 from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
@@ -103,10 +104,13 @@ class MFNetCLI(LightningCLI):
         )
         parser.add_lightning_class_args(OverlayWriter, "overlays")
         parser.set_defaults({"overlays.output": "predictions"})
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-        parser.link_arguments(
-            "data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate"
-        )
+        for source, target in (
+            ("class_names", "class_names"),
+            ("num_classes", "network.init_args.num_classes"),
+            ("channels", "channels"),
+            ("channels", "network.init_args.in_channels"),
+        ):
+            parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def setup_parser(self, add_subcommands: bool, *rest: Any) -> None:
         super().setup_parser(add_subcommands, *rest)
@@ -155,6 +159,8 @@ class MFNetCLI(LightningCLI):
             from_checkpoint.without_starting_weights(config.model.network)
             if subcommand == "predict" and config.data.class_path.startswith("mfnet.data."):
                 config.data = from_checkpoint.photographs(config.data, record)
+            else:
+                config.data = from_checkpoint.with_channels(config.data, record)
         config.ckpt_path = checkpoint
 
     def _set_seed(self) -> None:
@@ -188,6 +194,7 @@ class MFNetCLI(LightningCLI):
             _guard(folder, asked, config.ckpt_path)
 
     def instantiate_classes(self) -> None:
+        _check_channels(self._get(self.config, "model").network, self._get(self.config, "data"))
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, KeyError) as error:
@@ -196,6 +203,9 @@ class MFNetCLI(LightningCLI):
             said = error.args[0] if error.args else type(error).__name__
             raise CommandLineError(f"{said} (MFNET_TRACEBACK=1 shows where)") from error
         self.model.network_config = self._get(self.config, "model").network.as_dict()
+        arguments = self.model.network_config.get("init_args", {})
+        if "in_channels" in arguments:
+            arguments["in_channels"] = self.model.channels
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -353,6 +363,16 @@ def _network_names(network: Any) -> tuple[str, str]:
     if own:
         name = f"{name} ({', '.join(own)})"
     return name, arguments.get("backbone", "")
+
+
+def _check_channels(network: Any, data: Any) -> None:
+    """The network has the channels of the data, whatever is said of it: nothing else may be."""
+    asked = network.get("init_args", {}).get("in_channels", CHANNELS)
+    if asked not in (CHANNELS, data.get("init_args", {}).get("channels")):
+        raise CommandLineError(
+            f"--model.network.in_channels {asked}: a network has as many channels as the images: "
+            f"--data.channels {asked}"
+        )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -43,6 +43,7 @@ data
   --data.resize [H,W]      resize images and masks first
   --data.batch_size N      images per process in a step         (4)
   --data.num_workers N     processes that load images
+  --data.channels N        of the images: 1 grey, 3 RGB, or the bands of a TIFF  (3)
   --data.label_map M       what numbers or colours in masks mean: '{{0: 0, 255: 1}}', a YAML file
   --data.predict_images P  what predict reads: files, folders, globs
   --data.help CLASS        all options of CLASS
@@ -61,7 +62,8 @@ training
   --model.backbone_lr, --model.head_lr LR   (0.007, 0.07)
   --model.momentum, --model.weight_decay    (0.9, 0.0005)
   --model.parameter_groups G                two_rates, or published: as the paper's code
-  --model.image_mean, --model.image_std     [R,G,B]; by default what the backbone's weights want
+  --model.image_mean, --model.image_std     [R,G,B], a number for each channel; by default what
+                                            the backbone's weights want
   --model.reconstruction_weight W           of the context's own loss     (0.1)
   --model.reconstruction_warmup N           epochs without that loss      (10)
   --trainer.max_epochs N           {epochs} unless max_epochs, max_steps or max_time is given
@@ -128,7 +130,9 @@ def nested_flags() -> list[str]:
 def network_options() -> str:
     """What ``create_model`` takes, for ``--model.network.help``."""
     parser = ArgumentParser(prog="mfnet fit", add_help=False)
-    parser.add_function_arguments(create_model, "model.network", skip={"num_classes"})
+    parser.add_function_arguments(
+        create_model, "model.network", skip={"num_classes", "in_channels"}
+    )
     lines = [parser.format_help(), "--model.network.dict_kwargs.OPTION, by context:"]
     for name, build in CONTEXTS.items():
         own = [str(option) for option in _context_options(build) if option.name != "context_size"]

@@ -22,7 +22,7 @@ from mfnet import resume
 from mfnet.data.prediction import Skipped
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
-from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
+from mfnet.normalisation import IMAGENET, Normalisation, Numbers, normalisation_of
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.scores import segmentation_scores
 from mfops import collect_losses
@@ -43,7 +43,7 @@ class SegmentationTask(L.LightningModule):
     that n processes with batch b take the step of one process with batch n b; a batch without any
     such pixel has CE 0.
 
-    Batches are ``(images (B, 3, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
+    Batches are ``(images (B, C, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
     ``train/ce``, ``train/reconstruction`` (unweighted), ``lr-<group>`` (``backbone``, ``head``),
     ``val/loss`` (CE over all pixels of the set) and the scores of :func:`segmentation_scores`
     are logged: ``val/mIoU``, ``val/fwIoU``, ``val/accuracy``, ``val/IoU/<class>``.
@@ -67,10 +67,15 @@ class SegmentationTask(L.LightningModule):
         reconstruction_weight: weight of the auxiliary loss (the paper's lambda; EncNet's SE-loss
             has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
-        image_mean: mean of R, G, B that images are normalised with, in 0 to 1. ``None``: what
+        image_mean: mean of each channel that images are normalised with, in 0 to 1. ``None``: what
             timm's configuration says of the weights of the timm model inside the network,
-            ImageNet's where there is none; after a checkpoint was loaded, the checkpoint's.
+            ImageNet's where there is none, and, where images are not of 3 channels, the mean of
+            those three numbers in every channel; after a checkpoint was loaded, the checkpoint's.
         image_std: standard deviation, likewise.
+        channels: C, those of the images; the data module's on the command line.
+
+    Raises:
+        ValueError: image_mean or image_std has another number of channels.
 
     Attributes:
         normalisation: the mean and standard deviation in effect. The data modules look here.
@@ -95,8 +100,9 @@ class SegmentationTask(L.LightningModule):
         parameter_groups: Grouping = "two_rates",
         reconstruction_weight: float = 0.1,
         reconstruction_warmup: int = 10,
-        image_mean: Triple | None = None,
-        image_std: Triple | None = None,
+        image_mean: Numbers | None = None,
+        image_std: Numbers | None = None,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.network = network
@@ -109,8 +115,15 @@ class SegmentationTask(L.LightningModule):
         self.parameter_groups = parameter_groups
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction_warmup = reconstruction_warmup
+        for name, given in (("image_mean", image_mean), ("image_std", image_std)):
+            if given is not None and len(given) != channels:
+                raise ValueError(
+                    f"{name}: expected {channels} numbers, one for each channel of the images, got "
+                    f"{list(given)}"
+                )
+        self.channels = channels
         self._given = image_mean, image_std
-        self.normalisation = self._unless_given(normalisation_of(network))
+        self.normalisation = self._unless_given(normalisation_of(network).for_channels(channels))
         self.network_config: dict[str, Any] | None = None
         self._seed = torch.initial_seed()
         self._resumed_at = Fraction(0)  # in epochs
@@ -123,7 +136,7 @@ class SegmentationTask(L.LightningModule):
         self.confusion_counts: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes, H, W) of images (B, 3, H, W).
+        """Logits (B, classes, H, W) of images (B, C, H, W).
 
         Raises:
             ValueError: the network returns something else.
@@ -236,21 +249,27 @@ class SegmentationTask(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        record = checkpoint.get(RECORD, {})
+        # Before checkpoints told, ImageNet's was used for every network.
+        stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
+        if len(stored.mean) != self.channels:
+            raise ValueError(
+                f"checkpoint '{self.trainer.ckpt_path}' does not fit: its images have "
+                f"{len(stored.mean)} channels; those of the data have {self.channels} "
+                "(--data.channels)"
+            )
         own = self.state_dict()
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = _named_as(own, checkpoint["state_dict"])
         fault = _misfit(checkpoint.get("state_dict"), own) or self._misfit_of_groups(checkpoint)
         if fault:
             raise ValueError(f"checkpoint '{self.trainer.ckpt_path}' does not fit: {fault}")
-        record = checkpoint.get(RECORD, {})
         classes = record.get("class_names", self.class_names)
         if classes != self.class_names:
             raise ValueError(
                 f"checkpoint '{self.trainer.ckpt_path}' does not fit: its classes are "
                 f"{', '.join(classes)}; those of the data are {', '.join(self.class_names)}"
             )
-        # Before checkpoints told, ImageNet's was used for every network.
-        stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
         self.normalisation = self._unless_given(stored)
         self._resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
         resume.mark_finished_epoch(checkpoint)

@@ -23,17 +23,19 @@ class Skipped(NamedTuple):
 
 
 class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
-    """Triples of a normalised float32 image (3, h, w), the original uint8 image (3, H, W), upright
+    """Triples of a normalised float32 image (C, h, w), the original uint8 image (C, H, W), upright
     as its EXIF orientation says, and its path; :class:`Skipped` where the file cannot be read.
 
     Args:
         paths: image files.
         transform: of the image alone.
+        channels: C; see :func:`mfnet.data.files.read_image`.
     """
 
-    def __init__(self, paths: Sequence[Path], transform: v2.Transform) -> None:
+    def __init__(self, paths: Sequence[Path], transform: v2.Transform, channels: int = 3) -> None:
         self.paths = paths
         self.transform = transform
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,7 +43,7 @@ class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str] | Skipped:
         path = self.paths[index]
         try:
-            original = read_image(path)
+            original = read_image(path, self.channels)
         except DataError as error:
             return Skipped(str(path), str(error).removeprefix(f"{path}: "))
         return self.transform(original), original.as_subclass(torch.Tensor), str(path)
