@@ -366,7 +366,7 @@ def _network_names(network: Any) -> tuple[str, str]:
 
 
 def _check_channels(network: Any, data: Any) -> None:
-    """The network has the channels of the data, whatever is said of it: nothing else may be."""
+    """Refuse a number of channels that the data's, which the network gets, would replace."""
     asked = network.get("init_args", {}).get("in_channels", CHANNELS)
     if asked not in (CHANNELS, data.get("init_args", {}).get("channels")):
         raise CommandLineError(
