@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import load_state_dict
+from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 LOW_STRIDE = 4
@@ -20,8 +20,8 @@ HIGH_STRIDE = 16
 class Backbone(nn.Module):
     """The low- and high-level features of a timm backbone at output stride 16.
 
-    ``forward`` takes images ``(B, 3, H, W)`` and returns ``(low, high)``: the last features at
-    stride 4, ``(B, low_channels, ~H/4, ~W/4)``, and those at stride 16,
+    ``forward`` takes images ``(B, in_channels, H, W)`` and returns ``(low, high)``: the last
+    features at stride 4, ``(B, low_channels, ~H/4, ~W/4)``, and those at stride 16,
     ``(B, high_channels, ~H/16, ~W/16)``; with ``with_middle``, between them, those before the last
     stage, ``(B, middle_channels, h, w)``, in ResNets at stride 16 too.
 
@@ -36,6 +36,9 @@ class Backbone(nn.Module):
             for each block: (2, 4, 8) in the code of MFNet's paper and of DeepLab, (1, 4, 8) in
             EMANet's; ``None``: timm's, 1, 2, 2. Parameters and FLOPs stay as they are. A layer
             with fewer blocks takes the first ones; another backbone stays as it is, with a warning.
+        in_channels: channels of the images. Weights for RGB are adapted as timm does it: the first
+            convolution's are summed for one channel, else repeated and scaled by 3 / in_channels. A
+            file whose first convolution has so many channels is loaded as it is.
 
     Raises:
         ValueError: unknown backbone, no output stride 16, no pretrained weights in timm, a file
@@ -49,13 +52,17 @@ class Backbone(nn.Module):
         name: str = "resnet50",
         weights: str | Path | None = None,
         multi_grid: Sequence[int] | None = None,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         if weights not in (None, "timm") and not Path(weights).is_file():
             raise FileNotFoundError(
                 f"backbone_weights: no file at '{weights}' (expected None, 'timm' or a file)"
             )
-        self.features = _dilated_features(name, pretrained=weights == "timm")
+        if in_channels < 1:
+            raise ValueError(f"in_channels: expected at least 1, got {in_channels}")
+        self.in_channels = in_channels
+        self.features = _dilated_features(name, weights == "timm", in_channels)
         info = self.features.feature_info
         strides = info.reduction()
         if LOW_STRIDE not in strides or strides[-1] != HIGH_STRIDE:
@@ -70,7 +77,7 @@ class Backbone(nn.Module):
         if multi_grid is not None:
             _set_multi_grid(self.features, name, multi_grid)
         if weights not in (None, "timm"):
-            _load_file(self.features, name, Path(weights))
+            _load_file(self.features, name, Path(weights), in_channels)
 
     def forward(self, x: Tensor, with_middle: bool = False) -> tuple[Tensor, ...]:
         features = self.features(x)
@@ -78,7 +85,7 @@ class Backbone(nn.Module):
         return (features[self._low], *middle, features[-1])
 
 
-def _dilated_features(name: str, pretrained: bool) -> Any:
+def _dilated_features(name: str, pretrained: bool, in_channels: int) -> Any:
     if not timm.is_model(name):
         close = get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
@@ -88,7 +95,11 @@ def _dilated_features(name: str, pretrained: bool) -> Any:
         raise ValueError(f"backbone '{name}': timm has no pretrained weights of that name")
     try:
         return timm.create_model(
-            name, pretrained=pretrained, features_only=True, output_stride=HIGH_STRIDE
+            name,
+            pretrained=pretrained,
+            features_only=True,
+            output_stride=HIGH_STRIDE,
+            in_chans=in_channels,
         )
     # How timm's families say that they cannot be dilated: an unknown argument or an assertion.
     except (AssertionError, NotImplementedError, TypeError) as error:
@@ -119,10 +130,13 @@ def _set_multi_grid(features: Any, name: str, dilations: Sequence[int]) -> None:
                 module.dilation = module.padding = (dilation, dilation)
 
 
-def _load_file(features: nn.Module, name: str, path: Path) -> None:
+def _load_file(features: Any, name: str, path: Path, in_channels: int) -> None:
     try:
         # Also unwraps {"state_dict": ...} and the "module." prefix of DataParallel.
         given: dict[str, Any] = load_state_dict(str(path))
+        for key in _first_convolutions(features):
+            if key in given and given[key].shape[1] == 3:
+                given[key] = adapt_input_conv(in_channels, given[key])
         shapes = {key: tuple(value.shape) for key, value in given.items()}
     except Exception as error:  # torch.load and safetensors fail in a dozen ways on a bad file
         raise ValueError(f"backbone_weights: '{path}' is not a file of tensors by name") from error
@@ -158,6 +172,12 @@ def _load_file(features: nn.Module, name: str, path: Path) -> None:
             f"backbone_weights: '{path}' does not fit backbone '{name}': {'; '.join(faults)}"
         )
     features.load_state_dict({key: given[src] for key, src in in_file.items() if src in given})
+
+
+def _first_convolutions(features: Any) -> list[str]:
+    """The names of the weights that images meet, in the whole model."""
+    names = features.pretrained_cfg["first_conv"]
+    return [f"{name}.weight" for name in ([names] if isinstance(names, str) else names or ())]
 
 
 def _unflattened(key: str) -> str:

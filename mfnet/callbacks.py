@@ -14,18 +14,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from mfnet.data import denormalise
+from mfnet.data import as_rgb, denormalise
 from mfnet.files import written_whole
 from mfnet.models import evaluation_parameters, unwrapped
 from mfnet.normalisation import IMAGENET
+from mfnet.scores import CONFUSION, class_table, write_class_scores, write_confusion
 
 SUMMARY = "summary.json"
 SAMPLES = "samples.npz"
 
 
-def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
-    """FLOPs of one forward pass of one RGB image of ``size`` (H, W), 2 per multiply-add.
+def count_flops(network: nn.Module, size: tuple[int, int], channels: int = 3) -> int:
+    """FLOPs of one forward pass of one image of ``size`` (H, W), 2 per multiply-add.
 
     Convolutions and matrix products are counted (``torch.utils.flop_counter``). The network runs
     in evaluation mode on stand-ins of its parameters and buffers on the meta device, so nothing
@@ -41,7 +43,7 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
     network.eval()
     try:
         with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as flops:
-            image = torch.empty(1, 3, *size, device="meta", dtype=dtype)
+            image = torch.empty(1, channels, *size, device="meta", dtype=dtype)
             torch.func.functional_call(network, stand_ins, (image,))
     finally:
         for module, training in modes:
@@ -50,7 +52,7 @@ def count_flops(network: nn.Module, size: tuple[int, int]) -> int:
 
 
 class RunRecord(Callback):
-    """Write ``summary.json`` and ``samples.npz`` into the run's folder.
+    """Write ``summary.json``, ``samples.npz`` and ``confusion.csv`` into the run's folder.
 
     ``summary.json``: model, backbone, parameters, trainable_parameters (both without those of an
     auxiliary head, which only trains), gflops (see
@@ -58,6 +60,8 @@ class RunRecord(Callback):
     input_size, class_names, palette; written at the first validation.
     ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
     a few validation images, always the same, and ``epoch``; refreshed at every validation.
+    ``confusion.csv``: see :func:`mfnet.scores.write_confusion`; of the last validation, where the
+    module has counts (:attr:`mfnet.task.SegmentationTask.confusion_counts`).
     Rank 0 alone writes, only while fitting, and not in the sanity check.
 
     Args:
@@ -94,12 +98,15 @@ class RunRecord(Callback):
             self._chosen = [dataset[index * len(dataset) // count] for index in range(count)]
             self._write_summary(folder / SUMMARY, trainer, pl_module)
         self._write_samples(folder / SAMPLES, trainer, pl_module)
+        counts = getattr(pl_module, "confusion_counts", None)
+        if counts is not None:
+            write_confusion(counts, pl_module.class_names, folder / CONFUSION)
 
     def _write_summary(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network = unwrapped(pl_module.network)
-        size = tuple(self._chosen[0][0].shape[-2:])
+        channels, *size = self._chosen[0][0].shape
         try:
-            gflops = count_flops(network, size) / 1e9
+            gflops = count_flops(network, size, channels) / 1e9
         except (RuntimeError, NotImplementedError) as error:
             # A foreign network may not run on the meta device; that must not end its training.
             rank_zero_warn(f"the FLOPs of {type(network).__name__} cannot be counted: {error}")
@@ -125,8 +132,44 @@ class RunRecord(Callback):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 images = trainer.precision_plugin.convert_input(image[None].to(pl_module.device))
                 logits = pl_module(images)
-            arrays[f"image_{index}"] = denormalise(image, normalisation).permute(1, 2, 0).numpy()
+            shown = as_rgb(denormalise(image, normalisation))
+            arrays[f"image_{index}"] = shown.permute(1, 2, 0).numpy()
             arrays[f"truth_{index}"] = mask.numpy().astype(np.uint8)
             arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
         with written_whole(path) as partial:
             np.savez_compressed(partial, **arrays)
+
+
+class ClassScores(Callback):
+    """Print the scores of each class after ``validate`` and ``test``, and write them as CSV.
+
+    The files are ``scores-val.csv`` and ``scores-test.csv``; see
+    :func:`mfnet.scores.write_class_scores`. Where the folder cannot be written to, that is a
+    warning. Rank 0 alone prints and writes.
+
+    Args:
+        folder: the folder of the files.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._put_out("val", trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._put_out("test", trainer, pl_module)
+
+    def _put_out(self, stage: str, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        counts, names = pl_module.confusion_counts, pl_module.class_names
+        tqdm.write(class_table(counts, names), end="")
+        path = self.folder / f"scores-{stage}.csv"
+        try:
+            write_class_scores(counts, names, path)
+        except OSError as error:  # the folder of someone else's run
+            rank_zero_warn(f"{path} was not written: {error.strerror}")
+        else:
+            tqdm.write(f"written: {path}")

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
-from mfnet.callbacks import RunRecord
+from mfnet.callbacks import ClassScores, RunRecord
 from mfnet.checkpoint import CHECKPOINTS, RECORD, find_checkpoint, read_checkpoint
 from mfnet.config import (
     ConfigAction,
@@ -34,6 +34,7 @@ from mfnet.config import (
     with_image_list,
 )
 from mfnet.data import SegmentationDataModule
+from mfnet.data.datamodule import CHANNELS
 from mfnet.errors import (
     NO_DATA,
     CommandLineError,
@@ -139,10 +140,13 @@ class MFNetCLI(LightningCLI):
             parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
         if "lr_scheduler" in taken:
             parser.add_lr_scheduler_args(link_to="model.lr_scheduler")
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-        parser.link_arguments(
-            "data.num_classes", "model.network.init_args.num_classes", apply_on="instantiate"
-        )
+        for source, target in (
+            ("class_names", "class_names"),
+            ("num_classes", "network.init_args.num_classes"),
+            ("channels", "channels"),
+            ("channels", "network.init_args.in_channels"),
+        ):
+            parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def setup_parser(self, add_subcommands: bool, *rest: Any) -> None:
         super().setup_parser(add_subcommands, *rest)
@@ -193,6 +197,8 @@ class MFNetCLI(LightningCLI):
             forget_starting_weights(config.model.network.get("init_args", Namespace()))
             if subcommand == "predict" and config.data.class_path.startswith("mfnet.data."):
                 config.data = from_checkpoint.photographs(config.data, record)
+            else:
+                config.data = from_checkpoint.with_channels(config.data, record)
         config.ckpt_path = checkpoint
 
     def _set_seed(self) -> None:
@@ -226,6 +232,7 @@ class MFNetCLI(LightningCLI):
             _guard(folder, asked, config.ckpt_path)
 
     def instantiate_classes(self) -> None:
+        _check_channels(self._get(self.config, "model").network, self._get(self.config, "data"))
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, KeyError) as error:
@@ -240,6 +247,9 @@ class MFNetCLI(LightningCLI):
                     f"optimizer itself, got {self._get(self.config, key).class_path}"
                 )
         self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
+        arguments = self.model.network_config.get("init_args", {})
+        if "in_channels" in arguments:
+            arguments["in_channels"] = self.model.channels
         if self.subcommand not in (None, "fit"):
             config = self.config[self.subcommand]
             self.model.inference = Inference(*(config[field.name] for field in fields(Inference)))
@@ -257,6 +267,10 @@ class MFNetCLI(LightningCLI):
                 callback.dirpath = str((folder / CHECKPOINTS).resolve())
         names = _network_names(self._get(self.config, "model").network)
         callbacks += [RunRecord(*names, folder=folder), MonitorCheck(), EpochScores()]
+        if self.subcommand in ("validate", "test"):
+            checkpoint = self._get(self.config, "ckpt_path")
+            scored = run_directory.folder_of(checkpoint) if checkpoint else folder
+            callbacks.append(ClassScores(scored))
         if config.enable_checkpointing is not False:
             callbacks += run_directory.checkpoint_callbacks(folder)
         logger = config.logger
@@ -392,6 +406,16 @@ def _network_names(network: Any) -> tuple[str, str]:
     if own:
         name = f"{name} ({', '.join(own)})"
     return name, arguments.get("backbone", "")
+
+
+def _check_channels(network: Any, data: Any) -> None:
+    """Refuse a number of channels that the data's, which the network gets, would replace."""
+    asked = network.get("init_args", {}).get("in_channels", CHANNELS)
+    if asked not in (CHANNELS, data.get("init_args", {}).get("channels")):
+        raise CommandLineError(
+            f"--model.network.in_channels {asked}: a network has as many channels as the images: "
+            f"--data.channels {asked}"
+        )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -32,21 +32,25 @@ METADATA = "mfnet"
 
 
 class Normalised(nn.Module):
-    """A network on RGB images in 0 to 1, float (B, 3, H, W), that normalises them itself."""
+    """A network on images in 0 to 1, float (B, C, H, W), that normalises them itself."""
 
     def __init__(self, network: TrainedNetwork) -> None:
         super().__init__()
         self.network = network
+        self.channels = network.channels
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(tv.normalize(images, *self.network.normalisation))
 
 
-def _write_onnx(model: nn.Module, path: Path, metadata: str) -> None:
+Exported = TrainedNetwork | Normalised
+
+
+def _write_onnx(model: Exported, path: Path, metadata: str) -> None:
     sizes = {0: "batch", 2: "height", 3: "width"}
     program = torch.onnx.export(
         model,
-        (_example(0),),
+        (_example(0, model.channels),),
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes=(sizes,),
@@ -64,12 +68,12 @@ def _run_onnx(path: Path) -> Run:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _program(model: nn.Module) -> torch.export.ExportedProgram:
+def _program(model: Exported) -> torch.export.ExportedProgram:
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    return torch.export.export(model, (_example(0),), dynamic_shapes=(sizes,))
+    return torch.export.export(model, (_example(0, model.channels),), dynamic_shapes=(sizes,))
 
 
-def _write_pt2(model: nn.Module, path: Path, metadata: str) -> None:
+def _write_pt2(model: Exported, path: Path, metadata: str) -> None:
     torch.export.save(_program(model), path, extra_files={METADATA: metadata})
 
 
@@ -77,7 +81,7 @@ def _run_pt2(path: Path) -> Run:
     return torch.export.load(path).module()
 
 
-def _write_aoti(model: nn.Module, path: Path, metadata: str) -> None:
+def _write_aoti(model: Exported, path: Path, metadata: str) -> None:
     torch._inductor.aoti_compile_and_package(
         _program(model),
         package_path=str(path),
@@ -93,7 +97,7 @@ class Format(NamedTuple):
     """How a kind of file is written and run, and the packages that this needs."""
 
     name: str
-    write: Callable[[nn.Module, Path, str], None]
+    write: Callable[[Exported, Path, str], None]
     run: Callable[[Path], Run]
     packages: tuple[str, ...] = ()
 
@@ -160,16 +164,17 @@ def _metadata(network: TrainedNetwork, normalise: bool) -> dict[str, Any]:
     }
 
 
-def _example(index: int) -> Tensor:
+def _example(index: int, channels: int) -> Tensor:
     batch, height, width = SIZES[index]
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(index))
+    generator = torch.Generator().manual_seed(index)
+    return torch.rand(batch, channels, height, width, generator=generator)
 
 
 @torch.inference_mode()
-def _compare(model: nn.Module, run: Run) -> float:
+def _compare(model: Exported, run: Run) -> float:
     worst = 0.0
     for index, size in enumerate(SIZES):
-        images = _example(index)
+        images = _example(index, model.channels)
         expected, got = model(images), run(images)
         if got.shape != expected.shape:
             raise ValueError(

@@ -6,6 +6,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from mfnet.data.datamodule import CHANNELS
+
 PHOTOGRAPHS = "mfnet.data.Photographs"
 
 _OF_PHOTOGRAPHS = ("predict_images", "resize", "num_workers")
@@ -17,14 +19,31 @@ def defaults(record: dict[str, Any], subcommand: str) -> dict[str, Any]:
     if record.get("network"):
         values["model.network"] = record["network"]
     if subcommand == "predict":
-        arguments = {"resize": record.get("resize")}
+        arguments = {"resize": record.get("resize"), "channels": _channels(record)}
         values["data"] = {"class_path": PHOTOGRAPHS, "init_args": arguments}
     return values
+
+
+def _channels(record: dict[str, Any]) -> int:
+    return len(record["normalisation"]["mean"]) if "normalisation" in record else CHANNELS
+
+
+def with_channels(data: Namespace, record: dict[str, Any]) -> Namespace:
+    """The data of an evaluation, with the checkpoint's channels where none are chosen."""
+    arguments = data.get("init_args", Namespace())
+    if arguments.get("channels") == CHANNELS:
+        arguments["channels"] = _channels(record)
+    return data
 
 
 def photographs(data: Namespace, record: dict[str, Any]) -> Namespace:
     """The data of a prediction, in place of a data set that need not be at hand."""
     given = data.get("init_args", Namespace())
     kept = {name: given[name] for name in _OF_PHOTOGRAPHS if name in given}
-    arguments = Namespace(class_names=record["class_names"], palette=record.get("palette"), **kept)
+    arguments = Namespace(
+        class_names=record["class_names"],
+        palette=record.get("palette"),
+        channels=_channels(record),
+        **kept,
+    )
     return Namespace(class_path=PHOTOGRAPHS, init_args=arguments)

@@ -25,7 +25,7 @@ Semantic segmentation with factorized context.
   mfnet predict        predict images
   mfnet export RUN     write a trained network as ONNX, torch.export, AOTInductor or weights
   mfnet video RUN FILM OUTPUT   paint a trained network's classes over a film
-  mfnet report RUN...  curves, predictions and a table from the folders of finished runs
+  mfnet report RUN...  curves, predictions, confusion matrices and tables of finished runs
   mfnet demo           train a small network on generated images and show what it learned
 
 mfnet COMMAND --help says more; mfnet --version tells versions."""
@@ -46,6 +46,7 @@ data
   --data.resize [H,W]      resize images and masks first
   --data.batch_size N      images per process in a step         (4)
   --data.num_workers N     processes that load images
+  --data.channels N        of the images: 1 grey, 3 RGB, or the bands of a TIFF  (3)
   --data.label_map M       what numbers or colours in masks mean: '{{0: 0, 255: 1}}', a YAML file
   --data.predict_images P  what predict reads: files, folders, globs
   --data.help CLASS        all options of CLASS
@@ -72,7 +73,8 @@ training
   --model.class_weights W                   a number for each class, or auto
   --model.auxiliary_weight W                of auxiliary outputs' loss    (0.4)
   --model.parameter_groups G                two_rates, or published: as the paper's code
-  --model.image_mean, --model.image_std     [R,G,B]; by default what the backbone's weights want
+  --model.image_mean, --model.image_std     [R,G,B], a number for each channel; by default what
+                                            the backbone's weights want
   --model.reconstruction_weight W           of the context's own loss     (0.1)
   --model.reconstruction_warmup N           epochs without that loss      (10)
   --trainer.max_epochs N           {epochs} unless max_epochs, max_steps or max_time is given
@@ -149,7 +151,9 @@ def nested_flags() -> list[str]:
 def network_options() -> str:
     """What ``create_model`` takes, for ``--model.network.help``."""
     parser = ArgumentParser(prog="mfnet fit", add_help=False)
-    parser.add_function_arguments(create_model, "model.network", skip={"num_classes"})
+    parser.add_function_arguments(
+        create_model, "model.network", skip={"num_classes", "in_channels"}
+    )
     lines = [parser.format_help(), "--model.network.dict_kwargs.OPTION, by context:"]
     for name, build in CONTEXTS.items():
         own = [str(option) for option in _context_options(build) if option.name != "context_size"]

@@ -22,7 +22,9 @@ torch.fx.wrap("_check_images")  # it looks at sizes, which a trace has not
 
 
 class SegmentationNetwork(nn.Module):
-    """Images ``(B, 3, H, W)`` to logits ``(B, num_classes, H, W)``, for any H, W >= 33.
+    """Images ``(B, C, H, W)`` to logits ``(B, num_classes, H, W)``, for any H, W >= 33.
+
+    C, ``in_channels``, is the backbone's (3 where it does not tell).
 
     Args:
         backbone: images to ``(low, high)`` features.
@@ -40,6 +42,7 @@ class SegmentationNetwork(nn.Module):
         auxiliary_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.in_channels: int = getattr(backbone, "in_channels", 3)
         self.backbone = backbone
         self.context = context
         self.decoder = decoder
@@ -68,10 +71,10 @@ class SegmentationNetwork(nn.Module):
 
         Raises:
             TypeError: x is not of a floating-point type.
-            ValueError: x is not ``(B, 3, H, W)`` or is smaller than 33 x 33; a loss that needs
+            ValueError: x is not ``(B, C, H, W)`` or is smaller than 33 x 33; a loss that needs
                 masks gets none, or of another shape.
         """
-        _check_images(x)
+        _check_images(x, self.in_channels)
         auxiliary = None
         if self.training and self.auxiliary_head is not None:
             low, middle, high = self.backbone(x, with_middle=True)
@@ -157,6 +160,7 @@ def create_model(
     context_size: tuple[int, int] | None = None,
     init: Literal["normal", "uniform"] | None = None,
     multi_grid: Sequence[int] | None = None,
+    in_channels: int = 3,
     auxiliary_head: bool = False,
     **kwargs: Any,
 ) -> SegmentationNetwork:
@@ -184,6 +188,8 @@ def create_model(
             ``"uniform"``; see :class:`mfops.FactorizedContext`. No other context looks at it.
         multi_grid: dilations of the blocks of a ResNet's last layer, (2, 4, 8) in the paper's code
             (timm's own: 1, 2, 2); see :class:`mfnet.backbone.Backbone`.
+        in_channels: channels of the images; the backbone's weights for RGB are adapted, see
+            :class:`mfnet.backbone.Backbone`. The command line has ``--data.channels``.
         auxiliary_head: an FCN head on the features before the backbone's last stage, whose logits
             the network returns beside its own in training; see :class:`SegmentationNetwork`.
         **kwargs: options of the network's context. mf: ``rank=64``, ``loss_weight=0.1`` (where
@@ -212,7 +218,8 @@ def create_model(
         raise TypeError(f"factorizer: only context 'mf' takes one, this is '{context}'")
     for keyword in kwargs:
         if keyword not in options:
-            own = ["num_classes", "backbone", "backbone_weights", "multi_grid", "auxiliary_head"]
+            own = ["num_classes", "backbone", "backbone_weights", "multi_grid", "in_channels"]
+            own += ["auxiliary_head"]
             own += ["init", "context", "context_size"]
             raise TypeError(
                 f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
@@ -226,7 +233,7 @@ def create_model(
         kwargs["init"] = init
     if context_size is not None and "context_size" in options:
         kwargs["context_size"] = context_size
-    trunk = Backbone(backbone, backbone_weights, multi_grid)
+    trunk = Backbone(backbone, backbone_weights, multi_grid, in_channels)
     decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
     head = FCNHead(trunk.middle_channels, num_classes) if auxiliary_head else None
     return SegmentationNetwork(
@@ -234,9 +241,9 @@ def create_model(
     )
 
 
-def _check_images(x: Tensor) -> None:
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"x: expected images (B, 3, H, W), got shape {tuple(x.shape)}")
+def _check_images(x: Tensor, channels: int) -> None:
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x: expected images (B, {channels}, H, W), got shape {tuple(x.shape)}")
     height, width = x.shape[-2:]
     if height < MIN_SIZE or width < MIN_SIZE:  # min() of the two would freeze which is smaller
         raise ValueError(

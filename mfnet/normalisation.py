@@ -6,14 +6,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-Triple = tuple[float, float, float]
+Numbers = tuple[float, ...]
 
 
 class Normalisation(NamedTuple):
-    """``(image - mean) / std`` for each of R, G, B in 0 to 1."""
+    """``(image - mean) / std``, one number for each channel, of images in 0 to 1."""
 
-    mean: Triple
-    std: Triple
+    mean: Numbers
+    std: Numbers
+
+    def for_channels(self, channels: int) -> Normalisation:
+        """Itself where it has so many numbers, else their mean in every channel, as timm does."""
+        if len(self.mean) == channels:
+            return self
+        return Normalisation(*((sum(three) / len(three),) * channels for three in self))
 
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

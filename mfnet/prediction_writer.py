@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from mfnet.data import DataError
+from mfnet.data import DataError, as_rgb
 from mfnet.data.prediction import Skipped
 from mfnet.files import written_whole
 from mfnet.inference import Prediction
@@ -34,7 +34,7 @@ class PredictionWriter(BasePredictionWriter):
     they share.
 
     A prediction is a :class:`mfnet.inference.Prediction` of a batch ``(image, original, [path])``
-    of one image, the original uint8 RGB (1, 3, H, W).
+    of one image, the original uint8 (1, C, H, W).
 
     Raises ``ValueError`` before anything is predicted when two images would share a file, or a
     file would replace one of the images; ``DataError`` at the end, naming the images that could
@@ -84,7 +84,7 @@ class PredictionWriter(BasePredictionWriter):
         for kind in self.kinds:
             path = self._targets[kind][Path(name)]
             if kind == "overlay":
-                picture = original.permute(1, 2, 0).cpu().numpy()
+                picture = as_rgb(original).permute(1, 2, 0).cpu().numpy()
                 save_image(overlay(picture, labels, data.palette), path)
             elif kind == "mask":
                 save_mask(labels, data.palette, path)

@@ -65,11 +65,12 @@ class TrainedNetwork(
             and ``dict_kwargs``, as the command line's ``--model.network`` takes them.
         class_names: the classes, in the order of the logits.
         palette: RGB of each class; default: PASCAL's colours.
-        normalisation: ``mean`` and ``std`` that images are normalised with.
+        normalisation: ``mean`` and ``std`` that images are normalised with, C numbers each.
         resize: (height, width) that images were resized to in training; :meth:`predict` does so.
 
     Attributes:
         network: the network itself, for instance a :class:`mfnet.SegmentationNetwork`.
+        channels: C, those of the images.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class TrainedNetwork(
         self.palette = [tuple(colour) for colour in given]
         self.normalisation = Normalisation(*(tuple(normalisation[k]) for k in ("mean", "std")))
         self.resize = None if resize is None else tuple(resize)
+        self.channels = len(self.normalisation.mean)
 
     def forward(self, images: Tensor) -> Tensor:
         return read_output(self.network(images), images, len(self.class_names), self.network)[0]
@@ -96,7 +98,7 @@ class TrainedNetwork(
         """Class indices, uint8 (H, W), at the image's own size, upright as its EXIF says.
 
         Args:
-            image: a PIL image, the path of one, or a uint8 tensor (3, H, W).
+            image: a PIL image, the path of one, or a uint8 tensor (C, H, W).
             **options: those of :class:`mfnet.inference.Inference`: ``tile`` (1025; ``None`` shows
                 large images as a whole, too), ``overlap``, ``scales``, ``flip``.
 
@@ -118,7 +120,7 @@ class TrainedNetwork(
 
     def _predict(self, image: Any, options: dict[str, Any], **keep: bool) -> Prediction:
         inference = Inference(**{"tile": TILE, **options})
-        pixels = _pixels(image)
+        pixels = _pixels(image, self.channels)
         shown = pixels if self.resize is None else resized(pixels, self.resize)
         device = next(self.parameters()).device
         training = self.training
@@ -211,14 +213,14 @@ def build(network: Mapping[str, Any]) -> nn.Module:
     return make(config).network
 
 
-def _pixels(image: Any) -> Tensor:
+def _pixels(image: Any, channels: int) -> Tensor:
     if isinstance(image, (str, Path)):
-        return read_image(Path(image).expanduser())
+        return read_image(Path(image).expanduser(), channels)
     if isinstance(image, Image.Image):
-        return picture_to_image(image)
+        return picture_to_image(image, channels)
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"image: expected a PIL image, a path or a uint8 tensor, got {got}")
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image: expected a tensor (3, H, W), got {tuple(image.shape)}")
+    if image.ndim != 3 or image.shape[0] != channels:
+        raise ValueError(f"image: expected a tensor ({channels}, H, W), got {tuple(image.shape)}")
     return tv_tensors.Image(image)

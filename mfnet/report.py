@@ -1,6 +1,7 @@
 """``mfnet report RUN...``: curves, predictions and the comparison table of finished runs.
 
-Everything is drawn from what the runs logged: ``metrics.csv``, ``summary.json``, ``samples.npz``.
+Everything is drawn from what the runs logged: ``metrics.csv``, ``summary.json``,
+``samples.npz``, ``confusion.csv``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mfnet.callbacks import SAMPLES, SUMMARY
 from mfnet.files import written_whole
 from mfnet.run_directory import METRICS
-from mfnet.visualize import Array, draw_curves, draw_grid, save_figure
+from mfnet.scores import CONFUSION, class_table, markdown_table, read_confusion
+from mfnet.visualize import Array, draw_confusion, draw_curves, draw_grid, save_figure
 
 CURVES = {"mIoU": "val/mIoU", "fwIoU": "val/fwIoU"}
 SUMMARY_KEYS = {
@@ -53,6 +57,7 @@ class Run:
     epochs: dict[int, dict[str, float]]
     summary: dict[str, Any]
     samples: Samples
+    confusion: Tensor | None = None  # of runs from before it was recorded
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Epochs (counted from 1) in which ``metric`` was logged, and its values."""
@@ -139,7 +144,10 @@ def read_run(folder: Path) -> Run:
         if not any(metric in row for row in epochs.values()):
             raise ValueError(f"{path}: {metric} was never logged")
     summary = _read_summary(folder / SUMMARY)
-    return Run(folder, epochs, summary, _read_samples(folder / SAMPLES))
+    samples = _read_samples(folder / SAMPLES)
+    path = folder / CONFUSION
+    confusion = read_confusion(path, summary["class_names"]) if path.is_file() else None
+    return Run(folder, epochs, summary, samples, confusion)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -229,17 +237,25 @@ def comparison_table(runs: dict[str, Run]) -> str:
             "unknown" if gflops is None else f"{gflops:.1f}",
             " x ".join(map(str, run.summary["input_size"])),
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in (header, *rows)
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, rows)
+
+
+def class_section(name: str, run: Run, picture: str) -> str:
+    """The scores of a run's classes and the place of its confusion matrix, in Markdown."""
+    assert run.confusion is not None
+    return (
+        f"\n## Classes: {name}\n\n"
+        f"{class_table(run.confusion, run.summary['class_names'])}\n"
+        "Of the last validation; pixels are those of the truth. A score without a pixel to divide "
+        "by is not defined, and left empty.\n\n"
+        f"![confusion matrix of {name}]({picture})\n"
+    )
 
 
 def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
-    """Write ``curves.png``, ``predictions.png`` and ``report.md`` into ``output``.
+    """Write ``curves.png``, ``predictions.png``, ``confusion-<run>.png`` and ``report.md``.
+
+    A run from before ``confusion.csv`` was recorded is without its part.
 
     Everything is read and checked before the first file is written. Returns the comparison
     table. Raises ``FileNotFoundError`` or ``ValueError`` naming the folder or file at fault.
@@ -252,6 +268,7 @@ def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
     _check_comparable(list(runs.values()))
 
     first = next(iter(runs.values()))
+    classes = first.summary["class_names"]
     try:
         grid = draw_grid(
             first.samples.images,
@@ -260,7 +277,7 @@ def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
                 name if len(runs) > 1 else "prediction": run.samples.predictions
                 for name, run in runs.items()
             },
-            first.summary["class_names"],
+            classes,
             first.summary["palette"],
         )
     except ValueError as error:
@@ -272,10 +289,17 @@ def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
         }
     )
     table = comparison_table(runs)
+    pictures = {
+        name: "confusion-" + re.sub(r"[^\w.-]+", "-", name) + ".png"
+        for name, run in runs.items()
+        if run.confusion is not None
+    }
 
     output = Path(output)
     save_figure(curves, output / "curves.png")
     save_figure(grid, output / "predictions.png")
+    for name, picture in pictures.items():
+        save_figure(draw_confusion(runs[name].confusion, classes), output / picture)
     with written_whole(output / "report.md") as partial:
         partial.write_text(
             "# Comparison\n\n"
@@ -283,7 +307,8 @@ def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
             "mIoU and fwIoU are those of the last epoch. GFLOPs: forward pass of one image, "
             "2 per multiply-add.\n\n"
             "![mIoU and fwIoU over epochs](curves.png)\n\n"
-            "![image, truth, predictions](predictions.png)\n",
+            "![image, truth, predictions](predictions.png)\n"
+            + "".join(class_section(name, runs[name], pictures[name]) for name in pictures),
             encoding="utf-8",
         )
     return table
@@ -293,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``mfnet report``; user errors are raised, for the caller to print."""
     parser = argparse.ArgumentParser(
         prog="mfnet report",
-        description="Draw curves, predictions and the comparison table from what runs logged.",
+        description="Draw curves, predictions and confusion matrices, and write tables, of runs.",
     )
     path = {"type": lambda text: Path(text).expanduser()}
     parser.add_argument("runs", nargs="+", metavar="RUN", **path, help="run folder")
@@ -302,4 +327,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     print(report(options.runs, options.output), end="")
-    print(f"written: {options.output}/curves.png, predictions.png, report.md")
+    print(f"written: {options.output}/report.md and its pictures")

@@ -37,6 +37,12 @@ def has_checkpoints(folder: Path) -> bool:
     return any((folder / CHECKPOINTS).glob("*.ckpt"))
 
 
+def folder_of(checkpoint: str) -> Path:
+    """The folder of the run that a checkpoint is from; of one that lies elsewhere, its own."""
+    parent = Path(checkpoint).absolute().parent
+    return parent.parent if parent.name == CHECKPOINTS else parent
+
+
 def holds_run(folder: Path) -> bool:
     """Whether something would be lost if another run began in ``folder``.
 

@@ -24,34 +24,14 @@ from mfnet.fine_tuning import Freeze, frozen_modules, initialise
 from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
-from mfnet.normalisation import IMAGENET, Normalisation, Triple, normalisation_of
+from mfnet.normalisation import IMAGENET, Normalisation, Numbers, normalisation_of
 from mfnet.outputs import read_output
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.pretrained import arguments_of, build
+from mfnet.scores import segmentation_scores
 from mfops import collect_losses
 
 EPOCHS_DONE = "epochs_done"  # an entry of a checkpoint, a fraction
-
-
-def segmentation_scores(confusion: Tensor) -> dict[str, Tensor]:
-    """The usual scores of a confusion matrix (classes, classes), rows the truth, float64.
-
-    With ``tp`` the diagonal: ``IoU_c = tp_c / (truth_c + predicted_c - tp_c)``;
-    All are NaN where no pixel has a truth;
-    ``mIoU`` = mean of IoU_c over the classes that occur in the truth or in the predictions (an
-    absent one has no IoU: NaN, left out); ``fwIoU = sum_c truth_c / all IoU_c``;
-    ``accuracy = sum_c tp_c / all``. All are taken over the whole set, not averaged per image.
-    """
-    confusion = confusion.double()
-    hits, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    iou = hits / (truth + predicted - hits)
-    frequency = truth / truth.sum()
-    return {
-        "IoU": iou,
-        "mIoU": iou.nanmean(),
-        "fwIoU": (frequency * iou).nansum() + 0 * frequency[0],  # NaN where there is no truth
-        "accuracy": hits.sum() / truth.sum(),
-    }
 
 
 class SegmentationTask(L.LightningModule):
@@ -68,7 +48,7 @@ class SegmentationTask(L.LightningModule):
     that of each rank's batch, and its gradients are averaged. A batch without any such pixel has
     L 0.
 
-    Batches are ``(images (B, 3, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
+    Batches are ``(images (B, C, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
     ``train/ce`` (with another loss ``train/<its class>``), ``train/auxiliary`` and
     ``train/reconstruction`` (unweighted), ``lr-<group>`` (``backbone``, ``head``), ``val/loss`` and
     the scores of :func:`segmentation_scores` are logged: ``val/mIoU``, ``val/fwIoU``,
@@ -97,10 +77,12 @@ class SegmentationTask(L.LightningModule):
         reconstruction_weight: weight of the reconstruction loss (the paper's lambda; EncNet's
             SE-loss has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
-        image_mean: mean of R, G, B that images are normalised with, in 0 to 1. ``None``: what
+        image_mean: mean of each channel that images are normalised with, in 0 to 1. ``None``: what
             timm's configuration says of the weights of the timm model inside the network,
-            ImageNet's where there is none; after a checkpoint was loaded, the checkpoint's.
+            ImageNet's where there is none, and, where images are not of 3 channels, the mean of
+            those three numbers in every channel; after a checkpoint was loaded, the checkpoint's.
         image_std: standard deviation, likewise.
+        channels: C, those of the images; the data module's on the command line.
         lr_warmup: epochs, or a part of one, in which the rates are also multiplied by a factor that
             rises linearly from 0 to 1. The schedule of ``lr_scheduler`` has none.
         optimizer: makes another optimizer of parameter groups. Its rate is that of the head, and
@@ -120,10 +102,13 @@ class SegmentationTask(L.LightningModule):
 
     Raises:
         ValueError: class weights do not fit the classes or the loss, a loss has parameters, a
-            warm-up is below 0 or given beside a scheduler.
+            warm-up is below 0 or given beside a scheduler, image_mean or image_std has another
+            number of channels.
 
     Attributes:
         normalisation: the mean and standard deviation in effect. The data modules look here.
+        confusion_counts: int64 (classes, classes), rows the truth, of the last validation or test,
+            all ranks' together; ``None`` before.
         network_config: ``class_path`` and ``init_args`` that built the network, if known.
         inference: how images are shown to the network in evaluation and prediction; a loss is then
             that of the averaged probabilities.
@@ -147,8 +132,9 @@ class SegmentationTask(L.LightningModule):
         parameter_groups: Grouping = "two_rates",
         reconstruction_weight: float = 0.1,
         reconstruction_warmup: int = 10,
-        image_mean: Triple | None = None,
-        image_std: Triple | None = None,
+        image_mean: Numbers | None = None,
+        image_std: Numbers | None = None,
+        channels: int = 3,
         lr_warmup: float = 0.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -169,8 +155,15 @@ class SegmentationTask(L.LightningModule):
         self.parameter_groups = parameter_groups
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction_warmup = reconstruction_warmup
+        for name, given in (("image_mean", image_mean), ("image_std", image_std)):
+            if given is not None and len(given) != channels:
+                raise ValueError(
+                    f"{name}: expected {channels} numbers, one for each channel of the images, got "
+                    f"{list(given)}"
+                )
+        self.channels = channels
         self._given = image_mean, image_std
-        self.normalisation = self._unless_given(normalisation_of(network))
+        self.normalisation = self._unless_given(normalisation_of(network).for_channels(channels))
         self.lr_warmup = lr_warmup
         if lr_warmup < 0 or (lr_warmup and lr_scheduler is not None):
             raise ValueError(
@@ -201,9 +194,10 @@ class SegmentationTask(L.LightningModule):
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
         )
         self.pixel_loss = MeanMetric()
+        self.confusion_counts: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes, H, W) of images (B, 3, H, W).
+        """Logits (B, classes, H, W) of images (B, C, H, W).
 
         Raises:
             ValueError: the network returns something else.
@@ -348,6 +342,7 @@ class SegmentationTask(L.LightningModule):
             record = read_checkpoint(checkpoint_path).get(RECORD, {})
             told = arguments_of(record, checkpoint_path)
             kwargs.setdefault("class_names", told["class_names"])
+            kwargs.setdefault("channels", len(told["normalisation"]["mean"]))
             if "network" not in kwargs:
                 kwargs["network"] = build(told["network"])
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
@@ -355,21 +350,27 @@ class SegmentationTask(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         path = None if self._trainer is None else self._trainer.ckpt_path
         where = "the checkpoint" if path is None else f"checkpoint '{path}'"
+        record = checkpoint.get(RECORD, {})
+        # Before checkpoints told, ImageNet's was used for every network.
+        stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
+        if len(stored.mean) != self.channels:
+            raise ValueError(
+                f"{where} does not fit: its images have "
+                f"{len(stored.mean)} channels; those of the data have {self.channels} "
+                "(--data.channels)"
+            )
         own = self.state_dict()
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = named_as(own, checkpoint["state_dict"])
         fault = misfit(checkpoint.get("state_dict"), own) or self._misfit_of_groups(checkpoint)
         if fault:
             raise ValueError(f"{where} does not fit: {fault}")
-        record = checkpoint.get(RECORD, {})
         classes = record.get("class_names", self.class_names)
         if classes != self.class_names:
             raise ValueError(
                 f"{where} does not fit: its classes are "
                 f"{', '.join(classes)}; those of the data are {', '.join(self.class_names)}"
             )
-        # Before checkpoints told, ImageNet's was used for every network.
-        stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
         self.normalisation = self._unless_given(stored)
         self._resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
         self._stored_kinds = resume.stored_kinds(checkpoint, record)
@@ -440,7 +441,9 @@ class SegmentationTask(L.LightningModule):
         self.confusion.update(logits.argmax(1), masks)
 
     def _log_scores(self, stage: str) -> None:
-        scores = segmentation_scores(self.confusion.compute())
+        counts = self.confusion.compute()
+        self.confusion_counts = counts.cpu()
+        scores = segmentation_scores(counts)
         values = {f"{stage}/loss": self.pixel_loss.compute()}
         values |= {f"{stage}/{name}": scores[name] for name in ("mIoU", "fwIoU", "accuracy")}
         values |= {

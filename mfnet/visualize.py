@@ -219,3 +219,35 @@ def draw_curves(
         fontsize=10,
     )
     return figure
+
+
+def draw_confusion(counts: Array, class_names: Sequence[str]) -> Figure:
+    """A confusion matrix (classes, classes), rows the truth: the share of each row, in percent.
+
+    A class without a pixel in the truth has a grey row. A cell below half a percent has no number.
+    """
+    counts = np.asarray(counts, dtype=float)
+    pixels = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, pixels, out=np.full_like(counts, np.nan), where=pixels > 0)
+    # Everything is laid out in inches, so that a cell holds its number whatever the matrix's size.
+    cell, margin = 0.42, 0.5 + 0.075 * max(map(len, class_names))
+    side = max(cell * len(class_names), 2.4)
+    width, height = margin + side + 0.2, margin + side + 0.5
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes(
+        (margin / width, margin / height, side / width, side / height),
+        facecolor=np.divide(IGNORE_COLOUR, 255),
+    )
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.005:
+            colour = "white" if share > 0.55 else "black"
+            text = f"{100 * share:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, rotation=90, fontsize=9)
+    axes.set_yticks(ticks, class_names, fontsize=9)
+    axes.set_xlabel("prediction", fontsize=10)
+    axes.set_ylabel("truth", fontsize=10)
+    axes.set_title("% of each true class's pixels", fontsize=11)
+    return figure

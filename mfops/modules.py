@@ -18,6 +18,18 @@ from mfops.tracing import record_module
 _collected: list[Tensor] | None = None
 
 
+def _added(x: Tensor, shared: Tensor) -> Tensor:
+    """x + shared, of one image or as many as x has, laid out as x is.
+
+    Where x has its channels innermost (tokens, channels_last) the sum is that of views in the order
+    of memory: autograd adds up the gradient of one image for all in the order of dimensions, and
+    would turn it over.
+    """
+    if x.stride(-1) == 1 or x.stride(1) != 1:
+        return x + shared
+    return (x.movedim(1, -1) + shared.movedim(1, -1)).movedim(-1, 1)
+
+
 @contextmanager
 def collect_losses() -> Iterator[list[Tensor]]:
     """Within it, losses that would be injected are handed over instead, to be added to the loop's.
@@ -120,9 +132,9 @@ class FactorizedContext(nn.Module):
         check_channels(x, self.channels)
         inject = self.training and self.loss_weight > 0 and torch.is_grad_enabled()
         if not (return_loss or inject):
-            return x + F.relu(self.factorizer.product(x))
+            return _added(x, F.relu(self.factorizer.product(x)))
         x_hat, mse = self.factorizer.reconstruct(x)
-        out = x + F.relu(x_hat)
+        out = _added(x, F.relu(x_hat))
         if return_loss:
             return out, mse
         if _collected is not None:

@@ -3,7 +3,7 @@
 from mfnet.data.datamodule import PascalVOC, SegmentationDataModule, Synthetic, VOCFolder
 from mfnet.data.files import IGNORE_INDEX, DataError
 from mfnet.data.photographs import Photographs
-from mfnet.data.transforms import denormalise
+from mfnet.data.transforms import as_rgb, denormalise
 
 __all__ = [
     "IGNORE_INDEX",
@@ -13,5 +13,6 @@ __all__ = [
     "SegmentationDataModule",
     "Synthetic",
     "VOCFolder",
+    "as_rgb",
     "denormalise",
 ]

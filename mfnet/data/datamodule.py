@@ -30,16 +30,17 @@ from mfnet.data.transforms import Recipe
 from mfnet.data.voc import Palette, Sample, Split
 from mfnet.normalisation import IMAGENET, Normalisation
 
+CHANNELS = 3  # of images in RGB
 MOSTLY = 0.5  # the share of padding in a crop from which on it is worth a word
 
 
 class SegmentationDataModule(L.LightningDataModule):
     """What all data sets share; a subclass says which classes and files there are.
 
-    Batches are ``(image, mask)``: float32 (B, 3, H, W), normalised as the trainer's module says in
+    Batches are ``(image, mask)``: float32 (B, C, H, W), normalised as the trainer's module says in
     ``normalisation`` (without one: by ImageNet's mean and standard deviation), and int64 (B, H, W)
     with 255 where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one
-    image, uint8 (1, 3, h, w) and (1, 3, H, W), or a :class:`mfnet.data.prediction.Skipped`.
+    image, uint8 (1, C, h, w) and (1, C, H, W), or a :class:`mfnet.data.prediction.Skipped`.
 
     A class has ``class_names``, ``num_classes`` and ``palette`` (RGB) once it is constructed.
     """
@@ -59,6 +60,7 @@ class SegmentationDataModule(L.LightningDataModule):
         num_workers: int | None = None,
         predict_images: str | list[str] | None = None,
         label_map: LabelEntries | None = None,
+        channels: int = CHANNELS,
     ) -> None:
         """
         Args:
@@ -75,11 +77,15 @@ class SegmentationDataModule(L.LightningDataModule):
             label_map: what the numbers or colours in the masks mean: a mapping ('{0: 0, 255: 1}',
                 '{"#000000": sky, "#ff0000": ignore}'), or the path of a YAML or JSON file that
                 holds one; see docs/data.md.
+            channels: C of the images, and of the network that the command line builds: 1 is grey, 3
+                RGB, any other number that of the bands in the files; see docs/data.md.
         """
         super().__init__()
         if recipe not in ("paper", "modern"):
             raise ValueError(f"recipe: expected 'paper' or 'modern', got {recipe!r}")
-        _check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        _check_at_least(
+            1, batch_size=batch_size, eval_batch_size=eval_batch_size, channels=channels
+        )
         _check_at_least(0, num_workers=num_workers)
         self.recipe = recipe
         self.crop_size = _pair("crop_size", crop_size)
@@ -90,6 +96,7 @@ class SegmentationDataModule(L.LightningDataModule):
         available = len(os.sched_getaffinity(0))
         self.num_workers = min(4, available) if num_workers is None else num_workers
         self.predict_images = predict_images
+        self.channels = channels
         self._label_entries = label_map
 
     @property
@@ -125,6 +132,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 self.num_classes,
                 self._transform(transforms.train_transform),
                 self.label_map,
+                self.channels,
             )
 
     # A checkpoint is loaded between setup and these: the normalisation may be another since.
@@ -151,14 +159,16 @@ class SegmentationDataModule(L.LightningDataModule):
                 "--data.predict_images photos"
             )
         paths = find_images(self.predict_images)
-        dataset = PredictionDataset(paths, self.resize)
+        dataset = PredictionDataset(paths, self.resize, self.channels)
         sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
         return self._loader(dataset, sampler, batch_size=1, collate_fn=collate_one)
 
     def _evaluated(self, split: Split) -> SegmentationDataset:
         transform = self._transform(transforms.eval_transform)
         samples = self.list_samples(split)
-        return SegmentationDataset(samples, self.num_classes, transform, self.label_map)
+        return SegmentationDataset(
+            samples, self.num_classes, transform, self.label_map, self.channels
+        )
 
     def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader:
         dataset.transform = self._transform(transforms.eval_transform)
@@ -175,7 +185,7 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def _warn_of_padding(self, sample: Sample) -> None:
         """Crops that are mostly padding are trained on few pixels; the recipe 'paper' scales."""
-        height, width = self.resize or image_size(sample.image)
+        height, width = self.resize or image_size(sample.image, self.channels)
         crop_height, crop_width = self.crop_size
         inside = min(height, crop_height) * min(width, crop_width)
         padded = 1 - inside / (crop_height * crop_width)
@@ -212,7 +222,14 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def _normalisation(self) -> Normalisation:
         module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(module, "normalisation", IMAGENET)
+        normalisation = getattr(module, "normalisation", IMAGENET.for_channels(self.channels))
+        if len(normalisation.mean) != self.channels:
+            raise ValueError(
+                f"channels: images of {self.channels} channels need as many means, the trainer's "
+                f"module has {len(normalisation.mean)}: SegmentationTask(..., "
+                f"channels={self.channels})"
+            )
+        return normalisation
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:

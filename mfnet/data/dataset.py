@@ -19,7 +19,7 @@ from mfnet.data.voc import Sample
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of a normalised float32 image (3, H, W) and an int64 mask (H, W).
+    """Pairs of a normalised float32 image (C, H, W) and an int64 mask (H, W).
 
     An item is asked for by its index, or by ``(index, seed)``: then all that is random in the
     transform follows from the seed, in whichever process the item is made.
@@ -29,6 +29,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         num_classes: labels are below this, or 255 (ignored).
         transform: joint transform of (image, mask), both ``tv_tensors`` of dtype uint8.
         label_map: turns masks into labels; without it, their numbers are the labels.
+        channels: C; see :func:`mfnet.data.files.read_image`.
 
     Attributes:
         record: what the masks that were read hold.
@@ -44,11 +45,13 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         num_classes: int,
         transform: v2.Transform,
         label_map: LabelMap | None = None,
+        channels: int = 3,
     ) -> None:
         self.samples = samples
         self.num_classes = num_classes
         self.transform = transform
         self.label_map = label_map
+        self.channels = channels
         self.record = LabelRecord([sample.mask for sample in samples])
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def _load(self, index: int) -> tuple[Tensor, Tensor]:
         sample = self.samples[index]
-        image, mask = read_pair(sample.image, sample.mask)
+        image, mask = read_pair(sample.image, sample.mask, self.channels)
         labels = to_labels(mask, self.num_classes, self.label_map)
         # A label map says whether the numbers or the colours count.
         self.record.add(index, labels, mask if self.label_map is None else None)
@@ -115,7 +118,7 @@ class ShardSampler(DistributedSampler):
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Batch of images (B, 3, H, W) and masks (B, H, W), padded on the right and at the bottom to
+    """Batch of images (B, C, H, W) and masks (B, H, W), padded on the right and at the bottom to
     the largest H and W: images with 0, the mean colour, masks with 255."""
     height = max(image.shape[-2] for image, _ in samples)
     width = max(image.shape[-1] for image, _ in samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import tv_tensors
 
 IGNORE_INDEX = 255
@@ -51,26 +51,33 @@ class StoredMask(NamedTuple):
     palette: NDArray[np.uint8] | None = None
 
 
-def read_image(path: str | Path) -> tv_tensors.Image:
-    """RGB image, uint8 (3, H, W), upright as its EXIF orientation says.
+def read_image(path: str | Path, channels: int = 3) -> tv_tensors.Image:
+    """Image, uint8 (channels, H, W), upright as its EXIF orientation says.
 
-    16-bit images are scaled by the range of 16 bits. Transparency is left out, so that the colours
-    are those stored.
+    3 channels are RGB and 1 is grey, whatever the file holds; transparency is left out then, so
+    that the colours are those stored. Any other number is that of the file's bands, in their order:
+    of a TIFF (read with rasterio), or of what Pillow reads (4 of RGBA, 2 of grey with alpha).
+    16-bit images are scaled by the range of 16 bits.
 
     Raises:
         DataError: the file is missing, truncated or no image; its range of values is not known
-            (float, 32 bits), it holds several pictures, or nothing but its transparency differs.
+            (float, 32 bits), it holds several pictures, nothing but its transparency differs, or it
+            has another number of bands.
     """
+    if _is_banded(path, channels):
+        return _read_bands(path, channels)
     with _opened(path, "image") as file:
-        return _rgb(ImageOps.exif_transpose(file), path, file.format)
+        return _converted(ImageOps.exif_transpose(file), path, file.format, channels)
 
 
-def picture_to_image(picture: Image.Image) -> tv_tensors.Image:
+def picture_to_image(picture: Image.Image, channels: int = 3) -> tv_tensors.Image:
     """What :func:`read_image` makes of a file, of a picture that is open already."""
-    return _rgb(ImageOps.exif_transpose(picture), "image", picture.format)
+    return _converted(ImageOps.exif_transpose(picture), "image", picture.format, channels)
 
 
-def read_pair(image: str | Path, mask: str | Path) -> tuple[tv_tensors.Image, StoredMask]:
+def read_pair(
+    image: str | Path, mask: str | Path, channels: int = 3
+) -> tuple[tv_tensors.Image, StoredMask]:
     """An image as :func:`read_image` returns it, and its mask.
 
     EXIF orientation: annotation tools show and mark the upright image, so the image is turned
@@ -84,17 +91,19 @@ def read_pair(image: str | Path, mask: str | Path) -> tuple[tv_tensors.Image, St
     """
     stored_mask = read_mask(mask)
     size = stored_mask.pixels.shape[1::-1]
+    if _is_banded(image, channels):
+        bands = _read_bands(image, channels)
+        if tuple(bands.shape[:0:-1]) != size:
+            raise _other_size(mask, bands.shape[:0:-1], size)
+        return bands, stored_mask
     with _opened(image, "image") as file:
         stored = file.size
         upright = ImageOps.exif_transpose(file)
         picture = file if size == stored != upright.size else upright
         if picture.size != size:
             how = "" if upright.size == stored else f" turned by EXIF, {_size(stored)} as stored"
-            raise DataError(
-                f"{mask}: expected the size of its image, {_size(upright.size)}{how}, "
-                f"got {_size(size)}"
-            )
-        return _rgb(picture, image, file.format), stored_mask
+            raise _other_size(mask, upright.size, size, how)
+        return _converted(picture, image, file.format, channels), stored_mask
 
 
 def read_mask(path: str | Path) -> StoredMask:
@@ -129,8 +138,10 @@ def read_mask(path: str | Path) -> StoredMask:
     return StoredMask(Path(path), mode, pixels, palette)
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path, channels: int = 3) -> tuple[int, int]:
     """(height, width) as stored; only the file's head is read. Raises ``DataError``."""
+    if _is_banded(path, channels):
+        return _band_size(path)
     with _opened(path, "image") as file:
         return file.height, file.width
 
@@ -190,11 +201,21 @@ def _count_pictures(file: Image.Image) -> int:
     return frames - reduced
 
 
-def _rgb(image: Image.Image, path: str | Path, file_format: str | None) -> tv_tensors.Image:
+def _converted(
+    image: Image.Image, path: str | Path, file_format: str | None, channels: int
+) -> tv_tensors.Image:
+    if channels not in (1, 3):
+        pixels = np.array(image)
+        if len(image.getbands()) != channels or pixels.dtype != np.uint8:
+            raise DataError(
+                f"{path}: expected {channels} channels, got {len(image.getbands())} "
+                f"(mode {image.mode})"
+            )
+        return _image(pixels)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's converter clips these to 0 to 255.
         grey = _scaled(np.array(image), image.mode, path, file_format)
-        return tv_tensors.Image(torch.from_numpy(grey).expand(3, -1, -1).contiguous())
+        return tv_tensors.Image(torch.from_numpy(grey).expand(channels, -1, -1).contiguous())
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getextrema()[3]
@@ -204,8 +225,13 @@ def _rgb(image: Image.Image, path: str | Path, file_format: str | None) -> tv_te
                 f"{path}: expected an image, got one colour throughout, only its transparency "
                 "differs: lay it over a background"
             )
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return tv_tensors.Image(pixels.permute(2, 0, 1).contiguous())
+    return _image(np.array(image.convert("L" if channels == 1 else "RGB")))
+
+
+def _image(pixels: NDArray[np.uint8]) -> tv_tensors.Image:
+    """(H, W) or (H, W, channels) as (channels, H, W)."""
+    pixels = np.atleast_3d(pixels)
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
 
 
 def _scaled(
@@ -218,6 +244,10 @@ def _scaled(
             f"{path}: expected 8 or 16 bits a channel, got mode {mode}, values {pixels.min():g} "
             f"to {pixels.max():g}, whose white is unknown: save it with 8 or 16 bits"
         )
+    return _eight_bits(pixels, path)
+
+
+def _eight_bits(pixels: NDArray[np.uint16], path: str | Path) -> NDArray[np.uint8]:
     if pixels.max() < 2**12:
         # By folder, so that it is said once.
         warnings.warn(
@@ -226,6 +256,52 @@ def _scaled(
             stacklevel=2,
         )
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _is_banded(path: str | Path, channels: int) -> bool:
+    """Whether a file's bands are to be read: of a TIFF, Pillow reads some of four 8-bit bands."""
+    return channels not in (1, 3) and _is_tiff(path)
+
+
+def _is_tiff(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in (".tif", ".tiff")
+
+
+@contextmanager
+def _opened_bands(path: str | Path) -> Iterator[Any]:
+    try:
+        import rasterio
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading the bands of a TIFF needs rasterio: pip install rasterio ({error})"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with rasterio.open(path) as file:
+                yield file
+    except rasterio.errors.RasterioError as error:
+        raise _unreadable(path, "image", error) from error
+
+
+def _read_bands(path: str | Path, channels: int) -> tv_tensors.Image:
+    with _opened_bands(path) as file:
+        if file.count != channels:
+            raise DataError(f"{path}: expected {channels} channels, got {file.count}")
+        pixels = file.read()
+    if pixels.dtype == np.uint16:
+        pixels = _eight_bits(pixels, path)
+    if pixels.dtype != np.uint8:
+        raise DataError(
+            f"{path}: expected 8 or 16 bits a channel, got {pixels.dtype}, values "
+            f"{pixels.min():g} to {pixels.max():g}, whose white is unknown"
+        )
+    return tv_tensors.Image(torch.from_numpy(pixels))
+
+
+def _band_size(path: str | Path) -> tuple[int, int]:
+    with _opened_bands(path) as file:
+        return file.height, file.width
 
 
 def _without_alpha(pixels: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8]:
@@ -260,8 +336,18 @@ def _read_sbd_mask(path: str | Path) -> np.ndarray:
 
 
 def _unreadable(path: str | Path, kind: str, error: BaseException) -> DataError:
-    return DataError(f"{path}: cannot read {kind}: {error}")
+    banded = kind == "image" and isinstance(error, UnidentifiedImageError) and _is_tiff(path)
+    hint = "; a TIFF of N bands needs --data.channels N" if banded else ""
+    return DataError(f"{path}: cannot read {kind}: {error}{hint}")
 
 
-def _size(size: tuple[int, int]) -> str:
+def _other_size(
+    mask: str | Path, expected: Sequence[int], size: Sequence[int], how: str = ""
+) -> DataError:
+    return DataError(
+        f"{mask}: expected the size of its image, {_size(expected)}{how}, got {_size(size)}"
+    )
+
+
+def _size(size: Sequence[int]) -> str:
     return "{1} x {0}".format(*size)

@@ -23,17 +23,21 @@ class Skipped(NamedTuple):
 
 
 class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
-    """Triples of a uint8 image (3, h, w) for the network, the original (3, H, W), upright as its
+    """Triples of a uint8 image (C, h, w) for the network, the original (C, H, W), upright as its
     EXIF orientation says, and its path; :class:`Skipped` where the file cannot be read.
 
     Args:
         paths: image files.
         resize: (h, w); by default the image is the original.
+        channels: C; see :func:`mfnet.data.files.read_image`.
     """
 
-    def __init__(self, paths: Sequence[Path], resize: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Path], resize: tuple[int, int] | None = None, channels: int = 3
+    ) -> None:
         self.paths = paths
         self.resize = resize
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,7 +45,7 @@ class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str] | Skipped:
         path = self.paths[index]
         try:
-            original = read_image(path)
+            original = read_image(path, self.channels)
         except DataError as error:
             return Skipped(str(path), str(error).removeprefix(f"{path}: "))
         image = original if self.resize is None else resized(original, self.resize)

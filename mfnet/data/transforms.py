@@ -1,6 +1,6 @@
 """Joint transforms of image and mask, on torchvision's ``transforms.v2`` and ``tv_tensors``.
 
-Two recipes, both ending in a normalised float32 image (3, H, W) and an int64 mask (H, W):
+Two recipes, both ending in a normalised float32 image (C, H, W) and an int64 mask (H, W):
 
 ``paper``
     MFNet was trained with the loaders of the DeepLab family around pytorch-deeplab-xception.
@@ -11,7 +11,7 @@ Two recipes, both ending in a normalised float32 image (3, H, W) and an int64 ma
     otherwise; above all, they pad masks with class 0, here it is 255 (ignored).
 ``modern``
     Training: rescaling by 0.5 to 2 times the image's own size, padding and random crop, horizontal
-    flip, colour jitter. Evaluation: the whole image at its own size.
+    flip, colour jitter of images in RGB. Evaluation: the whole image at its own size.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def train_transform(
         steps = [flip, Rescale((0.5, 2.0), cover=crop_size), crop, blur]
     else:
         jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05)
-        steps = [Rescale((0.5, 2.0)), crop, flip, jitter]
+        steps = [Rescale((0.5, 2.0)), crop, flip, *([jitter] if len(colour) == 3 else [])]
     return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors(normalisation)])
 
 
@@ -99,9 +99,14 @@ def eval_transform(
 
 
 def denormalise(image: Tensor, normalisation: Normalisation = IMAGENET) -> Tensor:
-    """Undo the normalisation: float (..., 3, H, W) -> uint8 of the same shape."""
-    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in normalisation)
+    """Undo the normalisation: float (..., C, H, W) -> uint8 of the same shape."""
+    mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in normalisation)
     return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def as_rgb(image: Tensor) -> Tensor:
+    """An image (C, H, W) as it is shown, (3, H, W): its first three channels, or one as grey."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
 
 def _resize(size: tuple[int, int] | None) -> list[v2.Transform]:

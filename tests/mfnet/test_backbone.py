@@ -139,7 +139,7 @@ def test_backbone_without_output_stride(name: str) -> None:
 
 def test_backbone_that_is_not_dilated(monkeypatch: pytest.MonkeyPatch) -> None:
     undilated = timm.create_model("resnet18", features_only=True)
-    monkeypatch.setattr(backbone_module, "_dilated_features", lambda name, pretrained: undilated)
+    monkeypatch.setattr(backbone_module, "_dilated_features", lambda *_: undilated)
     with pytest.raises(ValueError, match=r"'resnet18' gives features at strides \[2, 4, 8, 16, 32"):
         Backbone("resnet18")
 

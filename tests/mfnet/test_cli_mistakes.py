@@ -88,7 +88,7 @@ NO_DATA = "no data: give --config NAME"
         ("SMALL --trainer.logger TensorBoardLogger", "--trainer.logger.save_dir is missing"),
         ("SMALL --trainer.callbacks EarlyStopping", "--trainer.callbacks.monitor is missing"),
         (f"SMALL {CALLBACK}Timer --trainer.callbacks.duratoin 3", "did you mean .*duration"),
-        (f"SMALL {CONV} 4 --model.network.out_channels 4 --model.network.groups 3", "by groups"),
+        (f"SMALL {CONV} 3 --model.network.out_channels 4 --model.network.groups 2", "by groups"),
         (
             f"SMALL {CONV} 3 --model.network.out_channels 5 --trainer.strategy foo",
             "invalid",

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from mfnet.scores import read_confusion
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 
 # Dropout draws differ between ranks, as they should; here they would hide everything else.
@@ -108,7 +109,11 @@ def train(
     assert done.returncode == 0, done.stderr
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
-    return checkpoint["state_dict"], json.loads((run / "scores.json").read_text())
+    scores = json.loads((run / "scores.json").read_text())
+    class_names = json.loads((run / "summary.json").read_text())["class_names"]
+    confusion = read_confusion(run / "confusion.csv", class_names)
+    scores["pixels of classes"] = confusion.sum(1).tolist()
+    return checkpoint["state_dict"], scores
 
 
 @pytest.mark.parametrize(
@@ -123,4 +128,5 @@ def test_two_processes_equal_one_with_the_double_batch(
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5, msg=key)
     # 3 validation images on 2 ranks: one counted twice would show in every score.
+    assert scores_of_two.pop("pixels of classes") == scores_of_one.pop("pixels of classes")
     assert scores_of_two == pytest.approx(scores_of_one, abs=1e-4)
