@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from mfnet.data.loader import ResumableLoader
 
 Settings = list[list[dict[str, Any]]]
+Kinds = tuple[str, ...]  # the classes of optimizer and scheduler
 KINDS = "optimizer"  # in a checkpoint's record
-OWN_KINDS = ("SGD", "LambdaLR")  # of a run that names no others
+OWN_KINDS: Kinds = ("SGD", "LambdaLR")  # of a run that names no others
 
 
 def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
@@ -112,29 +113,24 @@ def schedules(trainer: L.Trainer) -> list[dict[str, Any]]:
     return plans
 
 
-def kinds(trainer: L.Trainer) -> list[str]:
-    """The classes of the optimizers and of their schedulers."""
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return [type(one).__name__ for one in (*trainer.optimizers, *schedulers)]
-
-
-def words(kinds: list[str]) -> str:
+def words(kinds: Kinds) -> str:
     """The classes, for a message."""
     return " and ".join("polynomial decay" if kind == OWN_KINDS[1] else kind for kind in kinds)
 
 
-def stored_kinds(checkpoint: dict[str, Any], record: dict[str, Any]) -> list[str] | None:
-    """:func:`kinds` of the run that wrote the checkpoint; ``None`` where that is not known.
+def stored_kinds(checkpoint: dict[str, Any], record: dict[str, Any]) -> Kinds | None:
+    """Optimizer and schedule of the run that wrote a checkpoint; ``None`` where that is not known.
 
-    ``record`` is its entry of mfnet's, which tells them unless they are the task's own.
+    ``record`` is its entry of mfnet's, which tells them unless they are the task's own. Where a
+    callback (SWA's) has replaced the scheduler, or a subclass configures them, nothing does.
     """
     if KINDS in record:
-        return list(record[KINDS])
+        return tuple(record[KINDS])
     groups = [g for state in checkpoint.get("optimizer_states", []) for g in state["param_groups"]]
     schedulers = checkpoint.get("lr_schedulers", [])
     by_sgd = groups and all("dampening" in group for group in groups)
     by_factor = schedulers and all("lr_lambdas" in state for state in schedulers)
-    return list(OWN_KINDS) if by_sgd and by_factor else None
+    return OWN_KINDS if by_sgd and by_factor else None
 
 
 def restore(trainer: L.Trainer, configured: Settings, planned: list[dict[str, Any]]) -> None:
@@ -142,7 +138,7 @@ def restore(trainer: L.Trainer, configured: Settings, planned: list[dict[str, An
 
     ``configured`` and ``planned`` are what :func:`settings` and :func:`schedules` said before.
     """
-    for config, given in zip(trainer.lr_scheduler_configs, planned, strict=True):
+    for config, given in zip(trainer.lr_scheduler_configs, planned, strict=False):
         vars(config.scheduler).update(given)
     for optimizer, groups in zip(trainer.optimizers, configured, strict=True):
         for group, given in zip(optimizer.param_groups, groups, strict=False):

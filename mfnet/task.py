@@ -188,7 +188,8 @@ class SegmentationTask(L.LightningModule):
         self._resumed_at = Fraction(0)  # in epochs
         self._configured: resume.Settings | None = None
         self._planned: list[dict[str, Any]] = []
-        self._stored_kinds: list[str] | None = None
+        self._kinds = resume.OWN_KINDS
+        self._stored_kinds: resume.Kinds | None = None
         # Labels were checked where they were read; validate_args would wait for the GPU.
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
@@ -222,13 +223,6 @@ class SegmentationTask(L.LightningModule):
         # As configured: a checkpoint that is loaded next brings those of its own run.
         self._configured = resume.settings(self.trainer)
         self._planned = resume.schedules(self.trainer)
-        own = resume.kinds(self.trainer)
-        if self._stored_kinds not in (None, own):
-            raise ValueError(
-                f"checkpoint '{self.trainer.ckpt_path}' does not fit: optimizer and schedule of "
-                f"its run are {resume.words(self._stored_kinds)}; --optimizer and --lr_scheduler "
-                f"give this one {resume.words(own)}"
-            )
 
     def on_train_start(self) -> None:
         resume.continue_epoch(self.trainer)
@@ -333,7 +327,16 @@ class SegmentationTask(L.LightningModule):
             )
         else:
             optimizer = optimizers.build_optimizer(self._groups(), self.optimizer, self.head_lr)
-        return optimizers.scheduled(optimizer, self.lr_scheduler, self._rate_factor)
+        config = optimizers.scheduled(optimizer, self.lr_scheduler, self._rate_factor)
+        parts = (optimizer, config["lr_scheduler"]["scheduler"])
+        self._kinds = tuple(type(part).__name__ for part in parts)
+        if self._stored_kinds not in (None, self._kinds):
+            raise ValueError(
+                f"checkpoint '{self.trainer.ckpt_path}' does not fit: optimizer and schedule of "
+                f"its run are {resume.words(self._stored_kinds)}; --optimizer and --lr_scheduler "
+                f"give this one {resume.words(self._kinds)}"
+            )
+        return config
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -390,8 +393,8 @@ class SegmentationTask(L.LightningModule):
             },
             "network": self.network_config,
         }
-        if (kinds := resume.kinds(self.trainer)) != list(resume.OWN_KINDS):
-            checkpoint[RECORD][resume.KINDS] = kinds
+        if self._kinds != resume.OWN_KINDS:
+            checkpoint[RECORD][resume.KINDS] = list(self._kinds)
 
     def _groups(self) -> Groups:
         return parameter_groups(self.network, self.parameter_groups, self.backbone_lr, self.head_lr)
