@@ -140,12 +140,13 @@ class MFNetCLI(LightningCLI):
             parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
         if "lr_scheduler" in taken:
             parser.add_lr_scheduler_args(link_to="model.lr_scheduler")
-        for source, target in (
+        links = [
             ("class_names", "class_names"),
             ("num_classes", "network.init_args.num_classes"),
-            ("channels", "channels"),
             ("channels", "network.init_args.in_channels"),
-        ):
+        ]
+        links += [("channels", "channels")] if "channels" in taken else []
+        for source, target in links:
             parser.link_arguments(f"data.{source}", f"model.{target}", apply_on="instantiate")
 
     def setup_parser(self, add_subcommands: bool, *rest: Any) -> None:

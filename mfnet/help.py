@@ -62,6 +62,17 @@ network
   --model.network.auxiliary_head true  a second head that only trains
   --model.network CLASS                another network, by its class path
   --model.network.help                 create_model's options
+{how}the run
+  --trainer.default_root_dir DIR   its folder; default runs/<config>-<network>
+  --ckpt_path P                    a file, or best or last of the folder; last continues a run
+  --trainer.devices N, --trainer.accelerator cpu|gpu, --trainer.precision bf16-mixed
+  --overlays.output DIR            where predict writes         (predictions)
+  --overlays.kinds [K,...]         what: overlay, mask, probabilities
+  --print_config                   the whole configuration, to be used with --config
+
+mfnet {command} --help_all lists every flag of Lightning's Trainer too."""
+
+TRAINING = """\
 training
   --model.init_from RUN_OR_FILE             a trained network to start from; docs/training.md
   --model.freeze_backbone true              or statistics: of BatchNorm alone
@@ -73,24 +84,14 @@ training
   --model.class_weights W                   a number for each class, or auto
   --model.auxiliary_weight W                of auxiliary outputs' loss    (0.4)
   --model.parameter_groups G                two_rates, or published: as the paper's code
-  --model.image_mean, --model.image_std     [R,G,B], a number for each channel; by default what
-                                            the backbone's weights want
+  --model.image_mean, --model.image_std     [R,G,B]; by default what the backbone's weights want
   --model.reconstruction_weight W           of the context's own loss     (0.1)
   --model.reconstruction_warmup N           epochs without that loss      (10)
   --trainer.max_epochs N           {epochs} unless max_epochs, max_steps or max_time is given
-  --trainer.devices N, --trainer.accelerator cpu|gpu, --trainer.precision bf16-mixed
   --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/mIoU
       --trainer.callbacks.mode=max         any Lightning callback
   --seed_everything N              (0)
-the run
-  --trainer.default_root_dir DIR   its folder; default runs/<config>-<network>
-  --ckpt_path P                    a file, or best or last of the folder; last continues a run
-  --overlays.output DIR            where predict writes         (predictions)
-  --overlays.kinds [K,...]         what: overlay, mask, probabilities
-  --print_config                   the whole configuration, to be used with --config
-
-{evaluation}
-mfnet {command} --help_all lists every flag of Lightning's Trainer too."""
+"""
 
 EVALUATION = f"""\
 how images are shown to the network
@@ -181,8 +182,7 @@ def screen(command: str, configs: list[str], epochs: int) -> str:
         classes=", ".join(data_classes()),
         models=", ".join(list_models()),
         contexts=f"{', '.join(contexts[:half])},\n{' ' * 39}{', '.join(contexts[half:])}",
-        epochs=epochs,
-        evaluation=EVALUATION if command in ("validate", "test", "predict") else "",
+        how=TRAINING.format(epochs=epochs) if command in ("fit", "demo") else EVALUATION,
     )
 
 
