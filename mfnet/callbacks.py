@@ -165,6 +165,7 @@ class ClassScores(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         counts, names = pl_module.confusion_counts, pl_module.class_names
+        tqdm.write(f"images shown {pl_module.inference}")
         tqdm.write(class_table(counts, names), end="")
         path = self.folder / f"scores-{stage}.csv"
         try:

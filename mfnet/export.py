@@ -217,3 +217,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path, error = export(options.run, options.to, options.output, options.normalise)
     print(f"written: {path}; largest difference from the network: {error:.1e} of its largest logit")
+    if options.to in ("pt2", "aoti"):
+        print("mfops's operators are in it: import mfops before you load it")

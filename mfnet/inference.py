@@ -56,6 +56,12 @@ class Inference:
         if not self.scales or not all(0 < s < math.inf for s in self.scales):
             raise ValueError(f"scales: expected positive numbers, got {list(self.scales)}")
 
+    def __str__(self) -> str:
+        windows = f"in windows of {self.tile} x {self.tile}, overlap {self.overlap:g}"
+        shown = "whole" if self.tile is None else f"{windows}, where larger"
+        scales = ", ".join(f"{scale:g}" for scale in self.scales)
+        return f"{shown}; at scale {scales}; {'mirrored, too' if self.flip else 'not mirrored'}"
+
     @property
     def is_plain(self) -> bool:
         """Whether this is no more than the network on whole images."""

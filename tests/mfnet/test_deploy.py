@@ -69,7 +69,9 @@ def test_the_page(run, capsys):
 
 
 def test_what_differs_is_not_left_in_place(run, monkeypatch, capsys):
-    good, _ = export(run, "pt2")
+    main(["export", str(run), "--to", "pt2"])
+    assert "import mfops before you load it" in capsys.readouterr().out
+    good = run / "network.pt2"
     before = good.read_bytes()
     network = mfnet.load(run)
     wrong = FORMATS["pt2"]._replace(run=lambda path: lambda images: network(images) + 1)

@@ -123,6 +123,8 @@ def test_windows_scales_and_flips_from_the_command_line(
     shutil.copy(images / "classes.txt", root)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main(["test", "--data=VOCFolder", f"--data.root={root}", f"--ckpt_path={run}", *flags])
+    shown = "in windows of 48 x 48, overlap 0.5, where larger; at scale 1, 1.5; mirrored, too"
+    assert f"images shown {shown}" in printed.getvalue()
     assert re.search(r"test/accuracy\W+1\.0\W", printed.getvalue())
 
 
