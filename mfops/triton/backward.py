@@ -220,6 +220,11 @@ class Units(NamedTuple):
         panel_cols = ceil_div(min(panel_cols, cols), MAX_BLOCK) * MAX_BLOCK
         return cls(images, panel_cols, ceil_div(batch, images), ceil_div(cols, panel_cols))
 
+    def shares(self, problem: Problem) -> tuple[int, int]:
+        """Of the gradient of each matrix of Y, and of Z."""
+        y_shared, z_shared = problem.y.dim() == 2, problem.z.dim() == 2
+        return self.panels * (self.chunks if y_shared else 1), self.chunks if z_shared else 1
+
 
 def launch_backward(
     problem: Problem,
@@ -237,8 +242,7 @@ def launch_backward(
     batch, rows, cols = x.shape
     rank = problem.rank
     units = Units.of(problem)
-    y_count = units.panels * (1 if y.dim() == 3 else units.chunks)
-    z_count = 1 if z.dim() == 3 else units.chunks
+    y_count, z_count = units.shares(problem)
     dy = _shares(y, y_count if need_y else 0)
     dz = _shares(z, z_count if need_z else 0)
     g = x if grad_x_hat is None else grad_x_hat
