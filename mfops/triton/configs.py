@@ -125,6 +125,14 @@ def finish_configs(problem: Problem) -> list[Config]:
     return [Config(m, n, k, warps, 2) for m, n, warps in shapes]
 
 
+def nmf_backward_configs(problem: Problem) -> list[Config]:
+    """As finish_configs; the kernel holds a tile of the gradient, too, and has fewer registers."""
+    if problem.rank > 64 or problem.x.dtype == torch.float32:
+        return finish_configs(problem)
+    k = max(16, triton.next_power_of_2(problem.rank))
+    return [Config(m, n, k, warps, 2) for m, n, warps in [(32, 32, 4), (64, 32, 8)]]
+
+
 _chosen: dict[Hashable, Config] = {}
 
 

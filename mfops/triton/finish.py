@@ -25,7 +25,7 @@ from mfops.triton.common import (
     strides,
     to_dtype,
 )
-from mfops.triton.configs import Config, choose, finish_configs
+from mfops.triton.configs import Config, choose, finish_configs, nmf_backward_configs
 from mfops.triton.rounds import gram_product, scores
 
 _EPS = tl.constexpr(EPS)
@@ -242,4 +242,4 @@ def launch_nmf_backward(
 
     traits = "nmf_backward", grad_x_hat is not None, grad_mse is not None
     with torch.cuda.device_of(x):
-        launch(choose(problem, traits, finish_configs, launch))
+        launch(choose(problem, traits, nmf_backward_configs, launch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -212,6 +213,21 @@ def test_rounds_compile_ahead_of_time(ahead_of_time, tmp_path, arch, kind, metho
         tensor_cores = re.search(r"mma\.sync|wgmma\.mma_async", kernel.asm["ptx"])
         assert bool(tensor_cores) == (kind != "float32" and kernel.name != "means_kernel")
         assert not re.search(r"arith\.muli .*: (tensor<.*x)?i32", kernel.asm["ttir"])
+        assert spilled(kernel, arch, tmp_path) == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_no_configuration_of_nmfs_gradient_spills(ahead_of_time, tmp_path, arch, kind):
+    """On odd grids, too."""
+    ahead_of_time.arch = arch
+    empty = ahead_of_time.empty(kind)
+    for ahead_of_time.config, pixels in itertools.product([0, 1], [4096, 1089]):
+        x, z = empty(2, 512, pixels), empty(2, 64, pixels)
+        y, grad_mse = (torch.empty(size, device="meta") for size in [(2, 512, 64), ()])
+        mfops.triton.nmf_backward(x, grad_mse, x, y, z, z)
+    assert len(ahead_of_time.compiled) == 4
+    for kernel in ahead_of_time.compiled:
         assert spilled(kernel, arch, tmp_path) == 0
 
 
