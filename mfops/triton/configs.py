@@ -38,7 +38,21 @@ class Config(NamedTuple):
 # The first of a list needs least and serves where nothing can be timed. The lists are short: each
 # entry is compiled once for each class. Entries were kept if, compiled for sm_80 and sm_90 with
 # rows of 4096 pixels, they spill no registers; of float32 operands that do not round to TF32
-# (multiply-adds, whose operands lie in registers) that admits small blocks only.
+# (multiply-adds, whose operands lie in registers) that admits small blocks only. X that is not
+# aligned is read by the element, whose offsets take registers: entries of bfloat16 and float16
+# that then spill a hundred bytes and more on sm_90 serve aligned X alone.
+
+
+def _innermost(problem: Problem) -> int | None:
+    """X's dimension of consecutive elements."""
+    _, by_row, by_col = problem.x.stride()
+    return 2 if by_col == 1 else 1 if by_row == 1 else None
+
+
+def _aligned(problem: Problem) -> bool:
+    """Whether vectors of 16 bytes never cross the end of a row, or column, of X."""
+    innermost = _innermost(problem)
+    return innermost is not None and problem.x.shape[innermost] % 16 == 0
 
 
 def forward_configs(problem: Problem) -> list[Config]:
@@ -50,7 +64,7 @@ def forward_configs(problem: Problem) -> list[Config]:
     else:
         k, stages = max(16, triton.next_power_of_2(rank)), 2
     shapes = [(64, 64, 4), (128, 64, 8), (64, 128, 8)]
-    if not float32:
+    if not float32 and _aligned(problem):
         shapes += [(128, 64, 4), (128, 128, 8)]
     return [Config(m, n, k, warps, stages) for m, n, warps in shapes]
 
@@ -71,7 +85,7 @@ def backward_configs(problem: Problem) -> list[Config]:
     elif k <= 64:
         # A warp multiplies 16 rows of a strip.
         shapes = [(32, 32, 4), (64, 32, 4), (128, 32, 8)]
-        if not float32:
+        if not float32 and _aligned(problem):
             shapes.append((64, 64, 4))
     elif k <= 128:
         shapes = [(32, 16, 4), (32, 32, 4), (64, 16, 4)]
@@ -104,7 +118,9 @@ def round_configs(problem: Problem, nmf: bool) -> list[Config]:
     elif float32:
         shapes = [(128, 32, 8), (64, 16, 8)] if few else [(64, 16, 8)]
     else:
-        shapes = [(128, 32, 8), (256, 32, 8)] if few else [(64, 32, 8)]
+        shapes = [(128, 32, 8)] if few else [(64, 32, 8)]
+        if few and _aligned(problem):
+            shapes.append((256, 32, 8))
     return [Config(m, n, k, warps, 2) for m, n, warps in shapes]
 
 
@@ -139,12 +155,11 @@ _chosen: dict[Hashable, Config] = {}
 def _shape_class(problem: Problem) -> Hashable:
     """What the best configuration depends on: sizes count by powers of four."""
     x = problem.x
-    innermost = 2 if x.stride(2) == 1 else 1 if x.stride(1) == 1 else None
-    aligned = innermost is not None and x.shape[innermost] % 16 == 0
+    layout = _innermost(problem), _aligned(problem)
     sharing = problem.y.dim(), problem.z.dim()
     sizes = tuple((size - 1).bit_length() // 2 for size in x.shape)
     k = triton.next_power_of_2(problem.rank)
-    return x.device, x.dtype, problem.precision, innermost, aligned, sharing, sizes, k
+    return x.device, x.dtype, problem.precision, *layout, sharing, sizes, k
 
 
 def choose(
