@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def run_folder(runs: Path, recipe: Recipe, network: str, seed: int) -> Path:
     """A run's folder: another recipe never continues it."""
     whole = " ".join([str(Path(recipe.data).resolve()), recipe.config, recipe.flags])
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return runs / f"{recipe.name}-{digest}" / f"{network}-seed{seed}"
+    of_run = f"{network}-seed{seed}"
+    return runs / f"{recipe.name}-{digest}" / re.sub(r"[^\w.]+", "-", of_run)
 
 
 def is_done(folder: Path, recipe: Recipe, network: str, seed: int) -> bool:
@@ -123,6 +125,8 @@ def train(recipe: Recipe, network: str, seed: int, folder: Path, threads: int) -
     command += ["--ckpt_path", "last"]
     # Threads that wait sleep instead of spinning: the loader's processes need the processors too.
     settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    paths = [str(rows.ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # benchmarks.networks is there
     done = subprocess.run(command, env={**os.environ, **settings})
     if done.returncode:
         pytest.fail(f"mfnet fit ended with {done.returncode}: its output says why")

@@ -22,6 +22,7 @@ import mfnet
 from benchmarks.harness import Turn, first_line, take_turns, times
 from benchmarks.machine import network_dtype
 from benchmarks.measure import Bench, Contender, Measured, contend, count_flops, pairs, playback
+from benchmarks.networks import SMP, SMP_NETWORKS
 from benchmarks.questions import MODELS
 from benchmarks.rows import Question
 
@@ -31,8 +32,6 @@ BATCHES = {
     "cuda": {INFERENCE: (1, 16), TRAINING: (16,)},
     "cpu": {INFERENCE: (1,), TRAINING: (2,)},
 }
-SMP = "segmentation_models_pytorch"
-SMP_NETWORKS = ("DeepLabV3Plus", "PSPNet", "FPN", "Unet", "UPerNet")
 NUM_CLASSES = 21
 
 

@@ -6,6 +6,7 @@ then plays its rival's readings back to pytest-benchmark, which shows and saves 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     options = config.option
+    if hasattr(config, "workerinput"):  # of pytest-xdist: rows tell the command that was given
+        sys.argv[:] = config.workerinput["mainargv"]
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif options.device == "cuda" and not torch.cuda.is_available():

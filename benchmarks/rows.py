@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 import mfops
 from benchmarks.machine import Machine, backends, extension, output
 from mfnet.files import written_whole
@@ -102,18 +104,20 @@ def append(question: Question, folder: Path, new: Iterable[Mapping[str, Any]]) -
         ValueError: a row has a column that the question does not name.
     """
     path = folder / f"{question.name}.csv"
-    old = read(path)
     new = [{name: _text(value) for name, value in row.items()} for row in new]
     for row in new:
         unknown = [name for name in row if name not in question.columns]
         if unknown:
             raise ValueError(f"{question.name}: no such columns: {', '.join(unknown)}")
-    header = [*question.columns, *(c for c in (old[0] if old else ()) if c not in question.columns)]
     folder.mkdir(parents=True, exist_ok=True)
     with (
+        FileLock(path.with_suffix(".lock")),  # several processes may train side by side
         written_whole(path) as partial,
         partial.open("w", newline="", encoding="utf-8") as file,
     ):
+        old = read(path)
+        kept = (c for c in (old[0] if old else ()) if c not in question.columns)
+        header = [*question.columns, *kept]
         writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows([*old, *new])
@@ -157,7 +161,9 @@ def environment() -> str:
 def command() -> str:
     """The command line, with paths outside the repository by their last part."""
     module = sys.modules["__main__"].__spec__
-    if module:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose main module is xdist's
+        words = ["python", "-m", "pytest", *sys.argv[1:]]
+    elif module:
         words = ["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]]
     else:
         words = [Path(sys.argv[0]).name, *sys.argv[1:]]

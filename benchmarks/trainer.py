@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import importlib
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch import nn
 
+from benchmarks.networks import SMP_NETWORKS, smp
+from benchmarks.variants import VARIANTS, variant
 from mfnet.backbone import HIGH_STRIDE
 from mfnet.contexts import CONTEXTS
 from mfnet.models import list_models
 
 if TYPE_CHECKING:
     from mfnet.cli import MFNetCLI
+
+
+# Networks that functions of this package build, of a name.
+BUILT: dict[str, tuple[Callable[..., nn.Module], str]] = {
+    **{f"smp {name}": (smp, name) for name in SMP_NETWORKS},
+    **{f"light: {name}": (variant, name) for name in VARIANTS},
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,10 @@ class Recipe:
     def arguments(self, network: str) -> list[str]:
         """Flags of `mfnet fit`, for a network or a context in the network of DeepLabV3+."""
         common = ["--config", self.config, "--data.root", self.data, *shlex.split(self.flags)]
+        if network in BUILT:
+            build, name = BUILT[network]
+            path = f"{build.__module__}.{build.__name__}"
+            return [*common, "--model.network", path, "--model.network.name", name]
         if network in list_models():
             return [*common, "--model.network.name", network]
         named = ["--model.network.name", "deeplabv3plus", "--model.network.context", network]
@@ -71,7 +86,7 @@ def parsed(arguments: list[str]) -> MFNetCLI:
 
 def check_names(names: list[str]) -> None:
     """Raises `pytest.UsageError` for what is neither a context nor a network."""
+    known = [*CONTEXTS, *list_models(), *BUILT]
     for name in names:
-        if name not in CONTEXTS and name not in list_models():
-            known = ", ".join([*CONTEXTS, *list_models()])
-            raise pytest.UsageError(f"--contexts: unknown '{name}': choose from {known}")
+        if name not in known:
+            raise pytest.UsageError(f"--contexts: unknown '{name}': choose from {', '.join(known)}")

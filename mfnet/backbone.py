@@ -1,4 +1,4 @@
-"""Feature extractors: any timm backbone that can be dilated to output stride 16."""
+"""Feature extractors: timm backbones, dilated to output stride 16 or as they are."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LOW_STRIDE = 4
 HIGH_STRIDE = 16
+PYRAMID = (4, 8, 16, 32)
 
 
 class Backbone(nn.Module):
@@ -55,12 +58,7 @@ class Backbone(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        if weights not in (None, "timm") and not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"backbone_weights: no file at '{weights}' (expected None, 'timm' or a file)"
-            )
-        if in_channels < 1:
-            raise ValueError(f"in_channels: expected at least 1, got {in_channels}")
+        _check_arguments(weights, in_channels)
         self.in_channels = in_channels
         self.features = _dilated_features(name, weights == "timm", in_channels)
         info = self.features.feature_info
@@ -77,7 +75,7 @@ class Backbone(nn.Module):
         if multi_grid is not None:
             _set_multi_grid(self.features, name, multi_grid)
         if weights not in (None, "timm"):
-            _load_file(self.features, name, Path(weights), in_channels)
+            load_weights(self.features, name, Path(weights), in_channels)
 
     def forward(self, x: Tensor, with_middle: bool = False) -> tuple[Tensor, ...]:
         features = self.features(x)
@@ -85,7 +83,103 @@ class Backbone(nn.Module):
         return (features[self._low], *middle, features[-1])
 
 
+class Pyramid(nn.Module):
+    """The features of a timm backbone, as it is, at strides 4, 8, 16 and 32.
+
+    ``forward`` takes images ``(B, in_channels, H, W)`` and returns ``(low, high)``: the last
+    features at stride 4, ``(B, low_channels, ~H/4, ~W/4)``, and a tuple of the last at strides 8,
+    16 and 32, whose channels are ``high_channels``; with ``with_middle``, between them, those at
+    stride 16, of ``middle_channels``. Nothing is dilated, so hierarchical transformers serve as
+    well as convolutional networks. Images of a size that the backbone does not take are padded
+    with 0, the mean colour, on the right and at the bottom.
+
+    Args:
+        name: a timm model that gives features at strides 4 to 32, for example ``"resnet50"``,
+            ``"tf_efficientnet_lite0"`` or ``"swin_tiny_patch4_window7_224"``.
+        weights, in_channels: see :class:`Backbone`.
+
+    Raises:
+        ValueError: unknown backbone, features missing at one of the strides, images of one size
+            alone, no pretrained weights in timm or a file that does not fit the backbone.
+        FileNotFoundError: no file at ``weights``, or timm's weights are out of reach.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet50",
+        weights: str | Path | None = None,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        _check_arguments(weights, in_channels)
+        self.in_channels = in_channels
+        self.features = _whole_features(name, weights == "timm", in_channels)
+        info = self.features.feature_info
+        strides = info.reduction()
+        if not set(PYRAMID) <= set(strides):
+            raise ValueError(
+                f"backbone '{name}' gives features at strides {list(strides)}; "
+                f"strides {', '.join(map(str, PYRAMID))} are needed"
+            )
+        self._picked = [len(strides) - 1 - strides[::-1].index(stride) for stride in PYRAMID]
+        channels = [info.channels()[index] for index in self._picked]
+        self.low_channels: int = channels[0]
+        self.middle_channels: int = channels[2]
+        self.high_channels: tuple[int, ...] = tuple(channels[1:])
+        self._channels_last = getattr(self.features, "output_fmt", None) == "NHWC"
+        self._multiple = _multiple_of_sizes(self.features, name, in_channels)
+        if weights not in (None, "timm"):
+            load_weights(self.features, name, Path(weights), in_channels)
+
+    def forward(self, x: Tensor, with_middle: bool = False) -> tuple[Any, ...]:
+        height, width = x.shape[-2:]
+        if self._multiple > 1:
+            x = F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple))
+        features = self.features(x)
+        low, *high = (features[index] for index in self._picked)
+        if self._channels_last:
+            low, *high = (feature.permute(0, 3, 1, 2) for feature in (low, *high))
+        if self._multiple > 1:
+            low, *high = (
+                feature[..., : -(-height // stride), : -(-width // stride)]
+                for feature, stride in zip((low, *high), PYRAMID, strict=True)
+            )
+        middle = (high[1],) if with_middle else ()
+        return (low, *middle, tuple(high))
+
+
+def _check_arguments(weights: str | Path | None, in_channels: int) -> None:
+    if weights not in (None, "timm") and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"backbone_weights: no file at '{weights}' (expected None, 'timm' or a file)"
+        )
+    if in_channels < 1:
+        raise ValueError(f"in_channels: expected at least 1, got {in_channels}")
+
+
 def _dilated_features(name: str, pretrained: bool, in_channels: int) -> Any:
+    try:
+        return _timm_features(name, pretrained, in_channels, output_stride=HIGH_STRIDE)
+    # How timm's families say that they cannot be dilated: an unknown argument or an assertion.
+    except (AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"backbone '{name}' does not support output_stride={HIGH_STRIDE} in timm; "
+            "ResNets, RegNets, ConvNeXts, EfficientNets and MobileNets do"
+        ) from error
+
+
+def _whole_features(name: str, pretrained: bool, in_channels: int) -> Any:
+    try:  # Swin's families take images of other sizes than their own only where they are told to
+        return _timm_features(name, pretrained, in_channels, strict_img_size=False)
+    except TypeError:
+        pass
+    try:
+        return _timm_features(name, pretrained, in_channels)
+    except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(f"backbone '{name}' gives no features in timm: {error}") from error
+
+
+def _timm_features(name: str, pretrained: bool, in_channels: int, **options: Any) -> Any:
     if not timm.is_model(name):
         close = get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
@@ -95,23 +189,36 @@ def _dilated_features(name: str, pretrained: bool, in_channels: int) -> Any:
         raise ValueError(f"backbone '{name}': timm has no pretrained weights of that name")
     try:
         return timm.create_model(
-            name,
-            pretrained=pretrained,
-            features_only=True,
-            output_stride=HIGH_STRIDE,
-            in_chans=in_channels,
+            name, pretrained=pretrained, features_only=True, in_chans=in_channels, **options
         )
-    # How timm's families say that they cannot be dilated: an unknown argument or an assertion.
-    except (AssertionError, NotImplementedError, TypeError) as error:
-        raise ValueError(
-            f"backbone '{name}' does not support output_stride={HIGH_STRIDE} in timm; "
-            "ResNets, RegNets, ConvNeXts, EfficientNets and MobileNets do"
-        ) from error
     except OSError as error:
         raise FileNotFoundError(
             f"backbone_weights: timm's weights of '{name}' are neither in its cache nor could be "
             f"downloaded ({type(error).__name__})"
         ) from error
+
+
+def _multiple_of_sizes(features: Any, name: str, in_channels: int) -> int:
+    """What heights and widths have to be multiples of, found by trying.
+
+    Patches, windows and the sums of some convolutional networks want 32, windows of a fixed number
+    of pixels the size that the weights were trained at.
+    """
+    native = features.pretrained_cfg["input_size"][-1]
+    training = features.training
+    features.eval()
+    try:
+        for multiple in (1, PYRAMID[-1], native):
+            height, width = (129, 97) if multiple == 1 else (multiple, 2 * multiple)
+            try:
+                with torch.no_grad():
+                    features(torch.zeros(1, in_channels, height, width))
+            except (AssertionError, IndexError, RuntimeError):
+                continue
+            return multiple
+    finally:
+        features.train(training)
+    raise ValueError(f"backbone '{name}' takes images of {native} x {native} pixels alone")
 
 
 def _set_multi_grid(features: Any, name: str, dilations: Sequence[int]) -> None:
@@ -130,7 +237,12 @@ def _set_multi_grid(features: Any, name: str, dilations: Sequence[int]) -> None:
                 module.dilation = module.padding = (dilation, dilation)
 
 
-def _load_file(features: Any, name: str, path: Path, in_channels: int) -> None:
+def load_weights(features: Any, name: str, path: Path, in_channels: int) -> None:
+    """Loads a file of weights of timm's backbone ``name`` into its feature network.
+
+    Raises:
+        ValueError: the file does not fit.
+    """
     try:
         # Also unwraps {"state_dict": ...} and the "module." prefix of DataParallel.
         given: dict[str, Any] = load_state_dict(str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
 
-from mfnet.backbone import Backbone
+from mfnet.backbone import Backbone, Pyramid
 from mfnet.contexts import CONTEXTS
 from mfnet.contexts.nonlocal_ import NonLocalBlock
 from mfnet.decoder import DeepLabDecoder, PointwiseDecoder, upsample
+from mfnet.light import light
 
 MIN_SIZE = 33
 CONTEXT_CHANNELS = 256
@@ -27,16 +29,17 @@ class SegmentationNetwork(nn.Module):
     C, ``in_channels``, is the backbone's (3 where it does not tell).
 
     Args:
-        backbone: images to ``(low, high)`` features.
+        backbone: images to ``(low, high)`` features, the high ones as the context takes them.
         context: high-level features to context features; see :mod:`mfnet.contexts`.
-        decoder: ``(context features, low features)`` to logits at any resolution.
+        decoder: ``(context features, low features)`` to logits at any resolution. They are
+            upsampled with aligned corners, unless its ``align_corners`` is ``False``.
         auxiliary_head: features before the backbone's last stage to logits at any resolution. It
             runs in training alone.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | Pyramid,
         context: nn.Module,
         decoder: nn.Module,
         auxiliary_head: nn.Module | None = None,
@@ -47,6 +50,7 @@ class SegmentationNetwork(nn.Module):
         self.context = context
         self.decoder = decoder
         self.auxiliary_head = auxiliary_head
+        self._align_corners: bool = getattr(decoder, "align_corners", True)
         for module in self._head().modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -78,7 +82,7 @@ class SegmentationNetwork(nn.Module):
         auxiliary = None
         if self.training and self.auxiliary_head is not None:
             low, middle, high = self.backbone(x, with_middle=True)
-            auxiliary = upsample(self.auxiliary_head(middle), x.shape[-2:])
+            auxiliary = self._upsample(self.auxiliary_head(middle), x)
         else:
             low, high = self.backbone(x)
         # Asked of the context, not of its class: a compiled one answers for what is inside.
@@ -88,7 +92,7 @@ class SegmentationNetwork(nn.Module):
             context, loss = self.context(high, return_loss=True, **labels)
         else:
             context, loss = self.context(high), x.new_zeros((), dtype=torch.float32)
-        logits = upsample(self.decoder(context, low), x.shape[-2:])
+        logits = self._upsample(self.decoder(context, low), x)
         output = logits if auxiliary is None else {"out": logits, "aux": auxiliary}
         return (output, loss) if return_loss else output
 
@@ -99,6 +103,9 @@ class SegmentationNetwork(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of context, decoder and auxiliary head."""
         return [p for p in self._head().parameters() if p.requires_grad]
+
+    def _upsample(self, logits: Tensor, images: Tensor) -> Tensor:
+        return upsample(logits, images.shape[-2:], self._align_corners)
 
     def _head(self) -> nn.ModuleList:
         parts = (self.context, self.decoder, self.auxiliary_head)
@@ -138,7 +145,8 @@ class _Recipe(NamedTuple):
     decoder: Callable[[int, int, int], nn.Module]
 
 
-_MODELS = {
+LIGHT = "mfnet_light"
+_DILATED = {
     "mfnet": _Recipe("mf", DeepLabDecoder),
     "deeplabv3plus": _Recipe("aspp", DeepLabDecoder),
     "emanet": _Recipe("em", PointwiseDecoder),
@@ -147,7 +155,7 @@ _MODELS = {
 
 def list_models() -> list[str]:
     """The names :func:`create_model` knows."""
-    return list(_MODELS)
+    return [LIGHT, *_DILATED]
 
 
 def create_model(
@@ -164,16 +172,20 @@ def create_model(
     auxiliary_head: bool = False,
     **kwargs: Any,
 ) -> SegmentationNetwork:
-    """Build a segmentation network at output stride 16.
+    """Build a segmentation network.
+
+    ``"mfnet_light"`` (:mod:`mfnet.light`) is the one to start with: nothing in it is dilated. The
+    others, those of MFNet's paper, have a backbone at output stride 16.
 
     Args:
-        name: ``"mfnet"``, ``"deeplabv3plus"`` or ``"emanet"``.
+        name: ``"mfnet_light"``, ``"mfnet"``, ``"deeplabv3plus"`` or ``"emanet"``.
         num_classes: number of classes, and of the logits' channels.
-        backbone: a timm model that supports ``output_stride``, for example ``"resnet18"``.
+        backbone: a timm model, for example ``"resnet18"``: for mfnet_light one with features at
+            strides 4 to 32, for the others one that supports ``output_stride``.
         backbone_weights: ``None`` (random), ``"timm"`` (pretrained, downloaded when not cached)
             or the path of a torchvision or timm state-dict file; see
             :class:`mfnet.backbone.Backbone`.
-        context: another context in place of the network's own, by its name in
+        context: another context in place of a dilated network's own, by its name in
             :data:`mfnet.contexts.CONTEXTS`: ``"mf"`` (mfnet's), ``"em"`` (emanet's), ``"nmf"``,
             ``"vq"``, ``"cd"`` (Hamburger's), ``"double_attention"`` (A2-Net's), ``"aspp"``
             (deeplabv3plus's), ``"aspp_separable"``, ``"ppm"`` (PSPNet's), ``"encoding"``
@@ -192,7 +204,8 @@ def create_model(
             :class:`mfnet.backbone.Backbone`. The command line has ``--data.channels``.
         auxiliary_head: an FCN head on the features before the backbone's last stage, whose logits
             the network returns beside its own in training; see :class:`SegmentationNetwork`.
-        **kwargs: options of the network's context. mf: ``rank=64``, ``loss_weight=0.1`` (where
+        **kwargs: mfnet_light: ``rank=64`` and ``width=128``. The others: options of the network's
+            context. mf: ``rank=64``, ``loss_weight=0.1`` (where
             the caller does not take the loss) and ``steps`` of a factorizer that has them. em:
             ``bases=64`` and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``.
             double_attention: ``rank=64``. encoding: ``codewords=32``.
@@ -200,45 +213,81 @@ def create_model(
     Raises:
         ValueError: unknown model, backbone or context, a value out of range, weights that do not
             fit.
-        TypeError: a keyword that the network does not take, a factorizer for a context other than
-            mf.
+        TypeError: an argument or keyword that the network does not take, a factorizer for a
+            context other than mf.
         FileNotFoundError: no file at ``backbone_weights``, or timm's cannot be downloaded.
     """
-    if name not in _MODELS:
-        raise ValueError(f"unknown model '{name}': choose from {', '.join(_MODELS)}")
+    if name not in list_models():
+        raise ValueError(f"unknown model '{name}': choose from {', '.join(list_models())}")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    recipe = _MODELS[name]
-    context = recipe.context if context is None else context
+    trunk: Backbone | Pyramid
+    if name == LIGHT:
+        given = {"context": context, "factorizer": factorizer, "multi_grid": multi_grid}
+        for option, value in given.items():
+            if value is not None:
+                raise TypeError(f"{option}: model '{LIGHT}' takes none, got {value!r}")
+        trunk = Pyramid(backbone, backbone_weights, in_channels)
+        unit, decoder = _light(trunk, num_classes, kwargs)
+    else:
+        recipe = _DILATED[name]
+        context = recipe.context if context is None else context
+        if init is not None and context == "mf" and factorizer in (None, "learned"):
+            kwargs["init"] = init
+        build = _context_builder(name, context, factorizer, context_size, num_classes, kwargs)
+        trunk = Backbone(backbone, backbone_weights, multi_grid, in_channels)
+        unit = build(trunk.high_channels, CONTEXT_CHANNELS)
+        decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
+    head = FCNHead(trunk.middle_channels, num_classes) if auxiliary_head else None
+    return SegmentationNetwork(trunk, unit, decoder, head)
+
+
+def _light(
+    trunk: Pyramid, num_classes: int, options: Mapping[str, int]
+) -> tuple[nn.Module, nn.Module]:
+    _check_keywords(f"model '{LIGHT}'", options, ["rank", "width"], [])
+    return light(trunk.low_channels, trunk.high_channels, num_classes, **options)
+
+
+def _context_builder(
+    model: str,
+    context: str,
+    factorizer: str | None,
+    context_size: tuple[int, int] | None,
+    num_classes: int,
+    kwargs: dict[str, Any],
+) -> Callable[[int, int], nn.Module]:
+    """Makes the context of that name, of channels in and out."""
     if context not in CONTEXTS:
         raise ValueError(f"unknown context '{context}': choose from {', '.join(CONTEXTS)}")
-    build_context = CONTEXTS[context]
-    options = list(signature(build_context).parameters)[2:]  # after in_, out_channels
+    build = CONTEXTS[context]
+    options = list(signature(build).parameters)[2:]  # after in_, out_channels
     if factorizer is not None and context != "mf":
         raise TypeError(f"factorizer: only context 'mf' takes one, this is '{context}'")
+    _check_keywords(
+        f"model '{model}' with context '{context}'",
+        kwargs,
+        options,
+        ["multi_grid", "init", "context", "context_size"],
+    )
+    own = {
+        "num_classes": num_classes,
+        "factorizer": factorizer,
+        "context_size": context_size,
+    }
+    given = {name: value for name, value in own.items() if name in options and value is not None}
+    return functools.partial(build, **kwargs, **given)
+
+
+def _check_keywords(
+    model: str, kwargs: Mapping[str, Any], options: Sequence[str], arguments: Sequence[str]
+) -> None:
+    """Refuses a keyword that is none of the options, which it lists behind the arguments."""
+    common = ["num_classes", "backbone", "backbone_weights", "in_channels", "auxiliary_head"]
     for keyword in kwargs:
         if keyword not in options:
-            own = ["num_classes", "backbone", "backbone_weights", "multi_grid", "in_channels"]
-            own += ["auxiliary_head"]
-            own += ["init", "context", "context_size"]
-            raise TypeError(
-                f"unknown keyword '{keyword}' for model '{name}' with context '{context}': "
-                f"choose from {', '.join(dict.fromkeys([*own, *options]))}"
-            )
-    if "num_classes" in options:
-        kwargs["num_classes"] = num_classes
-    if factorizer is not None:
-        kwargs["factorizer"] = factorizer
-    if init is not None and context == "mf" and factorizer in (None, "learned"):
-        kwargs["init"] = init
-    if context_size is not None and "context_size" in options:
-        kwargs["context_size"] = context_size
-    trunk = Backbone(backbone, backbone_weights, multi_grid, in_channels)
-    decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
-    head = FCNHead(trunk.middle_channels, num_classes) if auxiliary_head else None
-    return SegmentationNetwork(
-        trunk, build_context(trunk.high_channels, CONTEXT_CHANNELS, **kwargs), decoder, head
-    )
+            known = ", ".join(dict.fromkeys([*common, *arguments, *options]))
+            raise TypeError(f"unknown keyword '{keyword}' for {model}: choose from {known}")
 
 
 def _check_images(x: Tensor, channels: int) -> None:

@@ -1,5 +1,6 @@
 """Fused low-rank reconstruction X' = Y Z and its loss, for global context in vision networks."""
 
+from mfops.attention import distribute, gather
 from mfops.autograd import set_loss_scaling
 from mfops.dispatch import available_backends, use_backend
 from mfops.functional import factorize, factorized_mse, factorized_reconstruction
@@ -13,9 +14,11 @@ __all__ = [
     "Method",
     "available_backends",
     "collect_losses",
+    "distribute",
     "factorize",
     "factorized_mse",
     "factorized_reconstruction",
+    "gather",
     "register_method",
     "set_loss_scaling",
     "use_backend",
