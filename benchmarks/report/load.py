@@ -129,17 +129,32 @@ def load(folder: Path) -> list[Results]:
     Raises:
         ValueError: a file is damaged; names it.
     """
-    found = []
+    machines = {}
     for machine in sorted(path for path in folder.glob("*") if path.is_dir()):
         unknown = {path.stem for path in machine.glob("*.csv")} - {q.name for q in QUESTIONS}
         if unknown:
             raise ValueError(f"{machine / min(unknown)}.csv: there is no such question")
         every = {q.name: checked(machine / f"{q.name}.csv", q) for q in QUESTIONS}
         if any(every.values()):
-            by_question = {q.name: rows.figures(every[q.name], q) for q in QUESTIONS}
-            by_question[ACCURACY.name] = _newest_of_each_seed(every[ACCURACY.name])
-            found.append(Results(machine.name, by_question, every))
+            machines[machine.name] = every
+    trained = [row for every in machines.values() for row in every[ACCURACY.name]]
+    found = []
+    for name, every in machines.items():
+        by_question = {q.name: rows.figures(every[q.name], q) for q in QUESTIONS}
+        by_question[ACCURACY.name] = _newest_of_each_seed(_shared(trained, every))
+        found.append(Results(name, by_question, every))
     return found
+
+
+def _shared(trained: list[Row], every: dict[str, list[Row]]) -> list[Row]:
+    """Training runs on any machine that a machine has runs or costs of: scores, unlike times, do
+    not depend on it."""
+
+    def figure(row: Row) -> tuple[str, ...]:
+        return tuple(row[column] for column in ACCURACY.figure)
+
+    own = {figure(row) for question in (ACCURACY, ACCURACY_COST) for row in every[question.name]}
+    return [row for row in trained if figure(row) in own]
 
 
 def checked(path: Path, question: Question) -> list[Row]:

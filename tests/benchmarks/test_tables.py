@@ -249,6 +249,19 @@ def test_a_context_that_came_later_has_no_cost_yet(root):
     assert "NMF (Hamburger)" not in points(by_latency)
 
 
+def test_a_score_counts_wherever_it_was_trained(root):
+    """A latency does not: it is this machine's own."""
+    elsewhere = {"rival": "nmf", "device": "a GPU"} | NEWER
+    new = [row | elsewhere for row in made_up_rows.accuracy() if row["rival"] == "mf"]
+    another_recipe = [row | {"flags": "--seed"} for row in new]
+    rows.append(ACCURACY, folder(root).parent / "a-gpu", [*new, *another_recipe])
+    text = section(root, "Accuracy")
+    assert cells(text, "NMF (Hamburger)", "3")[0] == cells(text, "MF", "3")[0]
+    assert cells(text, "NMF (Hamburger)", "3")[-2:] == ["-", "-"]
+    assert text.count("NMF (Hamburger)") == 1
+    assert "a GPU" in section(root, "Where the rows are from")
+
+
 def test_latency_is_that_of_the_same_data_recipe_and_flags(root):
     other = {"flags": "--data.resize [180,240]"}
     rows.append(ACCURACY, folder(root), made_up_rows.accuracy(**other))
