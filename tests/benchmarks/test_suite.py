@@ -149,6 +149,22 @@ def test_a_budget_leaves_figures_out_by_name(tmp_path):
         assert known == ["--budget 0 was used up"] * rivals
 
 
+def test_no_compile_leaves_torch_compile_out(tmp_path):
+    options = ["--small", "--device", "cpu", "--results", tmp_path, "--no-compile"]
+    files = ("benchmarks/bench_op.py", "benchmarks/bench_factorizers.py")
+    status, text = suite(*files, *options, "-k", "contiguous and not backward")
+    assert status == 0, text
+    for question in (questions.OP, questions.FACTORIZERS):
+        known = {row["rival"] for row in read(tmp_path, question)}
+        assert known == {
+            questions.NATIVE,
+            questions.TRITON,
+            questions.EAGER,
+            questions.BEST,
+            questions.COPY,
+        }
+
+
 def test_without_what_the_trainer_needs_the_rows_say_so(tmp_path, images):
     (tmp_path / "hiding.py").write_text("import sys\nsys.modules['jsonargparse'] = None\n")
     status, text = suite(
