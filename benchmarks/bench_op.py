@@ -197,8 +197,11 @@ def measure(figure: Figure, bench: Bench) -> Measured:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
     found = figures(options.device, options.small)
-    cases = pairs(found, lambda figure: names(figure.case, options.device))
-    metafunc.parametrize(("figure", "rival"), cases, ids=str)
+
+    def rivals(figure: Figure) -> list[str]:
+        return kernels.taking_part(names(figure.case, options.device), not options.no_compile)
+
+    metafunc.parametrize(("figure", "rival"), pairs(found, rivals), ids=str)
 
 
 @pytest.mark.benchmark(**playback)

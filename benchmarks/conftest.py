@@ -33,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--small", action="store_true", help="tiny sizes, to try the suite out; needs --results"
     )
+    group.addoption(
+        "--no-compile",
+        action="store_true",
+        help="leave torch.compile out of the op and the factorizers, where it takes minutes",
+    )
     group.addoption("--data", type=Path, help="a data set in VOC layout, to train on")
     group.addoption("--recipe", default="camvid", help="configuration to train with (camvid)")
     group.addoption("--fit", default="", help="flags of mfnet fit that override the recipe's")
@@ -67,7 +72,12 @@ def bench(pytestconfig: pytest.Config) -> Bench:
     machine = Machine(options.device, options.threads)
     effort = Effort(seconds=0.01, least=2) if options.small else Effort(options.seconds)
     bench = Bench(
-        machine, effort, options.small, options.results / machine.folder(), rows.provenance(machine)
+        machine,
+        effort,
+        options.small,
+        options.results / machine.folder(),
+        rows.provenance(machine),
+        compiles=not options.no_compile,
     )
     pytestconfig.stash[WRITTEN] = bench.written
     return bench

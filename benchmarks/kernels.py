@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import Turn, first_line, take_turns, times
 from benchmarks.measure import Bench, Measured, count_flops
-from benchmarks.questions import COMPILE_GRAPHS, COPY, EAGER
+from benchmarks.questions import COMPILE, COMPILE_GRAPHS, COPY, EAGER
 from benchmarks.rows import Question
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
@@ -118,6 +118,11 @@ def compiled_with_graphs(op: Op) -> Op:
     return run
 
 
+def taking_part(rivals: Iterable[str], compiles: bool) -> list[str]:
+    """All of them, or without torch.compile's."""
+    return [name for name in rivals if compiles or name not in (COMPILE, COMPILE_GRAPHS)]
+
+
 # What is timed is what was asked for.
 
 
@@ -166,7 +171,9 @@ def prepare(
         sets.append(make_inputs(case, device))
     expected = sets[0].expected()
     right, skipped = {}, {}
-    for name, op in ops(case, device, bench.small).items():
+    made = ops(case, device, bench.small)
+    for name in taking_part(made, bench.compiles):
+        op = made[name]
         try:
             assert_right(op, sets[0], expected, tolerance[case.dtype])
             right[name] = op

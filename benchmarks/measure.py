@@ -22,7 +22,8 @@ from benchmarks.machine import Machine
 class Bench:
     """One session: where it measures, how long, and where its rows go.
 
-    `small` is for trying the suite out: tiny sizes, no compiling.
+    `small` is for trying the suite out: tiny sizes, no compiling. Without `compiles` the rivals
+    under torch.compile take no part in the op's and the factorizers' figures.
     """
 
     machine: Machine
@@ -32,6 +33,7 @@ class Bench:
     provenance: dict[str, str]
     started: float = field(default_factory=time.perf_counter)
     written: dict[Path, int] = field(default_factory=dict)
+    compiles: bool = True
 
     def append(self, question: rows.Question, new: Iterable[Mapping[str, Any]]) -> None:
         new = [{**row, **self.provenance} for row in new]

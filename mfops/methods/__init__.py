@@ -19,6 +19,9 @@ def with_temperature(method: Method, inverse_temperature: float) -> Method:
     """The method at that inverse temperature; itself, where it has none."""
     if method.inverse_temperature in (None, inverse_temperature):
         return method
+    for own in (VQ, CD):  # Dynamo of torch 2.11 does not trace copy
+        if type(method) is own:
+            return own(inverse_temperature)
     other = copy(method)
     other.inverse_temperature = inverse_temperature
     return other

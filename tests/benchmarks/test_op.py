@@ -187,6 +187,9 @@ def test_what_a_gpu_measures():
     assert sum(COMPILE in of for of in rivals) == 6 * len(PASSES)
     assert sum(COMPILE_GRAPHS in of for of in rivals) == len(PASSES)
     assert all({NATIVE, TRITON, EAGER, COPY} <= set(of) for of in rivals)
+    without = {name for of in rivals for name in kernels.taking_part(of, compiles=False)}
+    assert without == {NATIVE, TRITON, EAGER, BEST, COPY}
+    assert all(kernels.taking_part(of, compiles=True) == of for of in rivals)
 
 
 def test_a_gpu_that_is_played(bench, monkeypatch):

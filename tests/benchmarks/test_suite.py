@@ -142,10 +142,27 @@ def test_a_budget_leaves_figures_out_by_name(tmp_path):
     files = ("benchmarks/bench_ceilings.py", "benchmarks/bench_training.py")
     status, text = suite(*files, *options)
     assert status == 0
-    assert "5 skipped" in text
-    for question, rivals in ((questions.CEILINGS, 2), (questions.TRAINING, 3)):
+    networks = len(mfnet.list_models())
+    assert f"{2 + networks} skipped" in text
+    for question, rivals in ((questions.CEILINGS, 2), (questions.TRAINING, networks)):
         known = [row["skipped"] for row in read(tmp_path, question)]
         assert known == ["--budget 0 was used up"] * rivals
+
+
+def test_no_compile_leaves_torch_compile_out(tmp_path):
+    options = ["--small", "--device", "cpu", "--results", tmp_path, "--no-compile"]
+    files = ("benchmarks/bench_op.py", "benchmarks/bench_factorizers.py")
+    status, text = suite(*files, *options, "-k", "contiguous and not backward")
+    assert status == 0, text
+    for question in (questions.OP, questions.FACTORIZERS):
+        known = {row["rival"] for row in read(tmp_path, question)}
+        assert known == {
+            questions.NATIVE,
+            questions.TRITON,
+            questions.EAGER,
+            questions.BEST,
+            questions.COPY,
+        }
 
 
 def test_without_what_the_trainer_needs_the_rows_say_so(tmp_path, images):

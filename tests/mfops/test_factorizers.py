@@ -184,11 +184,12 @@ def test_autocast_and_state_dict(factorizer):
     torch.testing.assert_close(other.eval()(x), context.eval()(x))
 
 
-def test_compiles_traces_and_exports_with_a_temperature():
-    context = mfops.FactorizedContext(6, 3, factorizer="vq", inverse_temperature=2.0).eval()
+@pytest.mark.parametrize("name", ["vq", "cd"])
+def test_compiles_traces_and_exports_with_a_temperature(name):
+    context = mfops.FactorizedContext(6, 3, factorizer=name, inverse_temperature=2.0).eval()
     x = torch.randn(2, 6, 4, 5)
     expected = context(x)
-    hotter = mfops.FactorizedContext(6, 3, factorizer="vq").eval()(x)
+    hotter = mfops.FactorizedContext(6, 3, factorizer=name).eval()(x)
     assert not torch.allclose(expected, hotter)
     for other in (
         torch.compile(context, fullgraph=True, backend="eager"),

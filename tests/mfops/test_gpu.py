@@ -188,8 +188,8 @@ def test_more_tiles_than_a_grid_is_wide(backend, shape, layout, shared):
         *reference.reconstruct(*exact[:3]),
         *reference.reconstruct_backward(grad, exact[4], *exact[:3], True, True, True),
     ]
-    # Sums of up to 9e6 float32 terms: native kernels have a tree of blocks; Triton's dZ is one chain
-    # of FMAs over the channels, whose n roundings add up to about sqrt(n) of one.
+    # Sums of up to 9e6 float32 terms: native kernels have a tree of blocks; Triton's dZ is one
+    # chain of FMAs over the channels, whose n roundings add up to about sqrt(n) of one.
     limit = 2 * 9_000_000**0.5 * U if backend == "triton" else 1e-4
     for name, value, e in zip(("X'", "mse", "dX", "dY", "dZ"), results(p), expected, strict=True):
         e = e.expand(value.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mfops
 from mfops import reference
-from mfops.methods import METHODS, Method
+from mfops.methods import METHODS, VQ, Method, with_temperature
 
 Array = np.ndarray
 EPS = 1e-6
@@ -127,6 +127,20 @@ def test_inverse_temperature_of_vq_and_cd(t):
             np.testing.assert_allclose(z[b].numpy(), final, rtol=1e-9, atol=1e-12)
             rebuilt = module.eval().factorizer.product(x)[b]
             np.testing.assert_allclose(rebuilt.numpy(), means @ final, rtol=1e-9, atol=1e-12)
+
+
+def test_a_method_of_ones_own_keeps_what_it_has_at_another_temperature():
+    class Weighted(VQ):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = weight
+
+    own = Weighted(0.5)
+    other = with_temperature(own, 2.0)
+    assert isinstance(other, Weighted)
+    assert (other.weight, other.inverse_temperature) == (0.5, 2.0)
+    assert own.inverse_temperature == 100
+    assert with_temperature(own, 100) is own
 
 
 @pytest.mark.parametrize(
