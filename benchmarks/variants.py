@@ -5,7 +5,7 @@ mfnet fit ... --model.network benchmarks.variants.variant --model.network.name e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfnet.backbone import Pyramid
-from mfnet.light import FactorizedDecoder, PyramidContext
+from mfnet.light import FactorizedDecoder, Projection, PyramidContext
 from mfnet.models import SegmentationNetwork
 from mfops import factorized_mse
 from mfops.autograd import inject_loss
@@ -51,33 +51,26 @@ class Learned(FactorizedDecoder):
 
 
 class Linear(FactorizedDecoder):
-    """No factorization: what is linear in X and in the guide is all."""
+    """No factorization: what is linear in the features is all."""
 
     def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
         super().__init__(width, low_channels, num_classes, rank)
-        del self.queries, self.keys, self.key_bias, self.attention, self.classes
+        del self.queries, self.keys, self.key_bias, self.columns, self.coarse
 
-    def context(self, x: Tensor, guide: Tensor) -> Tensor:
-        return x.new_zeros(())
-
-
-class Alone(FactorizedDecoder):
-    """Bases that do not see each other."""
-
-    def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
-        super().__init__(width, low_channels, num_classes, rank)
-        self.attention = nn.Identity()
+    def forward(self, summed: Tensor, low: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.guide(summed, low))
+        return logits
 
 
 class Blind(FactorizedDecoder):
-    """A guide of X alone, at stride 8, without low-level features."""
+    """Coefficients and logits at stride 8, without low-level features."""
 
     def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
         super().__init__(width, low_channels, num_classes, rank)
-        del self.low
+        del self.low, self.fine
 
-    def guided(self, x: Tensor, low: Tensor) -> Tensor:
-        guide: Tensor = self.guide(self.norm(self.squeeze(x)))
+    def guide(self, summed: Tensor, low: Tensor) -> Tensor:
+        guide: Tensor = self.coarse(summed)
         return guide
 
 
@@ -104,25 +97,13 @@ class CornersBelow(PyramidContext):
     align_corners = True
 
 
-class Direct(PyramidContext):
-    """Without the 5x5 convolution."""
-
-    def __init__(self, channels: Sequence[int], width: int) -> None:
-        super().__init__(channels, width)
-        del self.local
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return self.summed(features)
-
-
-class Coarse(PyramidContext):
-    """X at stride 16."""
-
-    def __init__(self, channels: Sequence[int], width: int) -> None:
-        super().__init__(channels[1:], width)
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return super().forward(features[1:])
+def one_matrix(network: nn.Module) -> None:
+    """Exchanges each projection for a convolution."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Projection):
+                width, channels = child.inner.shape
+                module.register_module(name, nn.Conv2d(channels, width, 1, bias=False))
 
 
 @dataclass(frozen=True)
@@ -132,7 +113,8 @@ class Variant:
     decoder: type[FactorizedDecoder] = FactorizedDecoder
     context: type[PyramidContext] = PyramidContext
     rank: int = 64
-    width: int = 128
+    width: int = 256
+    change: Callable[[nn.Module], None] | None = None
 
 
 VARIANTS = {
@@ -140,15 +122,12 @@ VARIANTS = {
     "bases of em": Variant(Em),
     "bases of nmf": Variant(Nmf),
     "learned bases": Variant(Learned),
-    "no attention among bases": Variant(Alone),
     "K = 16": Variant(rank=16),
     "K = 32": Variant(rank=32),
     "K = 128": Variant(rank=128),
-    "width 64": Variant(width=64),
-    "width 256": Variant(width=256),
-    "no guide at stride 4": Variant(Blind),
-    "no 5x5 convolution": Variant(context=Direct),
-    "X at stride 16": Variant(context=Coarse),
+    "width 128": Variant(width=128),
+    "no low-level features": Variant(Blind),
+    "one matrix in projections": Variant(change=one_matrix),
     "reconstruction loss": Variant(Reconstruction),
     "aligned corners": Variant(Corners, CornersBelow),
 }
@@ -170,5 +149,9 @@ def variant(
         raise ValueError(f"name: expected one of {', '.join(VARIANTS)}, got {name!r}")
     chosen = VARIANTS[name]
     trunk = Pyramid(backbone, backbone_weights, in_channels)
+    context = chosen.context(trunk.high_channels, chosen.width)
     decoder = chosen.decoder(chosen.width, trunk.low_channels, num_classes, chosen.rank)
-    return SegmentationNetwork(trunk, chosen.context(trunk.high_channels, chosen.width), decoder)
+    if chosen.change is not None:
+        for part in (context, decoder):
+            chosen.change(part)
+    return SegmentationNetwork(trunk, context, decoder)

@@ -2,11 +2,14 @@
 
 Logits of many pixels have a low rank: L = P Z, classes x K times K x pixels. The bases, and with
 them P, come from where features are semantic and few, at stride 8; the coefficients Z from where
-pixels are many, at stride 4. No wide map ever exists there: what a decoder of the DeepLab family
-spends 1.3 million multiply-adds a pixel on costs some ten thousand.
+pixels are many, at stride 4. Mask classification (MaskFormer: class scores times masks) is the same
+formula with bases that are learned; here they are gathered from the image, as in double attention
+(A2-Net), and a linear classifier has its say beside them.
 
-Mask classification (MaskFormer: class scores times masks) is the same formula with bases that are
-learned; here they are gathered from the image, as in double attention (A2-Net).
+The features themselves are SegFormer's, relu(BN(conv(concat(upsampled)))), in an order that costs a
+twentieth: 1x1 convolutions commute with bilinear upsampling, so each level is projected at its own
+resolution and added to the next finer one, and two that follow each other are one whose weight is a
+product. No convolution runs at stride 4 but that of the low-level features and the classifier.
 """
 
 from __future__ import annotations
@@ -15,32 +18,40 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
+from torch.nn import functional as F
 
 from mfnet.decoder import upsample
 from mfops import distribute, gather
 from mfops.checks import check_positive
 
-HEADS = 4
+LEVELS = 4  # strides 4, 8, 16, 32
 
 
-def _separable(channels: int, kernel_size: int) -> nn.Sequential:
-    """Each channel by itself, BatchNorm; then across them, BatchNorm, ReLU."""
-    return nn.Sequential(
-        Conv2dNormActivation(
-            channels, channels, kernel_size, groups=channels, activation_layer=None
-        ),
-        Conv2dNormActivation(channels, channels, 1),
-    )
+class Projection(nn.Module):
+    """A 1x1 convolution without bias, whose weight is a product of two matrices, W = B A.
+
+    It learns faster than with one matrix ("On the Optimization of Deep Networks: Implicit
+    Acceleration by Overparameterization", Arora et al., ICML 2018) and costs the same, but for the
+    product of the weights.
+
+    ``forward`` takes ``(B, in_channels, h, w)`` and returns ``(B, out_channels, h, w)``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.outer = nn.Parameter(torch.empty(out_channels, out_channels))
+        nn.init.xavier_uniform_(self.inner)
+        bound = (6 / (LEVELS * out_channels)) ** 0.5  # Kaiming's: the levels are summed, then ReLU
+        nn.init.uniform_(self.outer, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, (self.outer @ self.inner)[:, :, None, None])
 
 
 class PyramidContext(nn.Module):
-    """Features at strides 8, 16 and 32 as one map X at stride 8.
-
-    1x1 convolutions to ``width`` channels come first, as they commute with bilinear upsampling;
-    then their sum, BatchNorm, ReLU, and a residual separable 5x5 convolution.
+    """Features at strides 8, 16 and 32, projected and summed at stride 8.
 
     ``forward`` takes ``[(B, C_i, h_i, w_i), ...]``, finest first, and returns
     ``(B, width, h_0, w_0)``.
@@ -50,78 +61,62 @@ class PyramidContext(nn.Module):
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1, bias=False) for c in channels)
-        self.norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
-        self.local = _separable(width, 5)
+        self.laterals = nn.ModuleList(Projection(c, width) for c in channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        x = self.summed(features)
-        return x + self.local(x)
-
-    def summed(self, features: Sequence[Tensor]) -> Tensor:
-        """The projected features' sum, normalised."""
-        first, *others = (
+        projected = [
             lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)
-        )
-        for other in others:
-            first = first + upsample(other, first.shape[-2:], self.align_corners)
-        summed: Tensor = self.norm(first)
-        return summed
+        ]
+        total = projected.pop()
+        while projected:
+            finer = projected.pop()
+            total = finer + upsample(total, finer.shape[-2:], self.align_corners)
+        return total
 
 
 class FactorizedDecoder(nn.Module):
-    """Logits P Z, plus what is linear in X and in the guide::
+    """Logits P Z, plus what is linear in the features::
 
-        Y = X softmax over N of (Q X)^T       bases, gathered at stride 8
-        P = W attention(Y)                    K columns of logits
-        G = separable(low + X, squeezed)      the guide, at stride 4
-        Z = softmax over K of (V G + b)       coefficients
-        L = P Z + A X + B G
+        X = relu(BN(S))                        at stride 8, of the sum S of the coarser levels
+        Y = X softmax over N of (Q X)^T        K bases
+        P = W Y                                K columns of logits
+        G = relu(BN(project(low) + S))         at stride 4
+        Z = softmax over K of (V G + b)        coefficients
+        L = P Z + A G + a
 
-    The bases see each other in one pre-norm transformer layer: they are K tokens, so that it costs
-    next to nothing.
-
-    ``forward(x, low)`` takes X ``(B, width, h, w)`` and low-level features
+    ``forward(summed, low)`` takes S ``(B, width, h, w)`` and low-level features
     ``(B, low_channels, H, W)`` and returns logits ``(B, num_classes, H, W)``.
 
     Args:
-        width: channels of X, a multiple of 8; the guide has half of them.
+        width: channels of S.
         rank: K, the number of bases.
-
-    Raises:
-        ValueError: ``rank`` below 1, another ``width``.
     """
 
     align_corners: ClassVar[bool] = False  # pixels are squares: their centres lie between corners
 
     def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
         super().__init__()
-        check_positive("rank", rank)
-        if check_positive("width", width) % 8:
-            raise ValueError(f"width: expected a multiple of 8, got {width}")
-        inner = width // 2
-        self.low = nn.Conv2d(low_channels, inner, 1, bias=False)
-        self.squeeze = nn.Conv2d(width, inner, 1, bias=False)
-        self.norm = nn.Sequential(nn.BatchNorm2d(inner), nn.ReLU())
-        self.guide = _separable(inner, 3)
+        self.low = Projection(low_channels, width)
+        self.coarse = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
+        self.fine = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
         # Scores of variance 1 from features whose squares are 0.5 on average, as after a ReLU.
         self.queries = nn.Parameter(torch.randn(rank, width) * (2 / width) ** 0.5)
-        self.keys = nn.Parameter(torch.randn(rank, inner) * (2 / inner) ** 0.5)
+        self.keys = nn.Parameter(torch.randn(rank, width) * (2 / width) ** 0.5)
         self.key_bias = nn.Parameter(torch.zeros(rank))
-        self.attention = Block(width, HEADS, mlp_ratio=2, qkv_bias=True)
-        self.classes = nn.Conv1d(width, num_classes, 1, bias=False)
+        inner = max(width // 2, 1)
+        self.columns = nn.Sequential(
+            nn.Linear(width, inner), nn.Linear(inner, num_classes, bias=False)
+        )
         self.linear = nn.Conv2d(width, num_classes, 1)
-        self.detail = nn.Conv2d(inner, num_classes, 1, bias=False)
 
-    def forward(self, x: Tensor, low: Tensor) -> Tensor:
-        guide = self.guided(x, low)
-        linear = self._resampled(self.linear(x), guide) + self.detail(guide)
-        return linear + self.context(x, guide)
+    def forward(self, summed: Tensor, low: Tensor) -> Tensor:
+        guide = self.guide(summed, low)
+        return self.linear(guide) + self.context(self.coarse(summed), guide)
 
-    def guided(self, x: Tensor, low: Tensor) -> Tensor:
-        """G ``(B, width / 2, H, W)``."""
+    def guide(self, summed: Tensor, low: Tensor) -> Tensor:
+        """G."""
         low = self.low(low)
-        guide: Tensor = self.guide(self.norm(low + self._resampled(self.squeeze(x), low)))
+        guide: Tensor = self.fine(low + upsample(summed, low.shape[-2:], self.align_corners))
         return guide
 
     def bases(self, x: Tensor) -> Tensor:
@@ -130,11 +125,8 @@ class FactorizedDecoder(nn.Module):
 
     def context(self, x: Tensor, guide: Tensor) -> Tensor:
         """P Z."""
-        columns = self.classes(self.attention(self.bases(x).mT).mT)
+        columns = self.columns(self.bases(x).mT).mT
         return distribute(columns, self.keys, self.key_bias, guide)
-
-    def _resampled(self, x: Tensor, like: Tensor) -> Tensor:
-        return upsample(x, like.shape[-2:], self.align_corners)
 
 
 def light(
@@ -142,8 +134,14 @@ def light(
     high_channels: Sequence[int],
     num_classes: int,
     rank: int = 64,
-    width: int = 128,
+    width: int = 256,
 ) -> tuple[PyramidContext, FactorizedDecoder]:
-    """Context and decoder of MFNet Light, for features of so many channels."""
+    """Context and decoder of MFNet Light, for features of so many channels.
+
+    Raises:
+        ValueError: ``rank`` or ``width`` is not a positive integer.
+    """
+    check_positive("rank", rank)
+    check_positive("width", width)
     decoder = FactorizedDecoder(width, low_channels, num_classes, rank)
     return PyramidContext(high_channels, width), decoder

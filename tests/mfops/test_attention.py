@@ -107,6 +107,10 @@ def test_autocast_and_compile() -> None:
 def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -> None:
     names = ("x", "queries", "y", "keys", "bias", "guide")
     given = dict(zip(names, problem((2, 5, 7, 3), torch.float32), strict=True)) | change
-    with pytest.raises(ValueError, match=message):
+
+    def both() -> None:
         mfops.gather(given["x"], given["queries"])
         mfops.distribute(*(given[name] for name in names[2:]))
+
+    with pytest.raises(ValueError, match=message):
+        both()
