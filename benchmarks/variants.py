@@ -112,7 +112,7 @@ class Variant:
 
     decoder: type[FactorizedDecoder] = FactorizedDecoder
     context: type[PyramidContext] = PyramidContext
-    rank: int = 64
+    rank: int = 32
     width: int = 256
     change: Callable[[nn.Module], None] | None = None
 
@@ -122,9 +122,9 @@ VARIANTS = {
     "bases of em": Variant(Em),
     "bases of nmf": Variant(Nmf),
     "learned bases": Variant(Learned),
+    "K = 8": Variant(rank=8),
     "K = 16": Variant(rank=16),
-    "K = 32": Variant(rank=32),
-    "K = 128": Variant(rank=128),
+    "K = 64": Variant(rank=64),
     "width 128": Variant(width=128),
     "no low-level features": Variant(Blind),
     "one matrix in projections": Variant(change=one_matrix),

@@ -133,7 +133,7 @@ def light(
     low_channels: int,
     high_channels: Sequence[int],
     num_classes: int,
-    rank: int = 64,
+    rank: int = 32,
     width: int = 256,
 ) -> tuple[PyramidContext, FactorizedDecoder]:
     """Context and decoder of MFNet Light, for features of so many channels.

@@ -204,7 +204,7 @@ def create_model(
             :class:`mfnet.backbone.Backbone`. The command line has ``--data.channels``.
         auxiliary_head: an FCN head on the features before the backbone's last stage, whose logits
             the network returns beside its own in training; see :class:`SegmentationNetwork`.
-        **kwargs: mfnet_light: ``rank=64`` and ``width=256``. The others: options of the network's
+        **kwargs: mfnet_light: ``rank=32`` and ``width=256``. The others: options of the network's
             context. mf: ``rank=64``, ``loss_weight=0.1`` (where
             the caller does not take the loss) and ``steps`` of a factorizer that has them. em:
             ``bases=64`` and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``.

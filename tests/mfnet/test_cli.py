@@ -91,7 +91,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shipped_configs() -> None:
-    assert set(shipped_configs()) == {"paper_voc", "modern_voc", "camvid", "demo"}
+    named = {"camvid_light", "voc_light", "paper_voc", "modern_voc", "camvid", "demo"}
+    assert set(shipped_configs()) == named
 
 
 def test_paper_config_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +114,7 @@ def test_paper_config_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
     ("config", "choice"),
     [
         *((config, "name=mfnet") for config in ("paper_voc", "modern_voc", "camvid", "demo")),
+        *((config, "name=mfnet_light") for config in ("camvid_light", "voc_light")),
         ("paper_voc", "factorizer=em"),
         ("modern_voc", "factorizer=nmf"),
         ("camvid", "factorizer=vq"),
@@ -129,6 +131,8 @@ def test_shipped_configs_train(config: str, choice: str, images: Path, tmp_path:
         (tmp_path / "VOCdevkit").mkdir()
         (tmp_path / "VOCdevkit" / "VOC2012").symlink_to(images)
         flags = ["--data.root", str(tmp_path), "--model.network.backbone_weights", "null"]
+    elif config.endswith("light"):
+        flags += ["--model.network.backbone_weights", "null"]
     elif config == "demo":
         flags = ["--data.cache_dir", str(tmp_path), "--data.train=2", "--data.val=1"]
     main([
