@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from mfops.checks import check_features
+from mfops.tracing import record_function
 
 
 def gather(x: Tensor, queries: Tensor) -> Tensor:
@@ -32,6 +34,8 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
         TypeError: x is no tensor of a dtype listed.
         ValueError: x has another shape or no element, queries do not fit it.
     """
+    if isinstance(x, Proxy):
+        return record_function(gather, x, queries)
     check_features(x)
     _check_shape("queries", queries, ("K", x.shape[1]))
     rows = x if x.dim() == 3 else x.flatten(2)
@@ -59,6 +63,8 @@ def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
         TypeError: the guide is no tensor of a dtype that `gather` takes.
         ValueError: shapes that do not fit.
     """
+    if isinstance(guide, Proxy):
+        return record_function(distribute, y, keys, bias, guide)
     check_features(guide)
     _check_shape("keys", keys, ("K", guide.shape[1]))
     _check_shape("bias", bias, (keys.shape[0],))

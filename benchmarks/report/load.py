@@ -60,11 +60,12 @@ NAMES = {
     "ppm": "PPM",
     "encoding": "Encoding",
     "nonlocal": "non-local",
+    "mfnet_light": "MFNet Light",
     "mfnet": "MFNet",
     "deeplabv3plus": "DeepLabV3+",
     "emanet": "EMANet",
 }
-OURS = {NATIVE, TRITON, "mfops", "mf", "mfnet"}
+OURS = {NATIVE, TRITON, "mfops", "mf", "mfnet", "mfnet_light"}
 
 PAPER_BACKBONE, PAPER_SIZE = "resnet50", "513x513"
 # Network: mIoU, fwIoU, millions of parameters, as the paper prints them.
@@ -219,7 +220,7 @@ class Score:
 
 
 def scores(results: Results) -> dict[tuple[str, ...], list[Score]]:
-    """By data, recipe and flags."""
+    """By data, recipe and flags, the best first."""
     costs = {
         (*key[: len(ACCURACY.figure)], row["rival"]): row
         for key, found in reversed(results.plain(ACCURACY_COST).items())  # of several, the first
@@ -230,7 +231,7 @@ def scores(results: Results) -> dict[tuple[str, ...], list[Score]]:
         rivals: dict[str, list[Row]] = {}
         for row in found:
             rivals.setdefault(row["rival"], []).append(row)
-        groups[tuple(key)] = [
+        found_scores = [
             Score(
                 rival,
                 measured(own),
@@ -239,6 +240,7 @@ def scores(results: Results) -> dict[tuple[str, ...], list[Score]]:
             )
             for rival, own in rivals.items()
         ]
+        groups[tuple(key)] = sorted(found_scores, key=lambda s: -s.mean("mIoU") if s.runs else 0)
     return groups
 
 

@@ -386,7 +386,7 @@ def accuracy(results: Results) -> list[str]:
         return [cells, *skips]
 
     columns = [
-        CONTEXT,
+        Column("context or network", name, measured=False),
         label("runs"),
         *(
             Column(f"{title} (sd)", lambda row, column=column: row[column])

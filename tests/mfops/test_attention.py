@@ -93,6 +93,18 @@ def test_autocast_and_compile() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_fx_traces_each_as_one_node() -> None:
+    class Both(torch.nn.Module):
+        def forward(self, x: Tensor, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+            return mfops.distribute(mfops.gather(x, queries), keys, bias, x)
+
+    x, queries, _, keys, bias, _ = problem((2, 5, 7, 3))
+    traced = torch.fx.symbolic_trace(Both())
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert calls == [mfops.gather, mfops.distribute]
+    torch.testing.assert_close(traced(x, queries, keys, bias), Both()(x, queries, keys, bias))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
