@@ -22,7 +22,7 @@ import mfnet
 from benchmarks.harness import Turn, first_line, take_turns, times
 from benchmarks.machine import network_dtype
 from benchmarks.measure import Bench, Contender, Measured, contend, count_flops, pairs, playback
-from benchmarks.networks import SMP, SMP_NETWORKS
+from benchmarks.networks import SMP
 from benchmarks.questions import MODELS
 from benchmarks.rows import Question
 
@@ -32,6 +32,7 @@ BATCHES = {
     "cuda": {INFERENCE: (1, 16), TRAINING: (16,)},
     "cpu": {INFERENCE: (1,), TRAINING: (2,)},
 }
+SMP_NETWORKS = ("DeepLabV3Plus", "PSPNet", "FPN", "Unet", "UPerNet")
 NUM_CLASSES = 21
 
 

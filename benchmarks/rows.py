@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import os
 import platform
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -111,7 +113,7 @@ def append(question: Question, folder: Path, new: Iterable[Mapping[str, Any]]) -
             raise ValueError(f"{question.name}: no such columns: {', '.join(unknown)}")
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        FileLock(path.with_suffix(".lock")),  # several processes may train side by side
+        FileLock(_lock_of(path)),  # several processes may train side by side
         written_whole(path) as partial,
         partial.open("w", newline="", encoding="utf-8") as file,
     ):
@@ -122,6 +124,12 @@ def append(question: Question, folder: Path, new: Iterable[Mapping[str, Any]]) -
         writer.writeheader()
         writer.writerows([*old, *new])
     return path
+
+
+def _lock_of(path: Path) -> Path:
+    """Apart from the results: it stays when the lock is released."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"mfops-rows-{digest}.lock"
 
 
 def _text(value: Any) -> str:

@@ -36,7 +36,7 @@ usage: mfnet {command} --config NAME_OR_FILE [--FLAG VALUE ...]
 {summary}
   {example}
 
-  --config, -c C           a YAML file, or one of: {configs}
+  --config, -c C           a file, or {configs}
                            what follows overrides it; several are merged
 data
   --data CLASS             {classes}, or a class path
