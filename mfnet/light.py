@@ -31,7 +31,7 @@ LEVELS = 4  # strides 4, 8, 16, 32
 class Projection(nn.Module):
     """A 1x1 convolution without bias, whose weight is a product of two matrices, W = B A.
 
-    It learns faster than with one matrix ("On the Optimization of Deep Networks: Implicit
+    Learning can be faster than with one matrix ("On the Optimization of Deep Networks: Implicit
     Acceleration by Overparameterization", Arora et al., ICML 2018) and costs the same, but for the
     product of the weights.
 
