@@ -176,9 +176,8 @@ def validation_size(recipe: Recipe, network: str) -> tuple[int, int]:
 
 @pytest.mark.benchmark(**playback)
 def test_cost(network: str, bench: Bench, play: Any, pytestconfig: pytest.Config) -> None:
-    # Always all of them: rows that a figure is made of are those of one run.
-    networks = dict.fromkeys([*CONTEXTS, *NETWORKS, *names(pytestconfig.option)])
+    networks = tuple(names(pytestconfig.option))
     recipe = Recipe.of(pytestconfig.option)
     size = validation_size(recipe, network)
-    figure = Figure(recipe, size, network_dtype(bench.machine.device), tuple(networks))
+    figure = Figure(recipe, size, network_dtype(bench.machine.device), networks)
     play(ACCURACY_COST, figure, network, measure)

@@ -82,5 +82,5 @@ ACCURACY_COST = Question(
     "accuracy_cost",
     figure=("data", "recipe", "flags", "size", "dtype"),
     measures=("input", "images_per_s", "peak_bytes", "parameters", "flops"),
-    bases=("aspp", "em"),
+    bases=("mfnet_light", "aspp"),
 )

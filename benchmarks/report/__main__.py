@@ -85,13 +85,17 @@ SECTIONS = (
     ),
     Section(
         "Accuracy",
-        "Of the last epoch, mean and standard deviation over the seeds: a few epochs at a size "
-        "whose features are a few pixels show that networks learn and not which is better. Rows of "
-        "commits before 7b79190 were measured on labels that lay half a pixel beside their images; "
-        "the best possible mIoU at 120x160 was 0.888. The time is that of a forward pass, batch 1, "
-        "at the size of the validation images.",
+        "Networks trained under one recipe, scored on whole validation images, shown once, after "
+        "the last epoch: mean and standard deviation over the seeds. The time is that of a forward "
+        "pass, batch 1, at the size of the validation images.",
         tables.accuracy,
         "pareto",
+    ),
+    Section(
+        "MFNet Light, a part at a time",
+        "Each row is MFNet Light with one part exchanged or left out (benchmarks/variants.py), "
+        "trained and scored as above.",
+        tables.ablation,
     ),
     Section(
         "The paper's Figure 6",

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from benchmarks.kernels import FORWARD
@@ -77,6 +77,11 @@ def scatter(content: Content) -> Figure:
             axes.plot(p["x"], p["y"], marker, color=colour, markerfacecolor=face, zorder=3)
         axes.set(title=textwrap.fill(panel["title"], 46), xlabel=panel["x"], ylabel=panel["y"])
         axes.margins(0.18, 0.16)
+        if panel["log"]:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if panel["from_zero"]:
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)

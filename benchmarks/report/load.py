@@ -219,7 +219,23 @@ class Score:
         return number(self.runs[0], column) if self.runs else None
 
 
-def scores(results: Results) -> dict[tuple[str, ...], list[Score]]:
+Scores = dict[tuple[str, ...], list[Score]]
+VARIANT = "light: "  # how the names of MFNet Light's variants begin
+LIGHT = "mfnet_light"
+
+
+def networks(found: list[Score]) -> list[Score]:
+    """Those that are no variant of MFNet Light."""
+    return [score for score in found if not score.rival.startswith(VARIANT)]
+
+
+def variants(found: list[Score]) -> list[Score]:
+    """Variants of MFNet Light and itself; none where there are no variants."""
+    ours = [score for score in found if score.rival.startswith((VARIANT, LIGHT))]
+    return ours if len(ours) > 1 else []
+
+
+def scores(results: Results) -> Scores:
     """By data, recipe and flags, the best first."""
     costs = {
         (*key[: len(ACCURACY.figure)], row["rival"]): row

@@ -70,7 +70,7 @@ def _round(value: float) -> float:
 
 # Points with their names.
 
-FRONT_SEEDS = 3  # with fewer, which network is above which is left to the reader
+FRONT_SEEDS = 3  # a mean of fewer says too little to stand on the line
 
 
 def _point(rival: str, x: float, y: float, sd: float = 0, hollow: bool = False) -> Content:
@@ -80,7 +80,7 @@ def _point(rival: str, x: float, y: float, sd: float = 0, hollow: bool = False) 
 
 def _panel(title: str, x: str, y: str, points: list[Content], **more: Any) -> Content:
     labels = {"title": title, "x": x, "y": y}
-    return {**labels, "points": points, "line": [], "from_zero": False, **more}
+    return {**labels, "points": points, "line": [], "from_zero": False, "log": False, **more}
 
 
 def _pareto_optimal(points: list[Content]) -> list[tuple[float, float]]:
@@ -93,36 +93,39 @@ def _pareto_optimal(points: list[Content]) -> list[tuple[float, float]]:
 
 
 def pareto(results: Results) -> Picture | str:
-    panels = []
-    any_line = False
+    by_cost: dict[str, list[Content]] = {}
     groups = load.scores(results)
     titles = accuracy_titles(groups)
-    for key, found in groups.items():
-        enough = all(len(s.runs) >= FRONT_SEEDS for s in found if s.runs)
+    for key, every in groups.items():
+        found = [s for s in load.networks(every) if s.runs]
         flops = {s: s.counted("flops") for s in found}
         seconds = {s: number(s.cost or {}, "median_s") for s in found}
         costs = {
             "GFLOPs per image": {s: own / 1e9 for s, own in flops.items() if own},
-            "latency, ms per image": {s: own * 1e3 for s, own in seconds.items() if own and s.runs},
+            "latency, ms per image": {s: own * 1e3 for s, own in seconds.items() if own},
+            "millions of parameters": {s: s.counted("parameters") / 1e6 for s in found},
         }
         if not all(costs.values()):
             continue
         for x, by_score in costs.items():
-            points = [
-                _point(s.rival, cost, s.mean("mIoU"), sd=s.deviation("mIoU") or 0)
-                for s, cost in by_score.items()
-            ]
-            line = _pareto_optimal(points) if enough else []
-            panels.append(_panel(titles[key], x, "mIoU", points, line=line))
-            any_line = any_line or bool(line)
+            points = []
+            for s, cost in by_score.items():
+                few = len(s.runs) < FRONT_SEEDS
+                sd = s.deviation("mIoU") or 0
+                points.append(_point(s.rival, cost, s.mean("mIoU"), sd=sd, hollow=few))
+            line = _pareto_optimal([p for p in points if not p["hollow"]])
+            panel = _panel(titles[key], x, "mIoU", points, line=line, log=True)
+            by_cost.setdefault(x, []).append(panel)
+    panels = [panel for of_cost in by_cost.values() for panel in of_cost]
     if not panels:
         return "accuracy, and accuracy_cost of the same data, recipe and flags"
-    seeds = sorted({len(s.runs) for found in groups.values() for s in found if s.runs})
-    many = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-    title = f"Accuracy against cost: mean mIoU (seeds: {many}), bars of one standard deviation"
-    alt = "Mean mIoU of networks with different contexts against their GFLOPs and their latency"
-    alt += "; a line joins those that no other beats in both." if any_line else "."
-    return Picture(title, alt, {"panels": panels}, draw.scatter)
+    title = "Accuracy against cost: mean mIoU over seeds, bars of one standard deviation"
+    alt = "Mean mIoU of networks against their GFLOPs, latency and parameters"
+    if any(p["hollow"] for panel in panels for p in panel["points"]):
+        title += f"; hollow: fewer than {FRONT_SEEDS} seeds"
+    if any(panel["line"] for panel in panels):
+        alt += "; a line joins those that no other beats in both"
+    return Picture(title, f"{alt}.", {"panels": panels}, draw.scatter)
 
 
 def models(results: Results) -> Picture | str:

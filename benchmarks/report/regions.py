@@ -14,7 +14,6 @@ from pathlib import Path
 
 from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.questions import (
-    ACCURACY,
     BEST,
     COMPILE,
     COPY,
@@ -38,6 +37,7 @@ from benchmarks.report.tables import (
     PEAK,
     SHAPE,
     Column,
+    ablation,
     accuracy,
     command,
     label,
@@ -261,11 +261,22 @@ def _contexts(results: Results, document: Path) -> list[str]:
 
 
 def _accuracy(results: Results, document: Path) -> list[str]:
-    lines = accuracy(results)
+    return _trained(accuracy(results), document)
+
+
+def _ablation(results: Results, document: Path) -> list[str]:
+    return _trained(ablation(results), document)
+
+
+def _trained(lines: list[str], document: Path) -> list[str]:
     if not lines:
         return []
-    what = "Mean and standard deviation over the seeds, last epoch; time: forward, batch 1."
-    return [*lines, *_notes([what, *(f"{line}." for line in source(results.rows(ACCURACY)))])]
+    page = os.path.relpath(PAGE, document.parent)
+    what = (
+        "Mean and standard deviation over the seeds, last epoch; ms: forward, batch 1. Every run's "
+        f"machine, commit and command: [{PAGE}]({page})."
+    )
+    return [*lines, *_notes([what])]
 
 
 def _paper(results: Results, document: Path) -> list[str]:
@@ -292,5 +303,6 @@ REGIONS: dict[str, Callable[[Results, Path], list[str]]] = {
     "contexts": _contexts,
     "paper": _paper,
     "accuracy": _accuracy,
+    "ablation": _ablation,
     "pictures": _pictures,
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks.questions import (
+    ACCURACY_COST,
     CEILINGS,
     CONTEXTS,
     COPY,
@@ -20,7 +21,7 @@ from benchmarks.questions import (
     TRAINING,
 )
 from benchmarks.report import load, targets
-from benchmarks.report.load import PAPER, QUESTIONS, Results, Score
+from benchmarks.report.load import PAPER, QUESTIONS, Results, Score, Scores
 from benchmarks.rows import PROVENANCE, Question, Row, number
 
 MIB = 2**-20
@@ -343,7 +344,7 @@ def training(results: Results) -> list[str]:
     )
 
 
-def accuracy_titles(scores: dict[tuple[str, ...], list[Score]]) -> dict[tuple[str, ...], str]:
+def accuracy_titles(scores: Scores) -> dict[tuple[str, ...], str]:
     """What the training runs of a group have in common, and flags where only they differ."""
 
     def title(data: str, recipe: str, found: list[Score]) -> str:
@@ -364,10 +365,27 @@ def accuracy_titles(scores: dict[tuple[str, ...], list[Score]]) -> dict[tuple[st
 
 
 def accuracy(results: Results) -> list[str]:
-    """Means and sample standard deviations over the seeds, of the last epoch."""
+    """Networks that were trained alike; variants of MFNet Light have tables of their own."""
+    found = load.scores(results)
+    return _scores(found, {key: load.networks(own) for key, own in found.items()})
+
+
+def ablation(results: Results) -> list[str]:
+    """MFNet Light with one part exchanged or left out, beside itself."""
+    found = load.scores(results)
+    return _scores(found, {key: load.variants(own) for key, own in found.items()})
+
+
+def _scores(every: Scores, shown: Scores) -> list[str]:
+    """Means and sample standard deviations over the seeds, of the last epoch.
+
+    `every` has what `shown` is a part of: titles tell apart all that was trained.
+    """
 
     def with_deviation(score: Score, column: str) -> str:
         return f"{score.mean(column):.3f} ({show(score.deviation(column), '.3f')})"
+
+    over_bases = [f"over_{base}" for base in ACCURACY_COST.bases]
 
     def lines(score: Score) -> list[Row]:
         skips = [row | {"runs": f"seed {row['seed']}"} for row in score.skipped]
@@ -380,12 +398,11 @@ def accuracy(results: Results) -> list[str]:
             **{c: with_deviation(score, c) for c in ("mIoU", "fwIoU", "accuracy")},
             "parameters": score.runs[0]["parameters"],
             "flops": score.runs[0]["flops"],
-            "median_s": cost.get("median_s", ""),
-            "over_aspp": cost.get("over_aspp", ""),
+            **{column: cost.get(column, "") for column in ("median_s", *over_bases)},
         }
         return [cells, *skips]
 
-    columns = [
+    shared = [
         Column("context or network", name, measured=False),
         label("runs"),
         *(
@@ -394,17 +411,15 @@ def accuracy(results: Results) -> list[str]:
         ),
         PARAMETERS,
         GFLOPS,
-        Column("ms", of("median_s", 1e3)),
-        over("aspp"),
     ]
-    scores = load.scores(results)
-    titles = accuracy_titles(scores)
-    return titled(
-        {
-            titles[key]: table([row for score in found for row in lines(score)], columns)
-            for key, found in scores.items()
-        }
-    )
+    titles = accuracy_titles(every)
+    tables = {}
+    for key, found in shown.items():
+        costs = [score.cost for score in found if score.cost]
+        known = [b for b in ACCURACY_COST.bases if any(cost.get(f"over_{b}") for cost in costs)]
+        latency = [Column("ms", of("median_s", 1e3)), *map(over, known[:1])] if costs else []
+        tables[titles[key]] = table([row for s in found for row in lines(s)], [*shared, *latency])
+    return titled({title: own for title, own in tables.items() if own})
 
 
 def paper(results: Results) -> list[str]:

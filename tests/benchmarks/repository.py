@@ -24,7 +24,7 @@ def make(root: Path) -> Path:
     made_up_rows.write(root / "benchmarks" / "results")
     (root / "docs").mkdir()
     regions = "\n".join(
-        map(region, ("op", "factorizers", "contexts", "paper", "accuracy", "pictures"))
+        map(region, ("op", "factorizers", "contexts", "paper", "accuracy", "ablation", "pictures"))
     )
     (root / "README.md").write_text(f"# Title\n\nBefore.\n\n{regions}\nAfter.\n")
     (root / "docs" / "paper.md").write_text(region("paper") + region("pictures"))

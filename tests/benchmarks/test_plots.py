@@ -15,6 +15,7 @@ from benchmarks import rows
 from benchmarks.bench_op import Case
 from benchmarks.kernels import FORWARD
 from benchmarks.questions import (
+    ACCURACY,
     CONTEXTS,
     COPY,
     EAGER,
@@ -44,7 +45,7 @@ def test_a_digest_is_of_data_and_labels():
 
 
 def test_pareto_joins_those_that_no_other_beats(root):
-    by_flops, by_latency = picture(root, "pareto")["panels"]
+    by_flops, by_latency, by_parameters = picture(root, "pareto")["panels"]
     assert {p["name"]: p["sd"] for p in by_flops["points"]}["MF"] == 0.02
     assert points(by_flops)["none"] == (11.1, 0.57)
     assert points(by_latency)["ASPP"] == (200, 0.66)
@@ -53,6 +54,16 @@ def test_pareto_joins_those_that_no_other_beats(root):
     assert [y for _, y in by_flops["line"]] == [y for _, y in best]
     # EM takes longer than the better separable ASPP.
     assert by_latency["line"] == [(110, 0.57), (140, 0.65), (200, 0.66)]
+    assert by_parameters["line"] == [(16, 0.66)]
+
+
+def test_few_seeds_are_hollow_and_off_the_line(root):
+    one = made_up_rows.accuracy()[0] | {"rival": "nmf", "mIoU": 0.7}
+    rows.append(ACCURACY, folder(root), [one])
+    content = picture(root, "pareto")
+    (nmf,) = (p for p in content["panels"][0]["points"] if p["hollow"])
+    assert nmf["name"] == "NMF (Hamburger)"
+    assert content["panels"][0]["line"][-1][1] == 0.66
 
 
 def test_context_bars(root):

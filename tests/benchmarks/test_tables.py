@@ -234,19 +234,36 @@ def test_some_contexts_alone_are_trained(root):
     text = section(root, "Accuracy")
     assert cells(text, "MF", "3")[-2:] == ["160", "0.80"]  # ASPP's time is there, its score not
     assert "| ASPP |" not in text
-    assert [set(points(panel)) for panel in picture(root, "pareto")["panels"]] == [
-        {"MF", "none"},
-        {"MF", "none"},
-    ]
+    panels = picture(root, "pareto")["panels"]
+    assert [set(points(panel)) for panel in panels] == [{"MF", "none"}] * 3
 
 
 def test_a_context_that_came_later_has_no_cost_yet(root):
     new = {"rival": "nmf", "mIoU": 0.7, "fwIoU": 0.9, "accuracy": 0.95}
     rows.append(ACCURACY, folder(root), [made_up_rows.accuracy()[0] | new])
     assert cells(section(root, "Accuracy"), "NMF (Hamburger)", "1")[-2:] == ["-", "-"]
-    by_flops, by_latency = picture(root, "pareto")["panels"]
+    by_flops, by_latency, _ = picture(root, "pareto")["panels"]
     assert "NMF (Hamburger)" in points(by_flops)
     assert "NMF (Hamburger)" not in points(by_latency)
+
+
+def test_variants_have_a_table_of_their_own(root):
+    """MFNet Light stands in both, and they are no points of the picture."""
+    light, variant = (
+        [row | {"rival": rival} for row in made_up_rows.accuracy() if row["rival"] == of]
+        for rival, of in (("mfnet_light", "aspp"), ("light: K = 8", "em"))
+    )
+    rows.append(ACCURACY, folder(root), [*light, *variant])
+    networks, parts = (
+        section(root, title) for title in ("Accuracy", "MFNet Light, a part at a time")
+    )
+    assert "light: K = 8" not in networks
+    assert "| MF |" not in parts
+    assert cells(networks, "MFNet Light", "3")[0] == "0.660 (0.010)"
+    assert cells(parts, "MFNet Light", "3")[:5] == cells(networks, "MFNet Light", "3")[:5]
+    assert cells(parts, "light: K = 8", "3")[0] == "0.620 (0.010)"
+    assert cells(document(root, "README.md"), "light: K = 8", "3")[0] == "0.620 (0.010)"
+    assert all("light: K = 8" not in points(panel) for panel in picture(root, "pareto")["panels"])
 
 
 def test_a_score_counts_wherever_it_was_trained(root):
@@ -271,7 +288,7 @@ def test_latency_is_that_of_the_same_data_recipe_and_flags(root):
     assert cells(first, "MF", "3")[-2:] == ["160", "0.80"]
     assert cells(second, "MF", "3")[-2:] == ["16.0", "0.80"]
     panels = picture(root, "pareto")["panels"]
-    assert [points(panel)["MF"][0] for panel in panels] == [20.5, 160, 20.5, 16]
+    assert [points(panel)["MF"][0] for panel in panels] == [20.5, 20.5, 160, 16, 16, 16]
 
 
 def test_the_papers_table(root):
@@ -284,7 +301,7 @@ def test_regions_link_from_where_they_stand(written):
     for name in ("README.md", "docs/paper.md"):
         text = (written / name).read_text()
         links = [link.split(")")[0] for link in text.split("](")[1:]]
-        assert len(links) == 3
+        assert len(links) == {"README.md": 4, "docs/paper.md": 3}[name]
         assert text.count("![") == 2
         for link in links:
             assert ((written / name).parent / link).is_file()
