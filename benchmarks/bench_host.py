@@ -19,9 +19,8 @@ from benchmarks.bench_op import Case, make_inputs, on_backend, textbook
 from benchmarks.harness import Turn, WallClock, first_line, take_turns, times
 from benchmarks.kernels import Op
 from benchmarks.measure import Bench, Measured, pairs, playback
-from benchmarks.questions import EAGER, HOST, TRITON
+from benchmarks.questions import EAGER, HOST, MFOPS, TRITON
 
-MFOPS = "mfops"  # whichever backend the automatic choice takes
 OPS: dict[str, Op] = {
     MFOPS: mfops.factorized_reconstruction,
     TRITON: on_backend("triton"),

@@ -9,6 +9,11 @@ NATIVE, TRITON, COPY = "mfops native", "mfops triton", "copy"
 EAGER, BEST = "eager, as published", "eager, at its best"
 COMPILE, COMPILE_GRAPHS = "compile, max-autotune-no-cudagraphs", "compile, max-autotune"
 
+MFOPS = "mfops"  # whichever backend the automatic choice takes
+# Rivals of gather and distribute. A bias on the scores: as a mask, or as the key of a channel.
+SDPA = "scaled_dot_product_attention"
+SDPA_CHANNEL = f"{SDPA}, bias as a channel"
+
 # What the machine can do at most: bytes per second of a copy, FLOPs per second of a product.
 CEILINGS = Question("ceilings", figure=("dtype",), measures=("rate",))
 
@@ -29,6 +34,11 @@ FACTORIZERS = Question(
 
 # Time from call to return, of one call on small tensors.
 HOST = Question("host", figure=("shape", "dtype", "mode"), bases=(EAGER,))
+
+# gather and distribute, as MFNet Light calls them. The shape is (batch, channels, K, pixels).
+ATTENTION = Question(
+    "attention", figure=("operation", "shape", "dtype", "layout", "pass"), bases=(MFOPS,)
+)
 
 # A context module in the place it has in a network. FLOPs are those of a forward pass: the counter
 # of torch 2.14 takes the backward pass of a grouped convolution for that of an ungrouped one.

@@ -68,6 +68,12 @@ SECTIONS = (
     ),
     Section("Host", "Microseconds from call to return, on small tensors.", tables.host),
     Section(
+        "Gather and distribute",
+        "mfops's lines are products around a softmax; an attention is one kernel. The shape is "
+        "(batch, channels, K, pixels).",
+        tables.attention,
+    ),
+    Section(
         "Contexts",
         "A context module on the features it has in a network: 33x33 are those of a 513x513 image "
         "at stride 16, 65x65 those at stride 8. FLOPs are those of the forward pass. Rows of "

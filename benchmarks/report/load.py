@@ -12,6 +12,7 @@ from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,
+    ATTENTION,
     BEST,
     CEILINGS,
     COMPILE,
@@ -33,6 +34,7 @@ QUESTIONS = (
     OP,
     FACTORIZERS,
     HOST,
+    ATTENTION,
     CONTEXTS,
     MODELS,
     TRAINING,

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from benchmarks.questions import (
     ACCURACY_COST,
+    ATTENTION,
     CEILINGS,
     CONTEXTS,
     COPY,
     EAGER,
     FACTORIZERS,
     HOST,
+    MFOPS,
     MODELS,
     NATIVE,
     OP,
@@ -292,6 +294,13 @@ def host(results: Results) -> list[str]:
         Column("us", of("median_s", 1e6)),
         Column("time / eager", of(f"over_{EAGER}", form=".2f")),
     ]
+    return table(found, columns)
+
+
+def attention(results: Results) -> list[str]:
+    found = results.rows(ATTENTION)
+    columns = [label("operation"), SHAPE, label("dtype"), label("layout"), PASS, *_where(found)]
+    columns += [Column("lines", name, measured=False), MS, over(MFOPS)]
     return table(found, columns)
 
 

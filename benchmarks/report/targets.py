@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from benchmarks import bench_factorizers, kernels
 from benchmarks.bench_op import FACTORS, GPU_SHAPES, Case
 from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS
-from benchmarks.questions import COPY, EAGER, NATIVE, TRITON
+from benchmarks.questions import COPY, EAGER, MFOPS, NATIVE, TRITON
 from benchmarks.report.load import Figures
 from benchmarks.rows import Row, number
 
@@ -26,7 +26,6 @@ MEMORY_TARGET = 0.01
 TRITON_TARGET = 1.3
 FACTORIZER_TARGETS = {EAGER: 5.0, "compile": 3.0}  # on a GPU
 DTYPES = ("bfloat16", "float32")
-MFOPS = "mfops"  # whichever backend the automatic choice takes
 
 OVER_NATIVE, OVER_COPY, OVER_EAGER = (f"over_{base}" for base in (NATIVE, COPY, EAGER))
 

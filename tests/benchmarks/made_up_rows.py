@@ -12,6 +12,7 @@ from benchmarks.kernels import Figure as KernelFigure
 from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,
+    ATTENTION,
     BEST,
     CEILINGS,
     COMPILE,
@@ -20,9 +21,11 @@ from benchmarks.questions import (
     EAGER,
     FACTORIZERS,
     HOST,
+    MFOPS,
     MODELS,
     NATIVE,
     OP,
+    SDPA,
     TRAINING,
     TRITON,
 )
@@ -239,6 +242,12 @@ def host() -> list[dict[str, Any]]:
     return found
 
 
+def attention() -> list[dict[str, Any]]:
+    columns = {"operation": "gather", "shape": "8 256 32 1600", "dtype": "float32"}
+    columns |= {"layout": "contiguous", "pass": FORWARD}
+    return figure(ATTENTION, columns, {MFOPS: 2e-3, SDPA: 5e-3})
+
+
 def write(results: Path) -> Path:
     """Rows of every question, from a CPU, and of the op from a GPU; returns the CPU's folder."""
     cpu, gpu = results / CPU, results / GPU
@@ -246,6 +255,7 @@ def write(results: Path) -> Path:
     rows.append(OP, cpu, op())
     rows.append(FACTORIZERS, cpu, factorizers())
     rows.append(HOST, cpu, host())
+    rows.append(ATTENTION, cpu, attention())
     rows.append(CONTEXTS, cpu, contexts())
     rows.append(MODELS, cpu, models())
     rows.append(TRAINING, cpu, training())

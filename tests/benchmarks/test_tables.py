@@ -20,6 +20,7 @@ from benchmarks.questions import (
     HOST,
     NATIVE,
     OP,
+    SDPA,
     TRITON,
 )
 from benchmarks.report import load
@@ -185,6 +186,11 @@ def test_a_document_says_why_none_of_ours_was_measured(root):
         "not evaluated: no figure of mfops native and eager",
         "-",
     ]
+
+
+def test_attention_is_beside_our_lines(root):
+    of_case = ["gather", "(8, 256, 32, 1600)", "float32", "contiguous", "forward", SDPA]
+    assert cells(section(root, "Gather and distribute"), *of_case)[-1] == "2.50"
 
 
 def test_host_is_in_microseconds(root):
