@@ -31,7 +31,6 @@ CASES = {  # operation: (batch, pixels); images of 320 x 320 and 512 x 512
     "distribute": ((1, 80 * 80), (8, 80 * 80), (8, 128 * 128)),
 }
 SMALL = {"gather": ((2, 20),), "distribute": ((2, 20),)}
-DTYPES_OF = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def figures(device: str, small: bool) -> list[Figure]:
         Figure(operation, batch, pixels, dtype, layout, which)
         for operation, sizes in (SMALL if small else CASES).items()
         for batch, pixels in sizes
-        for dtype in DTYPES_OF[device]
+        for dtype in DTYPES[device]
         for layout in LAYOUTS
         for which in (FORWARD, BOTH)
     ]
@@ -113,7 +112,7 @@ def make_inputs(figure: Figure, device: str) -> tuple[Tensor, ...]:
     """Those of one call: features of variance 1, scores too."""
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=device, dtype=DTYPES[figure.dtype]) * scale
+        return torch.randn(shape, device=device, dtype=getattr(torch, figure.dtype)) * scale
 
     features = random(figure.batch, WIDTH, figure.pixels)
     if figure.layout == "channels_last":
