@@ -62,6 +62,40 @@ class Linear(FactorizedDecoder):
         return logits
 
 
+class Depthwise(FactorizedDecoder):
+    """Pixels of stride 4 see their neighbours before the ReLU."""
+
+    def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
+        super().__init__(width, low_channels, num_classes, rank)
+        around = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.fine = nn.Sequential(Residual(around), *self.fine)
+
+
+class Residual(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.module(x)
+        return out
+
+
+class Mixed(FactorizedDecoder):
+    """Bases that attend to each other before they become logits."""
+
+    def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
+        super().__init__(width, low_channels, num_classes, rank)
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.MultiheadAttention(width, 8, batch_first=True)
+
+    def bases(self, x: Tensor) -> Tensor:
+        bases = super().bases(x).mT
+        normed = self.norm(bases)
+        mixed: Tensor = bases + self.mix(normed, normed, normed, need_weights=False)[0]
+        return mixed.mT
+
+
 class Blind(FactorizedDecoder):
     """Coefficients and logits at stride 8, without low-level features."""
 
@@ -127,6 +161,8 @@ VARIANTS = {
     "K = 64": Variant(rank=64),
     "width 128": Variant(width=128),
     "no low-level features": Variant(Blind),
+    "depthwise convolution at stride 4": Variant(Depthwise),
+    "attention among bases": Variant(Mixed),
     "one matrix in projections": Variant(change=one_matrix),
     "reconstruction loss": Variant(Reconstruction),
     "aligned corners": Variant(Corners, CornersBelow),
