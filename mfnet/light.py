@@ -9,7 +9,8 @@ formula with bases that are learned; here they are gathered from the image, as i
 The features themselves are SegFormer's, relu(BN(conv(concat(upsampled)))), in an order that costs a
 twentieth: 1x1 convolutions commute with bilinear upsampling, so each level is projected at its own
 resolution and added to the next finer one, and two that follow each other are one whose weight is a
-product. No convolution runs at stride 4 but that of the low-level features and the classifier.
+product. At stride 4 run the projection of the low-level features, a depthwise convolution and the
+classifier.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class FactorizedDecoder(nn.Module):
         X = relu(BN(S))                        at stride 8, of the sum S of the coarser levels
         Y = X softmax over N of (Q X)^T        K bases
         P = W Y                                K columns of logits
-        G = relu(BN(project(low) + S))         at stride 4
+        G = relu(BN(D (project(low) + S)))     at stride 4, D: 3x3, each channel by itself
         Z = softmax over K of (V G + b)        coefficients
         L = P Z + A G + a
 
@@ -98,6 +99,9 @@ class FactorizedDecoder(nn.Module):
         super().__init__()
         self.low = Projection(low_channels, width)
         self.coarse = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
+        self.neighbours = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        with torch.no_grad():
+            self.neighbours.weight[:, :, 1, 1] += 1  # training begins near the pixel alone
         self.fine = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
         # Scores of variance 1 from features whose squares are 0.5 on average, as after a ReLU.
         self.queries = nn.Parameter(torch.randn(rank, width) * (2 / width) ** 0.5)
@@ -116,7 +120,8 @@ class FactorizedDecoder(nn.Module):
     def guide(self, summed: Tensor, low: Tensor) -> Tensor:
         """G."""
         low = self.low(low)
-        guide: Tensor = self.fine(low + upsample(summed, low.shape[-2:], self.align_corners))
+        total = low + upsample(summed, low.shape[-2:], self.align_corners)
+        guide: Tensor = self.fine(self.neighbours(total))
         return guide
 
     def bases(self, x: Tensor) -> Tensor:
