@@ -261,7 +261,7 @@ def _contexts(results: Results, document: Path) -> list[str]:
 
 
 def _accuracy(results: Results, document: Path) -> list[str]:
-    return _trained(accuracy(results), document)
+    return _trained(accuracy(results, least=2), document)
 
 
 def _ablation(results: Results, document: Path) -> list[str]:

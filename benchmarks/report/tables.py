@@ -373,10 +373,12 @@ def accuracy_titles(scores: Scores) -> dict[tuple[str, ...], str]:
     return told
 
 
-def accuracy(results: Results) -> list[str]:
-    """Networks that were trained alike; variants of MFNet Light have tables of their own."""
+def accuracy(results: Results, least: int = 1) -> list[str]:
+    """Networks that were trained alike, where there are at least so many; variants of MFNet Light
+    have tables of their own."""
     found = load.scores(results)
-    return _scores(found, {key: load.networks(own) for key, own in found.items()})
+    shown = {key: load.networks(own) for key, own in found.items()}
+    return _scores(found, {key: own for key, own in shown.items() if len(own) >= least})
 
 
 def ablation(results: Results) -> list[str]:
