@@ -24,7 +24,13 @@ from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import ClassScores, RunRecord
-from mfnet.checkpoint import CHECKPOINTS, RECORD, find_checkpoint, read_checkpoint
+from mfnet.checkpoint import (
+    CHECKPOINTS,
+    RECORD,
+    find_checkpoint,
+    read_checkpoint,
+    shipped_networks,
+)
 from mfnet.config import (
     ConfigAction,
     RunConfig,
@@ -342,7 +348,7 @@ def _information(command: str, rest: Sequence[str]) -> str | None:
     if command == "--version":
         return help.versions()
     if command in help.SUMMARIES and not {"-h", "--help"}.isdisjoint(rest):
-        return help.screen(command, list(shipped_configs()), MAX_EPOCHS)
+        return help.screen(command, [*shipped_configs()], [*shipped_networks()], MAX_EPOCHS)
     if command in help.SUMMARIES and rest[-1:] == ["--model.network.help"]:
         return help.network_options()
     return None

@@ -22,6 +22,7 @@ from mfnet.inference import TILE, Inference, Prediction
 from mfnet.normalisation import Normalisation
 from mfnet.outputs import read_output
 
+SOURCE = "a run's folder, a checkpoint, a folder of weights or a shipped network's name"
 PREFIX = "network."  # of the network's tensors, in a checkpoint and here
 # Arguments that only say where training started; what is loaded next are all of the weights.
 STARTING_WEIGHTS = ("backbone_weights", "encoder_weights", "weights", "weights_backbone")

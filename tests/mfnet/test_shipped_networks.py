@@ -29,4 +29,9 @@ def test_they_are_small_and_predict_at_the_images_size(name: str, tmp_path) -> N
     assert labels.shape == (150, 211)
     assert int(labels.max()) < len(network.class_names)
     assert not torch.equal(labels, torch.full_like(labels, int(labels[0, 0])))
-    assert f"`{name}`" in (SHIPPED / "README.md").read_text("utf-8")
+
+
+def test_their_page_tells_of_each() -> None:
+    page = (SHIPPED / "README.md").read_text("utf-8")
+    assert all(f"## `{name}`" in page for name in NAMES)
+    assert "TO BE FILLED IN" not in page

@@ -142,6 +142,14 @@ def test_what_is_neither_path_nor_name(
         initialise(nn.Conv2d(3, 3, 1), "tyni")
 
 
+def test_help_names_what_is_shipped(
+    network: TrainedNetwork, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "or a shipped network: tiny\n" in capsys.readouterr().out
+
+
 def of_another_library(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
 
