@@ -406,8 +406,8 @@ def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | N
         return str(find_checkpoint(path))
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"--ckpt_path: no file '{path}'; a checkpoint is continued, and training starts from "
-            "any trained network with --model.init_from"
+            f"--ckpt_path: no file '{path}', which fit would continue; --model.init_from starts "
+            "from a trained network"
         )
     return path
 
