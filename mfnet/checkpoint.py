@@ -1,37 +1,74 @@
-"""Reading checkpoints of training runs, and what keeps their tensors from being loaded."""
+"""Finding and reading trained networks, and what keeps their tensors from being loaded.
+
+A trained network is a checkpoint of a training run or a folder of weights, as
+``mfnet export RUN --to weights`` writes it; some of these are in the package.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's
 RECORD = "mfnet"  # the entry of a checkpoint that tells network, classes and normalisation
+TOLD = {"network", "class_names", "normalisation"}  # at least, in a record of weights
+CONFIG = "config.json"  # huggingface_hub's names of the files in a folder of weights
+WEIGHTS = "model.safetensors"
+SHIPPED = Path(str(resources.files("mfnet"))) / "trained"
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The file that a run's folder (its best checkpoint) or a file means.
+def shipped_networks() -> dict[str, Path]:
+    """The folders of weights inside the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{CONFIG}"))}
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """What :func:`read_checkpoint` takes, a checkpoint or a folder of weights, of what a user says.
+
+    Args:
+        source: the folder of a run (its best checkpoint), a checkpoint, a folder of weights or,
+            where no such path exists, the name of a network in the package.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it is none of these.
     """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / CHECKPOINTS / "best.ckpt"
-    if not file.is_file():
-        raise FileNotFoundError(f"checkpoint '{file}': no such file")
-    return file
+    path = Path(source).expanduser()
+    if not path.exists():
+        shipped = shipped_networks()
+        if str(source) not in shipped:
+            raise FileNotFoundError(
+                f"no file or folder '{path}', and none of the shipped networks: "
+                f"{', '.join(shipped)}"
+            )
+        return shipped[str(source)]
+    if not path.is_dir() or (path / CONFIG).is_file():
+        return path
+    best = path / CHECKPOINTS / "best.ckpt"
+    if not best.is_file():
+        raise FileNotFoundError(f"'{path}' is no folder of weights, and '{best}': no such file")
+    return best
 
 
 def read_checkpoint(
     path: str | Path, map_location: Any = "cpu", weights_only: bool = True
 ) -> dict[str, Any]:
-    """Raises ``FileNotFoundError``, or ``ValueError`` for what is not a checkpoint of a run."""
+    """The checkpoint in a file; of a folder of weights, what a checkpoint would hold of them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole file, or written by something else.
+    """
+    if (Path(path) / CONFIG).is_file():
+        return _read_weights(Path(path))
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint '{path}': no such file")
     try:
@@ -41,6 +78,24 @@ def read_checkpoint(
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
         raise ValueError(f"checkpoint '{path}' was not written by a training run")
     return checkpoint
+
+
+def _read_weights(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / CONFIG).read_text("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError too
+        raise ValueError(f"'{folder / CONFIG}': expected JSON: {error}") from None
+    if not isinstance(record, dict) or not record.keys() >= TOLD:
+        raise ValueError(f"'{folder / CONFIG}' was not written by mfnet export or save_pretrained")
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+            # A tensor that has several names is stored under one of them.
+            names = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"'{folder / WEIGHTS}' is not a whole file of tensors: {error}") from None
+    state |= {name: state[stored] for name, stored in names.items() if stored in state}
+    return {"pytorch-lightning_version": L.__version__, "state_dict": state, RECORD: record}
 
 
 def named_as(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

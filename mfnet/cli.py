@@ -24,7 +24,13 @@ from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import ClassScores, RunRecord
-from mfnet.checkpoint import CHECKPOINTS, RECORD, find_checkpoint, read_checkpoint
+from mfnet.checkpoint import (
+    CHECKPOINTS,
+    RECORD,
+    find_checkpoint,
+    read_checkpoint,
+    shipped_networks,
+)
 from mfnet.config import (
     ConfigAction,
     RunConfig,
@@ -85,7 +91,8 @@ class MFNetCLI(LightningCLI):
     """Lightning's CLI for :class:`SegmentationTask` and the data modules.
 
     A run lives in ``trainer.default_root_dir``; see :mod:`mfnet.run_directory`. ``ckpt_path``
-    takes a file, or ``best`` or ``last`` for those of that folder.
+    takes a file, or ``best`` or ``last`` for those of that folder, and to evaluate or predict
+    all that :func:`mfnet.load` takes.
 
     Args:
         args: the command line; default: the process's.
@@ -270,8 +277,9 @@ class MFNetCLI(LightningCLI):
         callbacks += [RunRecord(*names, folder=folder), MonitorCheck(), EpochScores()]
         if self.subcommand in ("validate", "test"):
             checkpoint = self._get(self.config, "ckpt_path")
-            scored = run_directory.folder_of(checkpoint) if checkpoint else folder
-            callbacks.append(ClassScores(scored))
+            # Weights are no run, and those in the package are not this user's alone.
+            of_run = checkpoint is not None and Path(checkpoint).is_file()
+            callbacks.append(ClassScores(run_directory.folder_of(checkpoint) if of_run else folder))
         if config.enable_checkpointing is not False:
             callbacks += run_directory.checkpoint_callbacks(folder)
         logger = config.logger
@@ -340,7 +348,7 @@ def _information(command: str, rest: Sequence[str]) -> str | None:
     if command == "--version":
         return help.versions()
     if command in help.SUMMARIES and not {"-h", "--help"}.isdisjoint(rest):
-        return help.screen(command, list(shipped_configs()), MAX_EPOCHS)
+        return help.screen(command, [*shipped_configs()], [*shipped_networks()], MAX_EPOCHS)
     if command in help.SUMMARIES and rest[-1:] == ["--model.network.help"]:
         return help.network_options()
     return None
@@ -385,18 +393,23 @@ def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | N
         if subcommand != "fit":
             rank_zero_warn("no --ckpt_path: the network is used as it was initialised")
         return None
-    file = Path(path)
-    if subcommand != "fit" and file.is_dir():
-        return str(find_checkpoint(file))
     if path in ("best", "last"):
         file = Path(folder) / CHECKPOINTS / f"{path}.ckpt"
         if path == "last" and subcommand == "fit" and not file.is_file():
             # One command line can then start a job and, when it is run again, continue it.
             rank_zero_info(f"no '{file}' yet: starting from the beginning")
             return None
-    if not file.is_file():
-        raise FileNotFoundError(f"--ckpt_path: no file '{file}'")
-    return str(file)
+        if not file.is_file():
+            raise FileNotFoundError(f"--ckpt_path {path}: no file '{file}'")
+        return str(file)
+    if subcommand != "fit":
+        return str(find_checkpoint(path))
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"--ckpt_path: no file '{path}', which fit would continue; --model.init_from starts "
+            "from a trained network"
+        )
+    return path
 
 
 def _network_names(network: Any) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from torch.export import Dim
 from torchvision.transforms.v2 import functional as tv
 
 from mfnet.files import written_whole
-from mfnet.pretrained import TrainedNetwork, load
+from mfnet.pretrained import SOURCE, TrainedNetwork, load
 
 Run = Callable[[Tensor], Tensor]
 
@@ -120,7 +120,8 @@ def export(
             ``"aoti"`` (AOTInductor, compiled for this machine's kind of processor), or
             ``"weights"``, a folder for ``mfnet.load`` and ``from_pretrained``.
         output: the file or, of weights, the folder; default: ``network.onnx``, ``network.pt2``,
-            ``network.aoti.pt2`` or ``weights`` in the run's folder.
+            ``network.aoti.pt2`` or ``weights`` in the source's folder, of a network in the package
+            in the current one.
         normalise: whether the program takes RGB in 0 to 1 and normalises it itself.
 
     Returns:
@@ -208,9 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="mfnet export",
         description="Write a trained network to a file for use elsewhere (docs/deploy.md).",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or weights folder")
+    parser.add_argument("run", metavar="RUN", help=SOURCE)
     parser.add_argument("--to", required=True, choices=[*FORMATS, "weights"])
-    parser.add_argument("--output", metavar="PATH", help="default: in the run's folder")
+    where = "default: in RUN's folder; of a shipped network, in the current one"
+    parser.add_argument("--output", metavar="PATH", help=where)
     parser.add_argument(
         "--normalise", action="store_true", help="take RGB in 0 to 1 and normalise it inside"
     )

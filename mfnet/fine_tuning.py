@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mfnet.checkpoint import RECORD, find_checkpoint, named_as, read_checkpoint
 from mfnet.models import unwrapped
 from mfnet.parameter_groups import backbone_of
-from mfnet.pretrained import CONFIG, PREFIX, WEIGHTS
+from mfnet.pretrained import PREFIX
 from mfops.factorizers import LearnedFactorizer, resampled
 
 Freeze = Literal["statistics"] | bool
@@ -30,14 +28,14 @@ def initialise(network: nn.Module, source: str | Path) -> str:
 
     Args:
         network: compiled or wrapped, or not.
-        source: a run's folder (its best checkpoint), a checkpoint, a folder of weights, or a file
-            of tensors by name (``.safetensors``, or what ``torch.load(weights_only=True)`` reads).
+        source: what :func:`mfnet.load` takes, or a file of tensors by name (``.safetensors``, or
+            what ``torch.load(weights_only=True)`` reads).
 
     Returns:
         What was taken and what was left out, in one line.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, folder or name.
         ValueError: it is none of these, or nothing in it fits.
     """
     network = unwrapped(network)
@@ -89,14 +87,10 @@ def frozen_modules(network: nn.Module, freeze: Freeze) -> list[nn.Module]:
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """The tensors of a trained network, and what is told beside them."""
-    if (path / CONFIG).is_file():
-        return load_file(path / WEIGHTS), json.loads((path / CONFIG).read_text("utf-8"))
-    if path.is_dir() or path.suffix == ".ckpt":
+    if not path.is_file() or path.suffix == ".ckpt":
         checkpoint = read_checkpoint(find_checkpoint(path))
         state = checkpoint.get("state_dict", {})
         return {k: v for k, v in state.items() if k.startswith(PREFIX)}, checkpoint.get(RECORD, {})
-    if not path.is_file():
-        raise FileNotFoundError(f"init_from: no file or folder '{path}'")
     try:
         # Also unwraps {"state_dict": ...} and the "module." prefix of DataParallel.
         state = load_state_dict(str(path))

@@ -64,7 +64,7 @@ network
   --model.network.help                 create_model's options
 {how}the run
   --trainer.default_root_dir DIR   its folder; default runs/<config>-<network>
-  --ckpt_path P                    a file, or best or last of the folder; last continues a run
+  --ckpt_path P                    {checkpoint}
   --trainer.devices N, --trainer.accelerator cpu|gpu, --trainer.precision bf16-mixed
   --overlays.output DIR            where predict writes         (predictions)
   --overlays.kinds [K,...]         what: overlay, mask, probabilities
@@ -74,7 +74,7 @@ mfnet {command} --help_all lists every flag of Lightning's Trainer too."""
 
 TRAINING = """\
 training
-  --model.init_from RUN_OR_FILE             a trained network to start from; docs/training.md
+  --model.init_from RUN_FILE_OR_NAME        a trained network to start from; docs/training.md
   --model.freeze_backbone true              or statistics: of BatchNorm alone
   --model.backbone_lr, --model.head_lr LR   (0.007, 0.07)
   --model.momentum, --model.weight_decay    of SGD                        (0.9, 0.0005)
@@ -101,6 +101,11 @@ how images are shown to the network
   --flip true                      averaged with the mirrored image
 """
 
+CONTINUED = "a file, or best or last of the folder; last continues a run"
+EVALUATED = f"""\
+a run's folder, a checkpoint, a folder of weights, best, last,
+{" " * 35}or a shipped network: {{networks}}"""
+
 SUMMARIES = {
     "fit": ("Train a network.", "mfnet fit --config camvid --data.root DIR"),
     "validate": (
@@ -113,7 +118,7 @@ SUMMARIES = {
     ),
     "predict": (
         "Predict images.",
-        "mfnet predict --ckpt_path runs/camvid --data.predict_images photos/*.jpg",
+        "mfnet predict --ckpt_path camvid_light --data.predict_images photos/*.jpg",
     ),
     "demo": (
         "Train a small network on generated images; takes the flags of fit.",
@@ -169,11 +174,12 @@ def _context_options(build: Callable[..., Any]) -> list[inspect.Parameter]:
     return [option for option in options if option.name not in ("num_classes", "kwargs")]
 
 
-def screen(command: str, configs: list[str], epochs: int) -> str:
-    """What people set, for ``mfnet COMMAND --help``."""
+def screen(command: str, configs: list[str], networks: list[str], epochs: int) -> str:
+    """What people set, for ``mfnet COMMAND --help``; configs and networks are those shipped."""
     summary, example = SUMMARIES[command]
     contexts = list(CONTEXTS)
     half = len(contexts) // 2
+    trains = command in ("fit", "demo")
     return FLAGS.format(
         command=command,
         summary=summary,
@@ -182,7 +188,8 @@ def screen(command: str, configs: list[str], epochs: int) -> str:
         classes=", ".join(data_classes()),
         models=", ".join(list_models()),
         contexts=f"{', '.join(contexts[:half])},\n{' ' * 39}{', '.join(contexts[half:])}",
-        how=TRAINING.format(epochs=epochs) if command in ("fit", "demo") else EVALUATION,
+        how=TRAINING.format(epochs=epochs) if trains else EVALUATION,
+        checkpoint=CONTINUED if trains else EVALUATED.format(networks=", ".join(networks)),
     )
 
 

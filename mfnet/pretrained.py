@@ -22,8 +22,7 @@ from mfnet.inference import TILE, Inference, Prediction
 from mfnet.normalisation import Normalisation
 from mfnet.outputs import read_output
 
-CONFIG = "config.json"  # huggingface_hub's names of files
-WEIGHTS = "model.safetensors"
+SOURCE = "a run's folder, a checkpoint, a folder of weights or a shipped network's name"
 PREFIX = "network."  # of the network's tensors, in a checkpoint and here
 # Arguments that only say where training started; what is loaded next are all of the weights.
 STARTING_WEIGHTS = ("backbone_weights", "encoder_weights", "weights", "weights_backbone")
@@ -141,17 +140,15 @@ def load(source: str | Path) -> TrainedNetwork:
     """A trained network, in evaluation mode, on the CPU.
 
     Args:
-        source: the folder of a run (its best checkpoint), a checkpoint, or a folder that
-            ``save_pretrained`` or ``mfnet export --to weights`` wrote.
+        source: the folder of a run (its best checkpoint), a checkpoint, a folder that
+            ``save_pretrained`` or ``mfnet export --to weights`` wrote or, where no such path
+            exists, the name of a network in the package, for instance ``"camvid_light"``.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: it is none of these; the message lists the names.
         ValueError: it does not tell what network it holds (written by a version before 0.1.0's
             last), or its tensors do not fit.
     """
-    folder = Path(source).expanduser()
-    if (folder / CONFIG).is_file():
-        return TrainedNetwork.from_pretrained(folder)
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
     arguments = arguments_of(checkpoint.get(RECORD, {}), path)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mfnet.files import written_whole
 from mfnet.inference import TILE
-from mfnet.pretrained import TrainedNetwork, load
+from mfnet.pretrained import SOURCE, TrainedNetwork, load
 from mfnet.visualize import overlay
 
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="mfnet video", description="Paint a trained network's classes over a film."
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or weights folder")
+    parser.add_argument("run", metavar="RUN", help=SOURCE)
     parser.add_argument("film", metavar="FILM", help="a film that FFmpeg reads")
     parser.add_argument("output", metavar="OUTPUT", help="the film to write: out.mp4")
     parser.add_argument(

@@ -149,7 +149,7 @@ def test_frozen_statistics_alone(images: Path, trained: Path, tmp_path: Path) ->
     ("given", "message"),
     [
         (["--model.freeze_backbone=some"], "freeze_backbone: expected"),
-        (["--model.init_from=nothing.ckpt"], "checkpoint 'nothing.ckpt': no such file"),
+        (["--model.init_from=nothing.ckpt"], "no file or folder 'nothing.ckpt', and none of"),
         (
             ["--model.network=torch.nn.Conv2d", "--model.network.in_channels=3",
              "--model.network.out_channels=5", "--model.network.kernel_size=1",

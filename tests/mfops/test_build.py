@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -209,6 +210,27 @@ def test_without_a_compiler_the_pure_python_packages_are_built(
     built = {path.name for path in (tmp_path / "build" / "lib").iterdir()}
     assert built == {"mfops", "mfnet"}
     assert not list((tmp_path / "build").rglob("*.so"))
+
+
+def test_configurations_and_trained_networks_are_packed(tmp_path: Path, bin_folder: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    source_tree(tree)
+    network = "mfnet/trained/tiny"
+    files = {"mfnet/configs/tiny.yaml", "mfnet/trained/README.md"}
+    files |= {f"{network}/config.json", f"{network}/model.safetensors"}
+    for file in files:
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        (tree / file).touch()
+    for command in (["build", "--build-base", str(tmp_path / "build")], ["sdist"]):
+        done = run_setup(tree, *command)
+        assert done.returncode == 0, done.stderr
+    built = {str(path.relative_to(tmp_path / "build" / "lib"))
+             for path in (tmp_path / "build" / "lib").rglob("*")}  # fmt: skip
+    assert built >= files
+    (archive,) = (tree / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        assert {name.partition("/")[2] for name in packed.getnames()} >= files
 
 
 def test_build_info(extension: ModuleType) -> None:

@@ -1,0 +1,214 @@
+"""Folders of weights, and the names of those in the package, wherever a trained network goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import mfnet
+from mfnet import checkpoint
+from mfnet.cli import main
+from mfnet.data import synthetic
+from mfnet.fine_tuning import initialise
+from mfnet.pretrained import TrainedNetwork
+from mfnet.scores import write_class_scores
+
+CPU = ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+def save(folder: Path, seed: int = 0) -> TrainedNetwork:
+    """A network as small as they come, of the synthetic data's classes."""
+    torch.manual_seed(seed)
+    arguments = {"in_channels": 3, "out_channels": len(synthetic.CLASSES), "kernel_size": 1}
+    network = TrainedNetwork(
+        network={"class_path": "torch.nn.Conv2d", "init_args": arguments},
+        class_names=list(synthetic.CLASSES),
+        normalisation={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        resize=[20, 24],
+    )
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedNetwork:
+    """The one network in the package, ``tiny``; ``shipped/tiny`` is its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped")
+    return save(tmp_path / "shipped" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=2, val=1, size=33)
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(arguments)
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    last = stderr.splitlines()[-1]
+    assert last.startswith("mfnet: error: ")
+    return last
+
+
+@pytest.mark.parametrize("source", ["tiny", "shipped/tiny"])
+def test_predict(source: str, network: TrainedNetwork, images: Path) -> None:
+    photo = images / "JPEGImages" / "val_00000.jpg"
+    expected = network.predict(photo)
+    assert expected.shape == (33, 33)
+    assert len(expected.unique()) > 1
+    assert torch.equal(mfnet.load(source).predict(photo), expected)
+    flags = [f"--data.predict_images={photo}", "--overlays.kinds=[mask]", *CPU]
+    main(["predict", "--ckpt_path", source, *flags])
+    with Image.open("predictions/val_00000.png") as mask:
+        assert np.array_equal(np.array(mask), expected.numpy())
+
+
+@pytest.mark.parametrize("source", ["tiny", "shipped/tiny"])
+def test_validate_and_test(source: str, network: TrainedNetwork, images: Path) -> None:
+    """The scores are those of what Python predicts, and nothing is written beside the weights."""
+    before = sorted(Path("shipped").rglob("*"))
+    Path("data").mkdir()
+    for part in ("JPEGImages", "SegmentationClass", "classes.txt"):
+        Path("data", part).symlink_to(images / part)
+    lists = Path("data", "ImageSets", "Segmentation")
+    lists.mkdir(parents=True)
+    network.resize = None
+    predicted = network.predict("data/JPEGImages/val_00000.jpg").long()
+    with Image.open("data/SegmentationClass/val_00000.png") as mask:
+        truth = torch.from_numpy(np.array(mask)).long()
+    pairs = (truth * len(synthetic.CLASSES) + predicted)[truth != 255]
+    counts = torch.bincount(pairs, minlength=len(synthetic.CLASSES) ** 2)
+    expected = Path("expected.csv")
+    write_class_scores(counts.view(len(synthetic.CLASSES), -1), synthetic.CLASSES, expected)
+    flags = ["--data=VOCFolder", "--data.root=data", "--trainer.default_root_dir=run", *CPU]
+    for command, split in (("validate", "val"), ("test", "test")):
+        (lists / f"{split}.txt").write_text("val_00000\n")
+        main([command, "--ckpt_path", source, *flags])
+        assert Path("run", f"scores-{split}.csv").read_text() == expected.read_text()
+    assert sorted(Path("shipped").rglob("*")) == before
+
+
+def test_export(network: TrainedNetwork) -> None:
+    main(["export", "tiny", "--to", "weights"])
+    exported = mfnet.load("weights")
+    assert exported.class_names == network.class_names
+    assert torch.equal(exported.network.weight, network.network.weight)
+
+
+def test_training_starts_from_a_name(
+    network: TrainedNetwork, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh = nn.Conv2d(3, len(synthetic.CLASSES), 1)
+    assert initialise(fresh, "tiny") == "init_from 'tiny': 2 of 2 tensors taken"
+    assert torch.equal(fresh.weight, network.network.weight)
+    flags = ["fit", "--data=VOCFolder", f"--data.root={images}", *CPU]
+    assert "--model.init_from" in fails([*flags, "--ckpt_path=tiny"], capsys)
+
+
+def test_a_path_wins_over_a_name(network: TrainedNetwork, tmp_path: Path) -> None:
+    mine = save(tmp_path / "tiny", seed=1)
+    assert torch.equal(mfnet.load("tiny").network.weight, mine.network.weight)
+    assert not torch.equal(mine.network.weight, network.network.weight)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "elsewhere")
+        assert torch.equal(mfnet.load("tiny").network.weight, network.network.weight)
+
+
+def test_what_is_neither_path_nor_name(
+    network: TrainedNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "shipped" / "other")
+    (tmp_path / "shipped" / "README.md").write_text("no network")
+    said = "no file or folder 'tyni', and none of the shipped networks: other, tiny"
+    for command in (
+        ["predict", "--ckpt_path=tyni", "--data.predict_images=a.jpg"],
+        ["export", "tyni", "--to=onnx"],
+        ["video", "tyni", "in.mp4", "out.mp4"],
+    ):
+        assert said in fails(command, capsys)
+    with pytest.raises(FileNotFoundError, match=said):
+        initialise(nn.Conv2d(3, 3, 1), "tyni")
+
+
+def test_help_names_what_is_shipped(
+    network: TrainedNetwork, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "or a shipped network: tiny\n" in capsys.readouterr().out
+
+
+def of_another_library(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+
+
+def no_json(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xff{")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def half_the_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (of_another_library, "config.json"),
+        (no_json, "config.json"),
+        (no_weights, "model.safetensors"),
+        (half_the_weights, "model.safetensors"),
+    ],
+)
+def test_damaged_folders(
+    damage: Callable[[Path], None],
+    file: str,
+    network: TrainedNetwork,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(Path("shipped/tiny"))
+    for command in (
+        ["predict", "--ckpt_path=tiny", "--data.predict_images=a.jpg"],
+        ["export", "shipped/tiny", "--to=weights"],
+    ):
+        assert f"tiny/{file}" in fails(command, capsys)
+
+
+class Tied(nn.Module):
+    """Two names for one tensor, which is saved under one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1)
+        self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_tensors_of_two_names(tmp_path: Path) -> None:
+    tied = TrainedNetwork(
+        network={"class_path": f"{__name__}.Tied"},
+        class_names=["a", "b", "c"],
+        normalisation={"mean": [0.5] * 3, "std": [0.5] * 3},
+    )
+    tied.save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 4, 4)
+    assert torch.equal(mfnet.load(tmp_path)(images), tied(images))
+    assert initialise(Tied(), tmp_path).endswith("4 of 4 tensors taken")
