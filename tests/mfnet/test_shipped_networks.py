@@ -10,7 +10,7 @@ from PIL import Image
 import mfnet
 from mfnet.checkpoint import SHIPPED, shipped_networks
 
-NAMES = ("camvid_light", "voc_light")
+NAMES = ("camvid_light", "voc_animals_light")
 LARGEST = 15_000_000  # bytes of one network
 
 
