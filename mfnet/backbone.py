@@ -11,7 +11,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Conv2dSame
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -149,34 +148,6 @@ class Pyramid(nn.Module):
         return (low, *middle, tuple(high))
 
 
-class ExportableConv2dSame(Conv2dSame):
-    """timm's convolution that pads as TensorFlow does, of stride 2 and an odd kernel beyond 1.
-
-    The padding that timm computes of a free size puts that size into the next one several times
-    over, so that ``torch.export`` does not come to an end after five of them. While a program is
-    exported, every size gets the padding of an odd one and one more behind it, and the first row
-    and column of an even one, or the last of an odd one, are cut off.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting():
-            return super().forward(x)
-        sides = zip(self.kernel_size, self.dilation, strict=True)
-        above, left = (dilation * (kernel - 1) // 2 for kernel, dilation in sides)
-        height, width = x.shape[-2:]
-        x = F.pad(x, (left, left + 1, above, above + 1))
-        x = x.narrow(-2, 1 - height % 2, height + 2 * above)
-        x = x.narrow(-1, 1 - width % 2, width + 2 * left)
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-def _make_exportable(features: Any) -> None:
-    for module in features.modules():
-        fits = type(module) is Conv2dSame and module.stride == (2, 2)
-        if fits and all(size % 2 and size > 1 for size in module.kernel_size):
-            module.__class__ = ExportableConv2dSame  # tensors and hooks stay as they are
-
-
 def _check_arguments(weights: str | Path | None, in_channels: int) -> None:
     if weights not in (None, "timm") and not Path(weights).is_file():
         raise FileNotFoundError(
@@ -217,7 +188,7 @@ def _timm_features(name: str, pretrained: bool, in_channels: int, **options: Any
     if (tag or pretrained) and not timm.models.is_model_pretrained(name):
         raise ValueError(f"backbone '{name}': timm has no pretrained weights of that name")
     try:
-        features = timm.create_model(
+        return timm.create_model(
             name, pretrained=pretrained, features_only=True, in_chans=in_channels, **options
         )
     except OSError as error:
@@ -225,8 +196,6 @@ def _timm_features(name: str, pretrained: bool, in_channels: int, **options: Any
             f"backbone_weights: timm's weights of '{name}' are neither in its cache nor could be "
             f"downloaded ({type(error).__name__})"
         ) from error
-    _make_exportable(features)
-    return features
 
 
 def _multiple_of_sizes(features: Any, name: str, in_channels: int) -> int:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import pytest
-import timm
 import torch
 from export_cases import in_onnxruntime, saved_and_loaded, traced, with_awkward_norms
 from torch import nn
 
 import mfnet
-from mfnet.backbone import Pyramid
 from mfnet.contexts import CONTEXTS
 from mfnet.contexts.pooling import AdaptiveMeans
 from mfops import exporting
@@ -103,32 +97,3 @@ def test_exported_means_are_torchs(
 def test_nothing_is_exported_in_eager_mode() -> None:
     assert not exporting.is_exporting()
     assert not exporting.is_exporting_onnx()
-
-
-@pytest.mark.parametrize(
-    "run_of", [in_onnxruntime, partial(saved_and_loaded, strict=False), traced]
-)
-@pytest.mark.filterwarnings("ignore")  # torch's of jit: that it is deprecated, that sizes are read
-def test_a_backbone_that_pads_as_tensorflow_does(run_of: Callable[..., Any]) -> None:
-    """With timm's own convolutions torch.export did not come to an end within minutes."""
-    torch.manual_seed(0)
-    backbone = with_awkward_norms(Pyramid("tf_mobilenetv3_small_minimal_100"))
-    expected = timm.create_model("tf_mobilenetv3_small_minimal_100", features_only=True).eval()
-    expected.load_state_dict(backbone.features.state_dict())
-    run = run_of(Coarsest(backbone), torch.randn(2, 3, 65, 96))
-    for size in [(2, 3, 65, 96), (1, 3, 98, 64), (3, 3, 33, 83), (1, 3, 64, 95)]:
-        x = torch.randn(size)
-        coarsest = expected(x)[-1]
-        assert torch.equal(backbone(x)[1][-1], coarsest)
-        assert (run(x) - coarsest).abs().max() < 1e-4 * coarsest.abs().max()
-
-
-class Coarsest(nn.Module):
-    """One of a backbone's maps: the one behind all of its strides."""
-
-    def __init__(self, backbone: Pyramid) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backbone(x)[1][-1]
