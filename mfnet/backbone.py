@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import timm.layers.padding
 import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
@@ -18,6 +19,25 @@ from torch.nn import functional as F
 LOW_STRIDE = 4
 HIGH_STRIDE = 16
 PYRAMID = (4, 8, 16, 32)
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """The pixels that TensorFlow's "same" padding adds to a side, the number that timm finds.
+
+    Of a free size, torch.export simplifies this floor division to what a convolution with fixed
+    padding gives. timm's ``ceil`` and ``max`` stay, and each layer's size holds that of the layer
+    before several times over, so that an export of a deep network would not end.
+    """
+    reach = (kernel - 1) * dilation
+    if reach == 0:
+        return 0
+    padding = (size - 1) // stride * stride + reach + 1 - size
+    # Strides without gaps between the windows need no max(), which torch.export could not resolve.
+    return padding if reach >= stride - 1 else max(padding, 0)
+
+
+# Every layer of timm with such a padding, a convolution or a pooling, asks this function of timm's.
+timm.layers.padding.get_same_padding = same_padding
 
 
 class Backbone(nn.Module):
