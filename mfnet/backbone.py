@@ -154,18 +154,33 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor, with_middle: bool = False) -> tuple[Any, ...]:
         height, width = x.shape[-2:]
         if self._multiple > 1:
-            x = F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple))
+            rows, columns = (_steps(side, self._multiple) for side in (height, width))
+            x = _padded_to(x, rows * self._multiple, columns * self._multiple)
         features = self.features(x)
         low, *high = (features[index] for index in self._picked)
         if self._channels_last:
             low, *high = (feature.permute(0, 3, 1, 2) for feature in (low, *high))
         if self._multiple > 1:
             low, *high = (
-                feature[..., : -(-height // stride), : -(-width // stride)]
+                _padded_to(feature, _steps(height, stride), _steps(width, stride))
                 for feature, stride in zip((low, *high), PYRAMID, strict=True)
             )
         middle = (high[1],) if with_middle else ()
         return (low, *middle, tuple(high))
+
+
+def _steps(side: int, step: int) -> int:
+    """How many steps of so many pixels cover a side."""
+    return (side + step - 1) // step
+
+
+def _padded_to(x: Tensor, height: int, width: int) -> Tensor:
+    """x with zeros on the right and at the bottom or, where it is too large, with those cut off.
+
+    Cut by padding too: of a slice, torch.export would make it a condition on all images whether
+    there was something to cut off in its example.
+    """
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
 
 def _check_arguments(weights: str | Path | None, in_channels: int) -> None:

@@ -103,6 +103,16 @@ def test_a_saved_program_of_a_dilated_network_with_same_padding() -> None:
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_saved_program_of_a_network_on_a_padded_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is anything to pad, and to cut off again, is asked of each image anew."""
+    monkeypatch.setattr("mfnet.backbone._multiple_of_sizes", lambda *_: 32)
+    model = network("mfnet_light")
+    run = saved_and_loaded(model, torch.randn(AWKWARD[0]), strict=False)
+    for size in AWKWARD:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def sizes_of(*layers: nn.Module) -> list[str]:
     """The expressions that torch.export finds for the sizes of what the layers return."""
     program = torch.export.export(
