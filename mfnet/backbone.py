@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import timm.layers.padding
 import torch
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
@@ -18,6 +19,25 @@ from torch.nn import functional as F
 LOW_STRIDE = 4
 HIGH_STRIDE = 16
 PYRAMID = (4, 8, 16, 32)
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """The pixels that TensorFlow's "same" padding adds to a side, the number that timm finds.
+
+    Of a free size, torch.export simplifies this floor division to what a convolution with fixed
+    padding gives. timm's ``ceil`` and ``max`` stay, and each layer's size holds that of the layer
+    before several times over, so that an export of a deep network would not end.
+    """
+    reach = (kernel - 1) * dilation
+    if reach == 0:
+        return 0
+    padding = (size - 1) // stride * stride + reach + 1 - size
+    # Strides without gaps between the windows need no max(), which torch.export could not resolve.
+    return padding if reach >= stride - 1 else max(padding, 0)
+
+
+# Every layer of timm with such a padding, a convolution or a pooling, asks this function of timm's.
+timm.layers.padding.get_same_padding = same_padding
 
 
 class Backbone(nn.Module):
@@ -134,18 +154,33 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor, with_middle: bool = False) -> tuple[Any, ...]:
         height, width = x.shape[-2:]
         if self._multiple > 1:
-            x = F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple))
+            rows, columns = (_steps(side, self._multiple) for side in (height, width))
+            x = _padded_to(x, rows * self._multiple, columns * self._multiple)
         features = self.features(x)
         low, *high = (features[index] for index in self._picked)
         if self._channels_last:
             low, *high = (feature.permute(0, 3, 1, 2) for feature in (low, *high))
         if self._multiple > 1:
             low, *high = (
-                feature[..., : -(-height // stride), : -(-width // stride)]
+                _padded_to(feature, _steps(height, stride), _steps(width, stride))
                 for feature, stride in zip((low, *high), PYRAMID, strict=True)
             )
         middle = (high[1],) if with_middle else ()
         return (low, *middle, tuple(high))
+
+
+def _steps(side: int, step: int) -> int:
+    """How many steps of so many pixels cover a side."""
+    return (side + step - 1) // step
+
+
+def _padded_to(x: Tensor, height: int, width: int) -> Tensor:
+    """x with zeros on the right and at the bottom or, where it is too large, with those cut off.
+
+    Cut by padding too: of a slice, torch.export would make it a condition on all images whether
+    there was something to cut off in its example.
+    """
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
 
 def _check_arguments(weights: str | Path | None, in_channels: int) -> None:

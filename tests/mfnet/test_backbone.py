@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from mfnet import backbone as backbone_module
-from mfnet.backbone import Backbone
+from mfnet.backbone import Backbone, same_padding
 from mfnet.callbacks import count_flops
 
 
@@ -22,6 +24,15 @@ def test_features_at_strides_4_and_16(name: str) -> None:
         low, high = backbone(torch.randn(1, 3, 64, 96))
     assert low.shape == (1, backbone.low_channels, 16, 24)
     assert high.shape == (1, backbone.high_channels, 4, 6)
+
+
+def test_same_padding_is_tensorflows() -> None:
+    """As its documentation defines it: as many windows as strides begin within the side."""
+    cases = product(range(1, 70), range(1, 8), range(1, 9), range(1, 4))
+    for size, kernel, stride, dilation in cases:
+        windows = math.ceil(size / stride)
+        end = (windows - 1) * stride + (kernel - 1) * dilation + 1
+        assert same_padding(size, kernel, stride, dilation) == max(end - size, 0)
 
 
 def test_resnet50_is_the_papers() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from export_cases import in_onnxruntime, saved_and_loaded, traced, with_awkward_norms
+from export_cases import FREE, in_onnxruntime, saved_and_loaded, traced, with_awkward_norms
+from timm.layers import StdConv2dSame, create_conv2d, create_pool2d
 from torch import nn
 
 import mfnet
@@ -53,10 +54,10 @@ def test_a_traced_context(name: str) -> None:
         torch.testing.assert_close(run(x), context(x), rtol=1e-5, atol=1e-5)
 
 
-def network(name: str, context: str | None = None) -> nn.Module:
+def network(name: str, context: str | None = None, backbone: str = "resnet18") -> nn.Module:
     torch.manual_seed(0)
     size = (5, 7) if name == "mfnet" else None
-    model = mfnet.create_model(name, 5, "resnet18", context=context, context_size=size)
+    model = mfnet.create_model(name, 5, backbone, context=context, context_size=size)
     return with_awkward_norms(model)
 
 
@@ -79,6 +80,57 @@ def test_a_saved_program_of_mfnet_for_upright_and_wide_images() -> None:
     for size in [(2, 3, 65, 97), (1, 3, 99, 64), (3, 3, 33, 81)]:
         x = torch.randn(size)
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+# Odd, even, and multiples of 32: TensorFlow's padding is another for each of them, in each stage.
+AWKWARD = [(2, 3, 97, 129), (1, 3, 33, 34), (2, 3, 95, 66), (1, 3, 64, 96)]
+
+
+def test_onnx_of_mfnet_light_on_a_backbone_with_same_padding() -> None:
+    model = network("mfnet_light", backbone="tf_efficientnet_lite0")
+    run = in_onnxruntime(model, torch.randn(AWKWARD[0]))
+    for size in AWKWARD:
+        x = torch.randn(size)
+        logits = model(x)
+        assert (run(x) - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_a_saved_program_of_a_dilated_network_with_same_padding() -> None:
+    model = network("emanet", backbone="tf_efficientnet_lite0")
+    run = saved_and_loaded(model, torch.randn(AWKWARD[0]), strict=False)
+    for size in AWKWARD:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_program_of_a_network_on_a_padded_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is anything to pad, and to cut off again, is asked of each image anew."""
+    monkeypatch.setattr("mfnet.backbone._multiple_of_sizes", lambda *_: 32)
+    model = network("mfnet_light")
+    run = saved_and_loaded(model, torch.randn(AWKWARD[0]), strict=False)
+    for size in AWKWARD:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def sizes_of(*layers: nn.Module) -> list[str]:
+    """The expressions that torch.export finds for the sizes of what the layers return."""
+    program = torch.export.export(
+        nn.Sequential(*layers), (torch.randn(2, 3, 97, 129),), dynamic_shapes=(FREE,)
+    )
+    (result,) = next(iter(reversed(program.graph.nodes))).args[0]
+    return [str(size) for size in result.meta["val"].shape]
+
+
+def test_free_sizes_behind_same_padding_are_those_behind_fixed_padding() -> None:
+    """Longer expressions grow with each layer until torch.export does not end."""
+    same = (
+        create_conv2d(3, 3, 3, stride=2, padding="same"),
+        StdConv2dSame(3, 3, 1, 2, "same"),
+        create_pool2d("max", 3, 2, padding="same"),
+    )
+    fixed = (nn.Conv2d(3, 3, 3, 2, 1), nn.Conv2d(3, 3, 1, 2), nn.MaxPool2d(3, 2, 1))
+    assert sizes_of(*same) == sizes_of(*fixed)
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
