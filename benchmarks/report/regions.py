@@ -261,7 +261,11 @@ def _contexts(results: Results, document: Path) -> list[str]:
 
 
 def _accuracy(results: Results, document: Path) -> list[str]:
-    return _trained(accuracy(results, least=2), document)
+    lines = accuracy(results, least=2)
+    picture = PLOTS["pareto"](results)
+    if lines and isinstance(picture, Picture):
+        lines += ["", image(picture, results, "pareto", document)]
+    return _trained(lines, document)
 
 
 def _ablation(results: Results, document: Path) -> list[str]:
@@ -286,15 +290,13 @@ def _paper(results: Results, document: Path) -> list[str]:
 
 
 def _pictures(results: Results, document: Path) -> list[str]:
-    """What contexts cost and, where networks were trained, accuracy against cost."""
-    lines = []
-    for plot in ("contexts", "pareto"):
-        if isinstance(picture := PLOTS[plot](results), Picture):
-            lines += [image(picture, results, plot, document), ""]
-    if not lines:
+    """What contexts cost."""
+    picture = PLOTS["contexts"](results)
+    if not isinstance(picture, Picture):
         return []
     page = os.path.relpath(PAGE, document.parent)
-    return [*lines, f"All tables and plots, and where they are from: [{PAGE}]({page})."]
+    where = f"All tables and plots, and where they are from: [{PAGE}]({page})."
+    return [image(picture, results, "contexts", document), "", where]
 
 
 REGIONS: dict[str, Callable[[Results, Path], list[str]]] = {
