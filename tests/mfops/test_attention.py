@@ -126,3 +126,15 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -
 
     with pytest.raises(ValueError, match=message):
         both()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_results_and_gradients_lie_as_the_features_do(memory_format):
+    """Else the layers around would turn every map."""
+    x = torch.randn(2, 6, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
+    y = mfops.gather(x, torch.randn(3, 6))
+    x_hat = mfops.distribute(y, torch.randn(3, 6), torch.randn(3), x)
+    assert x_hat.is_contiguous(memory_format=memory_format)
+    for out in (y, x_hat):
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+        assert gradient.is_contiguous(memory_format=memory_format)
