@@ -2,7 +2,7 @@
 
 Both are plain products around a softmax, in whichever order suits the features' layout. On a CPU
 they are faster than `scaled_dot_product_attention`, but for a gather of channels_last features: it
-is level or, forward alone, up to a sixth slower (benchmarks/bench_attention.py).
+is level or, forward alone, up to a fifth slower (benchmarks/bench_attention.py).
 """
 
 from __future__ import annotations

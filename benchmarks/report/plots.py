@@ -119,7 +119,7 @@ def pareto(results: Results) -> Picture | str:
     panels = [panel for of_cost in by_cost.values() for panel in of_cost]
     if not panels:
         return "accuracy, and accuracy_cost of the same data, recipe and flags"
-    title = "Accuracy against cost: mean mIoU over seeds, bars of one standard deviation"
+    title = "Mean mIoU over seeds against cost, bars of one standard deviation"
     alt = "Mean mIoU of networks against their GFLOPs, latency and parameters"
     if any(p["hollow"] for panel in panels for p in panel["points"]):
         title += f"; hollow: fewer than {FRONT_SEEDS} seeds"
