@@ -95,14 +95,6 @@ def test_onnx_of_mfnet_light_on_a_backbone_with_same_padding() -> None:
         assert (run(x) - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
-def test_a_saved_program_of_a_dilated_network_with_same_padding() -> None:
-    model = network("emanet", backbone="tf_efficientnet_lite0")
-    run = saved_and_loaded(model, torch.randn(AWKWARD[0]), strict=False)
-    for size in AWKWARD:
-        x = torch.randn(size)
-        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
-
-
 def test_a_saved_program_of_a_network_on_a_padded_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether there is anything to pad, and to cut off again, is asked of each image anew."""
     monkeypatch.setattr("mfnet.backbone._multiple_of_sizes", lambda *_: 32)
