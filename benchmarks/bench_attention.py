@@ -20,11 +20,10 @@ from torch.nn import functional as F
 
 import mfops
 from benchmarks.harness import Turn, take_turns, times
-from benchmarks.kernels import DTYPES, FORWARD, LAYOUTS
+from benchmarks.kernels import BOTH, DTYPES, FORWARD, LAYOUTS
 from benchmarks.measure import Bench, Measured, pairs, playback
 from benchmarks.questions import ATTENTION, MFOPS, SDPA, SDPA_CHANNEL
 
-BOTH = "forward + backward"
 WIDTH, RANK, CLASSES = 256, 32, 21
 CASES = {  # operation: (batch, pixels); images of 320 x 320 and 512 x 512
     "gather": ((1, 40 * 40), (8, 40 * 40), (8, 64 * 64)),

@@ -14,6 +14,9 @@ MFOPS = "mfops"  # whichever backend the automatic choice takes
 SDPA = "scaled_dot_product_attention"
 SDPA_CHANNEL = f"{SDPA}, bias as a channel"
 
+# Our network, and how the names of its variants begin.
+LIGHT, VARIANT = "mfnet_light", "light: "
+
 # What the machine can do at most: bytes per second of a copy, FLOPs per second of a product.
 CEILINGS = Question("ceilings", figure=("dtype",), measures=("rate",))
 
@@ -92,5 +95,5 @@ ACCURACY_COST = Question(
     "accuracy_cost",
     figure=("data", "recipe", "flags", "size", "dtype"),
     measures=("input", "images_per_s", "peak_bytes", "parameters", "flops"),
-    bases=("mfnet_light", "aspp"),
+    bases=(LIGHT, "aspp"),
 )

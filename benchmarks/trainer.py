@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 from benchmarks.networks import SMP_NETWORKS, smp
+from benchmarks.questions import VARIANT
 from benchmarks.variants import VARIANTS, variant
 from mfnet.backbone import HIGH_STRIDE
 from mfnet.contexts import CONTEXTS
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # Networks that functions of this package build, of a name.
 BUILT: dict[str, tuple[Callable[..., nn.Module], str]] = {
     **{f"smp {name}": (smp, name) for name in SMP_NETWORKS},
-    **{f"light: {name}": (variant, name) for name in VARIANTS},
+    **{f"{VARIANT}{name}": (variant, name) for name in VARIANTS},
 }
 
 

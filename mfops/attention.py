@@ -38,6 +38,7 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
     check_features(x)
     _check_shape("queries", queries, ("K", x.shape[1]))
     rows = x if x.dim() == 3 else x.flatten(2)
+    # matmul would copy all features where the queries want a gradient.
     shared = queries.expand(rows.shape[0], -1, -1)
     if _channels_innermost(rows):
         weights = torch.softmax(torch.bmm(rows.mT, shared.mT), dim=1)
@@ -73,7 +74,7 @@ def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
     _check_shape("bias", bias, (keys.shape[0],))
     _check_shape("y", y, (guide.shape[0], "M", keys.shape[0]))
     rows = guide if guide.dim() == 3 else guide.flatten(2)
-    shared = keys.expand(rows.shape[0], -1, -1)
+    shared = keys.expand(rows.shape[0], -1, -1)  # as in gather
     if _channels_innermost(rows):
         z = torch.softmax(torch.baddbmm(bias, rows.mT, shared.mT), dim=2)
         x_hat = torch.bmm(z.to(y.dtype), y.mT).mT

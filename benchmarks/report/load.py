@@ -21,11 +21,13 @@ from benchmarks.questions import (
     EAGER,
     FACTORIZERS,
     HOST,
+    LIGHT,
     MODELS,
     NATIVE,
     OP,
     TRAINING,
     TRITON,
+    VARIANT,
 )
 from benchmarks.rows import PROVENANCE, TIMES, Question, Row, number
 
@@ -222,8 +224,6 @@ class Score:
 
 
 Scores = dict[tuple[str, ...], list[Score]]
-VARIANT = "light: "  # how the names of MFNet Light's variants begin
-LIGHT = "mfnet_light"
 
 
 def networks(found: list[Score]) -> list[Score]:
