@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/strip.cuh"
 
@@ -58,26 +59,26 @@ constexpr size_t strip_shared_bytes(int rank, bool grad_x_hat, int stages) {
            (own_elements<Tiles, kOwnRows>(rank) + Tiles::X::kElements +
             stages * backward_stage_elements<Tiles, kOwnRows>(rank, grad_x_hat));
 }
-template <Type kType, bool kTransposed, int kOwn, int kStream>
+template <Type kType, bool kTransposed, int kOwn, int kStream, int kWarps>
 constexpr size_t backward_shared_bytes(int rank, bool grad_x_hat, int stages) {
-    using Rows = Tiles<kType, kTransposed, true, kOwn, kStream>;
-    using Cols = Tiles<kType, kTransposed, true, kStream, kOwn>;
+    using Rows = Tiles<kType, kTransposed, kOwn, kStream, kWarps>;
+    using Cols = Tiles<kType, kTransposed, kStream, kOwn, kWarps>;
     return std::max(strip_shared_bytes<Rows, true>(rank, grad_x_hat, stages),
                     strip_shared_bytes<Cols, false>(rank, grad_x_hat, stages));
 }
 
 // The work of a block that owns rows, or columns.
-template <Type kType, bool kTransposed, bool kAligned, bool kOwnRows, int kOwn, int kStream,
-          int kRank>
+template <Type kType, bool kTransposed, bool kShared, bool kOwnRows, int kOwn, int kStream,
+          int kRank, int kWarps>
 __device__ __forceinline__ void backward_strip(const BackwardParams& params, const Work& work,
                                                unsigned index, void* grad_x,
                                                const FactorGradient& grad_factor) {
     constexpr int kRows = kOwnRows ? kOwn : kStream, kCols = kOwnRows ? kStream : kOwn;
-    using F = Tiles<kType, kTransposed, kAligned, kRows, kCols>;
+    using F = Tiles<kType, kTransposed, kRows, kCols, kWarps>;
     using T = typename F::T;
     const Problem& p = params.problem;
     const int padded = padded_rank(p.rank), stages = params.stages;
-    const bool shared = one_product(p), has_grad = params.grad_x_hat.data != nullptr;
+    const bool has_grad = params.grad_x_hat.data != nullptr;
     const bool has_error = params.grad_mse != nullptr;
     const Item item = item_of(work, p.batch, index);
     const int64_t own = static_cast<int64_t>(item.strip) * kOwn;
@@ -103,15 +104,9 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     const auto feature_origin = [&](const Lines& from, const Step& at) {
         return origin_of<T>(from, at.image, row_of(at), col_of(at));
     };
-    const auto x_tile = [&](int step, const Step& at) {
-        return tile_of<kAligned>(stage(step % stages), F::X::kPitch, p.x, feature_origin(p.x, at));
-    };
-    const auto grad_tile = [&](int step, const Step& at) {
-        return tile_of<kAligned>(stage(step % stages) + F::X::kElements, F::X::kPitch,
-                                 params.grad_x_hat, feature_origin(params.grad_x_hat, at));
-    };
+    const auto grad_start = [&](int slot) { return stage(slot) + F::X::kElements; };
     const auto streamed = [&](const Step& at) {
-        return stage(at.slot) + (has_grad ? 2 : 1) * F::X::kElements;
+        return stage(at.streamed) + (has_grad ? 2 : 1) * F::X::kElements;
     };
     const auto a_start = [&](const Step& at) { return kOwnRows ? owned : streamed(at); };
     const auto b_start = [&](const Step& at) { return kOwnRows ? streamed(at) : owned; };
@@ -119,75 +114,108 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     const auto uses_grad = [&](const Step& at) {
         return has_grad && (params.grad_x_hat_per_image || at.image == 0);
     };
+    // Which factors' tiles come with a step.
+    const auto brings_a = [](int step, const Step& at) { return kOwnRows ? step == 0 : at.first; };
+    const auto brings_b = [](int step, const Step& at) { return kOwnRows ? at.first : step == 0; };
 
-    const auto load = [&](int step) {
-        const Step at = step_of(item, shared, step, stages);
+    Steps<kShared> loads{item, stages}, steps{item, stages};
+    const auto load = [&](int step, int slot) {
+        const Step at = loads.next(slot);
         const int64_t row = row_of(at), col = col_of(at);
-        if (kOwnRows ? step == 0 : at.first) {
+        if (brings_a(step, at)) {
             F::A::load(a_start(at), p.rank, p.a, at.image, row, p.rows - row);
         }
-        if (kOwnRows ? at.first : step == 0) {
+        if (brings_b(step, at)) {
             F::B::load(b_start(at), p.rank, p.b, at.image, col, p.cols - col);
         }
         if (has_error) {
-            fill<kThreads>(x_tile(step, at), p.x, feature_origin(p.x, at), kRows, kCols,
-                           p.rows - row, p.cols - col);
+            F::X::load(stage(slot), p.x, feature_origin(p.x, at), p.rows - row, p.cols - col);
         }
         if (uses_grad(at)) {
-            fill<kThreads>(grad_tile(step, at), params.grad_x_hat,
-                           feature_origin(params.grad_x_hat, at), kRows, kCols, p.rows - row,
-                           p.cols - col);
+            F::X::load(grad_start(slot), params.grad_x_hat, feature_origin(params.grad_x_hat, at),
+                       p.rows - row, p.cols - col);
         }
+    };
+    // What `load` brought, settled: whether anything was moved.
+    const auto settle = [&](int step, const Step& at) {
+        bool moved = false;
+        if (brings_a(step, at)) {
+            moved |= F::A::settle(a_start(at), p.rank, p.a, at.image, row_of(at));
+        }
+        if (brings_b(step, at)) {
+            moved |= F::B::settle(b_start(at), p.rank, p.b, at.image, col_of(at));
+        }
+        if (has_error) moved |= F::X::settle(stage(at.slot), p.x, feature_origin(p.x, at));
+        if (uses_grad(at)) {
+            moved |= F::X::settle(grad_start(at.slot), params.grad_x_hat,
+                                  feature_origin(params.grad_x_hat, at));
+        }
+        return moved;
     };
 
     Accumulators<kType, kRows, kCols, kWarps> product, d;
     // Accumulated with the index that is innermost in the result as its columns.
     constexpr bool kBasesByRows = kOwnRows == kTransposed;
     Accumulators<kType, kBasesByRows ? kRank : kOwn, kBasesByRows ? kOwn : kRank, kWarps> sum;
-    const Tile<T, true> d_tile{d_start, F::X::kPitch};
+    const auto d_tile = F::X::tile(d_start);
 
-    const auto compute = [&](int step) {
-        const Step at = step_of(item, shared, step, stages);
+    const auto compute = [&](int step, int slot) {
+        const Step at = steps.next(slot);
         const int64_t row = row_of(at), col = col_of(at);
-        const auto a = F::A::tile(a_start(at), padded, p.a, at.image, row);
-        const auto b = F::B::tile(b_start(at), padded, p.b, at.image, col);
+        if (settle(step, at)) __syncthreads();
+        const auto a = F::A::tile(a_start(at), padded);
+        const auto b = F::B::tile(b_start(at), padded);
         if (has_error && at.first) {
             product.zero();
             product.template add<!kTransposed, kTransposed>(a, b, padded);
         }
-        const auto x = x_tile(step, at), g = grad_tile(step, at);
+        const auto x = F::X::tile(stage(slot)), g = F::X::tile(grad_start(slot));
 
-        // One loop for each question, so that none is asked for every element.
-        if (at.first) d.zero();
-        if (uses_grad(at)) {
-            d.for_each_pair([&](int r, int c, float& d0, float& d1) {
-                const Pair<T> pair = read_pair(g, r, c);
-                d0 += to_float(pair.first), d1 += to_float(pair.second);
-            });
-        }
-        if (has_error) {
-            d.for_each_pair_with(
-                product, [&](int r, int c, float& d0, float& d1, float v, float w) {
-                    const Pair<T> pair = read_pair(x, r, c);
-                    const float e0 = to_float(pair.first) - v, e1 = to_float(pair.second) - w;
-                    d0 -= inner * e0, d1 -= inner * e1;
-                    if (grad_x)
-                        write_pair(x, r, c, s * e0, s * e1);  // only this thread reads x there
+        const bool grad = uses_grad(at), gives = at.last && grad_factor.wanted();
+        const int row_end = within(p.rows - row, kRows), col_end = within(p.cols - col, kCols);
+        // D in one loop for tiles inside the matrix that have a product of their own; else in one
+        // loop for each question, so that none is asked for every element.
+        if (!kShared && row_end == kRows && col_end == kCols && grad && has_error && gives) {
+            const auto visit = [&](auto writes_x) {
+                product.for_each_pair([&](int r, int c, float& v, float& w) {
+                    const Pair<T> of_x = read_pair(x, r, c), of_g = read_pair(g, r, c);
+                    const float e0 = to_float(of_x.first) - v, e1 = to_float(of_x.second) - w;
+                    if (decltype(writes_x)::value) write_pair(x, r, c, s * e0, s * e1);
+                    write_pair(d_tile, r, c, to_float(of_g.first) - s * e0,
+                               to_float(of_g.second) - s * e1);
                 });
-        }
-        if (at.last && grad_factor.wanted()) {
-            // Beyond the edges d may hold 0 times an infinity.
-            const int row_end = within(p.rows - row, kRows), col_end = within(p.cols - col, kCols);
-            d.for_each_pair([&](int r, int c, float& d0, float& d1) {
-                const bool inside = r < row_end;
-                write_pair(d_tile, r, c, inside && c < col_end ? d0 : 0,
-                           inside && c + 1 < col_end ? d1 : 0);
-            });
+            };
+            grad_x ? visit(std::true_type()) : visit(std::false_type());
+        } else {
+            if (at.first) d.zero();
+            if (grad) {
+                d.for_each_pair([&](int r, int c, float& d0, float& d1) {
+                    const Pair<T> pair = read_pair(g, r, c);
+                    d0 += to_float(pair.first), d1 += to_float(pair.second);
+                });
+            }
+            if (has_error) {
+                d.for_each_pair_with(
+                    product, [&](int r, int c, float& d0, float& d1, float v, float w) {
+                        const Pair<T> pair = read_pair(x, r, c);
+                        const float e0 = to_float(pair.first) - v, e1 = to_float(pair.second) - w;
+                        d0 -= inner * e0, d1 -= inner * e1;
+                        // Only this thread reads x there.
+                        if (grad_x) write_pair(x, r, c, s * e0, s * e1);
+                    });
+            }
+            if (gives) {  // beyond the edges d may hold 0 times an infinity
+                d.for_each_pair([&](int r, int c, float& d0, float& d1) {
+                    const bool inside = r < row_end;
+                    write_pair(d_tile, r, c, inside && c < col_end ? d0 : 0,
+                               inside && c + 1 < col_end ? d1 : 0);
+                });
+            }
         }
         __syncthreads();
         if (grad_x) {
             T* const to = static_cast<T*>(grad_x) + (at.image * p.rows + row) * p.cols + col;
-            write_back<kThreads>(x, to, p.cols, kRows, kCols, p.rows - row, p.cols - col);
+            write_back<32 * kWarps>(x, to, p.cols, kRows, kCols, p.rows - row, p.cols - col);
         }
         if (!grad_factor.wanted() || !at.last) return;
         if constexpr (kOwnRows && !kTransposed) {
@@ -226,17 +254,18 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     });
 }
 
-template <Type kType, bool kTransposed, bool kAligned, int kOwn, int kStream, int kRank,
+// kShared: one product for all images.
+template <Type kType, bool kTransposed, bool kShared, int kOwn, int kStream, int kRank, int kWarps,
           int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
     backward_kernel(const __grid_constant__ BackwardParams params) {
     const bool first = blockIdx.x < params.first_blocks;
     const unsigned index = first ? blockIdx.x : blockIdx.x - params.first_blocks;
     if (first != params.cols_first) {
-        backward_strip<kType, kTransposed, kAligned, true, kOwn, kStream, kRank>(
+        backward_strip<kType, kTransposed, kShared, true, kOwn, kStream, kRank, kWarps>(
             params, params.row_work, index, params.grad_x_by_rows, params.grad_a);
     } else {
-        backward_strip<kType, kTransposed, kAligned, false, kOwn, kStream, kRank>(
+        backward_strip<kType, kTransposed, kShared, false, kOwn, kStream, kRank, kWarps>(
             params, params.col_work, index, params.grad_x_by_cols, params.grad_b);
     }
 }

@@ -2,8 +2,8 @@
 
 namespace mfops::cuda {
 
-Variants bf16_variants(bool transposed, bool aligned) {
-    return compiled_variants<Type::kBf16>(transposed, aligned);
+Variants bf16_variants(bool transposed, bool shared) {
+    return compiled_variants<Type::kBf16>(transposed, shared);
 }
 
 }  // namespace mfops::cuda

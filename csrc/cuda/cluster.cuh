@@ -45,8 +45,11 @@ struct ResidentPlaces {
     __host__ __device__ constexpr int squares() const {
         return weights() + padded * static_cast<int>(sizeof(float));
     }
-    __host__ __device__ constexpr int ones() const {
+    __host__ __device__ constexpr int totals() const {
         return squares() + padded * static_cast<int>(sizeof(float));
+    }
+    __host__ __device__ constexpr int ones() const {
+        return totals() + padded * static_cast<int>(sizeof(float));
     }
     __host__ __device__ constexpr int bytes() const { return ones() + 16; }
 };
@@ -91,18 +94,6 @@ struct OwnPart {
     int basis;             // the first
 };
 
-// threadIdx.x, read anew: what follows from it is computed again where it is used, instead of
-// resting in registers that a round lacks.
-__device__ __forceinline__ unsigned thread_index() {
-#ifdef __CUDA_ARCH__
-    unsigned index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    return index;
-#else
-    return threadIdx.x;
-#endif
-}
-
 template <class T>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
     return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
@@ -117,12 +108,21 @@ __device__ __forceinline__ void store_in_blocks(T* to, const Four& four) {
     }
 }
 
+__device__ __forceinline__ void store_in_blocks(float* to, const Four& four) {
+    const uint2 low{as_bits(four.v[0]), as_bits(four.v[1])};
+    const uint2 high{as_bits(four.v[2]), as_bits(four.v[3])};
+#pragma unroll
+    for (unsigned rank = 0; rank < kCluster; ++rank) {
+        store_cluster(to, rank, low);
+        store_cluster(to + 2, rank, high);
+    }
+}
+
 // A matrix of ones: every line of it is the same 16 bytes.
 template <class T>
 struct Ones {
     T* granule;
 
-    __device__ __forceinline__ constexpr bool aligned() const { return true; }
     __device__ __forceinline__ T* at(int, int) const { return granule; }
 };
 

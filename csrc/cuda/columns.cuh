@@ -41,33 +41,14 @@ struct ColumnShapes<4> {
 
 __host__ __device__ constexpr int padded_16(int n) { return (n + 15) / 16 * 16; }
 
-// 16 of the 32 bytes, from `bytes` (even) on.
-__device__ __forceinline__ uint4 window(const uint4& low, const uint4& high, int bytes) {
-    uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    if (bytes & 8) {
-#pragma unroll
-        for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
-    }
-    if (bytes & 4) {
-#pragma unroll
-        for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
-    }
-    if (bytes & 2) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
-    }
-    return {w[0], w[1], w[2], w[3]};
-}
-
-// `own` channels of a tile of X, or of what is as large. It arrives by `fill` and is then settled:
-// lines that start anywhere within 16 bytes are moved to start on 16, as products take them.
+// `own` channels of a tile of X, or of what is as large.
 template <class T, bool kTransposed, int kOwn, int kPixels>
 struct ChunkTile {
     static constexpr int kLength = kTransposed ? kOwn : kPixels;
     static constexpr int kPitch = kLength + kGranule<T>;
     static constexpr int kElements = (kTransposed ? kPixels : kOwn) * kPitch;
 
-    __device__ __forceinline__ static Tile<T, true> tile(int start) { return {start, kPitch}; }
+    __device__ __forceinline__ static Tile<T> tile(int start) { return {start, kPitch}; }
     __device__ __forceinline__ static const T* origin(const Lines& from, int64_t image,
                                                       int64_t channel, int64_t pixel) {
         return origin_of<T>(from, image, kTransposed ? pixel : channel,
@@ -79,25 +60,22 @@ struct ChunkTile {
                                                 int64_t pixels) {
         const T* const first = origin(from, image, channel, pixel);
         const int padded = padded_16(channels);
-        fill<kThreads>(tile_of<false>(start, kPitch, from, first), from, first,
-                       kTransposed ? kPixels : padded, kTransposed ? padded : kPixels,
-                       kTransposed ? pixels - pixel : channels,
+        fill<kThreads>(tile(start), from, first, kTransposed ? kPixels : padded,
+                       kTransposed ? padded : kPixels, kTransposed ? pixels - pixel : channels,
                        kTransposed ? channels : pixels - pixel);
     }
-    // Whether there was anything to do: the same for all threads.
     __device__ __forceinline__ static bool settle(int start, const Lines& from, int64_t image,
                                                   int64_t channel, int channels, int64_t pixel) {
         const int padded = padded_16(channels);
-        const auto tile = tile_of<false>(start, kPitch, from, origin(from, image, channel, pixel));
-        if (tile.aligned()) return false;
-        settle_lines(tile, kTransposed ? kPixels : padded, kTransposed ? padded : kPixels);
-        return true;
+        return cuda::settle<kThreads>(tile(start), from, origin(from, image, channel, pixel),
+                                      kTransposed ? kPixels : padded,
+                                      kTransposed ? padded : kPixels);
     }
     // Writes the tile to the dense result `to` in X's memory order.
     __device__ __forceinline__ static void store(int start, void* to, const FactorProblem& p,
                                                  int64_t image, int64_t channel, int channels,
                                                  int64_t pixel) {
-        const Tile<T, false> from{start, kPitch};
+        const Tile<T> from = tile(start);
         T* const first = static_cast<T*>(to) + image * p.channels * p.pixels;
         if constexpr (kTransposed) {
             write_back<kThreads>(from, first + pixel * p.channels + channel, p.channels, kPixels,
@@ -107,29 +85,12 @@ struct ChunkTile {
                                  channels, p.pixels - pixel);
         }
     }
-
-    // Each line by one thread, from its first granule to its last.
-    __device__ __forceinline__ static void settle_lines(const Tile<T, false>& tile, int lines,
-                                                        int length) {
-#pragma unroll 1
-        for (int line = threadIdx.x; line < lines; line += kThreads) {
-            const int bytes = tile.offset(line) * static_cast<int>(sizeof(T));
-            uint4 low, high;
-            load_shared(low, tile.granule(line, 0));
-#pragma unroll 1
-            for (int i = 0; i < length / kGranule<T>; ++i) {
-                load_shared(high, tile.granule(line, i + 1));
-                store_shared(tile.granule(line, i), window(low, high, bytes));
-                low = high;
-            }
-        }
-    }
 };
 
 // Copies `lines` whole lines of `length` elements, both padded, that lie `apart` elements from each
 // other in dense memory on 16 bytes.
 template <class T>
-__device__ __forceinline__ void load_dense(const Tile<T, true>& tile, const T* from, int lines,
+__device__ __forceinline__ void load_dense(const Tile<T>& tile, const T* from, int lines,
                                            int length, int valid_lines, int apart = 0) {
     fill<kThreads>(tile, Lines{from, 0, length + apart, 1}, from, lines, length, valid_lines,
                    length);
@@ -137,16 +98,8 @@ __device__ __forceinline__ void load_dense(const Tile<T, true>& tile, const T* f
 
 // The other way round, line after line.
 template <class T>
-__device__ __forceinline__ void store_dense(const Tile<T, true>& tile, T* to, int lines,
-                                            int length) {
-    const int per_line = length / kGranule<T>;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < lines * per_line; i += kThreads) {
-        const int line = i / per_line;
-        uint4 bits;
-        load_shared(bits, tile.granule(line, i - line * per_line));
-        store_global(to + i * kGranule<T>, bits);
-    }
+__device__ __forceinline__ void store_dense(const Tile<T>& tile, T* to, int lines, int length) {
+    write_back<kThreads>(tile, to, length, lines, length, lines, length);
 }
 
 // Y, line by line as a matrix of channels x bases; so are Z^T and Y^T Y.

@@ -2,8 +2,8 @@
 
 namespace mfops::cuda {
 
-Variants f16_variants(bool transposed, bool aligned) {
-    return compiled_variants<Type::kF16>(transposed, aligned);
+Variants f16_variants(bool transposed, bool shared) {
+    return compiled_variants<Type::kF16>(transposed, shared);
 }
 
 }  // namespace mfops::cuda

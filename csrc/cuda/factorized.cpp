@@ -11,13 +11,6 @@
 namespace mfops::cuda {
 namespace {
 
-// Whether every line starts on 16 bytes and its elements follow one another.
-bool on_16_bytes(const Lines& lines, const Tensor& x) {
-    const int64_t granule = 16 / static_cast<int64_t>(x.element_size());
-    return lines.step == 1 && reinterpret_cast<uintptr_t>(lines.data) % 16 == 0 &&
-           lines.line % granule == 0 && lines.batch % granule == 0;
-}
-
 Problem problem_of(const Tensor& x, const Tensor& y, const Tensor& z, bool tf32) {
     Problem p;
     p.type = type_of(x, tf32);
@@ -33,9 +26,6 @@ Problem problem_of(const Tensor& x, const Tensor& y, const Tensor& z, bool tf32)
         std::swap(p.a, p.b);
         std::swap(p.a_per_image, p.b_per_image);
     }
-    // Results are dense lines of `cols` elements.
-    p.aligned = on_16_bytes(p.x, x) && on_16_bytes(p.a, x) && on_16_bytes(p.b, x) &&
-                p.cols * static_cast<int64_t>(x.element_size()) % 16 == 0;
     return p;
 }
 
@@ -88,7 +78,6 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
     if (grad_x_hat) {
         grad.grad_x_hat = lines_of(*grad_x_hat, p.transposed);
         grad.grad_x_hat_per_image = grad_x_hat->dim() == 3;
-        p.aligned = p.aligned && on_16_bytes(grad.grad_x_hat, x);
     }
     if (grad_mse) grad.grad_mse = static_cast<const float*>(grad_mse->data_ptr());
     if (need_x && grad_mse) grad.grad_x = grad_x.data_ptr();

@@ -2,8 +2,8 @@
 
 namespace mfops::cuda {
 
-Variants float32_variants(bool transposed, bool aligned) {
-    return compiled_variants<Type::kFloat32>(transposed, aligned);
+Variants float32_variants(bool transposed, bool shared) {
+    return compiled_variants<Type::kFloat32>(transposed, shared);
 }
 
 }  // namespace mfops::cuda

@@ -25,15 +25,16 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const __grid_constant__ 
 }
 
 Variants variants(const Problem& problem) {
+    const bool shared = !problem.a_per_image && !problem.b_per_image;
     switch (problem.type) {
         case Type::kFloat32:
-            return float32_variants(problem.transposed, problem.aligned);
+            return float32_variants(problem.transposed, shared);
         case Type::kTf32:
-            return tf32_variants(problem.transposed, problem.aligned);
+            return tf32_variants(problem.transposed, shared);
         case Type::kBf16:
-            return bf16_variants(problem.transposed, problem.aligned);
+            return bf16_variants(problem.transposed, shared);
         default:
-            return f16_variants(problem.transposed, problem.aligned);
+            return f16_variants(problem.transposed, shared);
     }
 }
 

@@ -90,15 +90,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                                channel, within(p.channels - channel, kOwn),
                                i == 0,  i == work.chunks - 1};
     };
-    const auto bases_tile = [&](int step, const NmfBackwardStep& c) {
-        return Tile<T, true>{
-            params.whole ? at.bases() + c.channel * at.pitch() : at.streamed(step % params.stages),
-            at.pitch()};
+    const auto bases_tile = [&](int slot, const NmfBackwardStep& c) {
+        return Tile<T>{params.whole ? at.bases() + c.channel * at.pitch() : at.streamed(slot),
+                       at.pitch()};
     };
 
-    const auto load = [&](int step) {
+    const auto load = [&](int step, int slot) {
         const NmfBackwardStep c = step_of(step);
-        const int slot = step % params.stages, z_slot = c.tile % params.stages;
+        const int z_slot = c.tile % params.stages;
         if (has_error) {
             X::load(at.stage(slot), p.x, item.image, c.channel, c.channels, c.pixel, p.pixels);
         }
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     p.pixels);
         }
         if (!params.whole || step < work.chunks) {
-            load_dense(bases_tile(step, c), bases + static_cast<int64_t>(c.channel) * padded,
+            load_dense(bases_tile(slot, c), bases + static_cast<int64_t>(c.channel) * padded,
                        padded_16(c.channels), padded, c.channels);
         }
         if (!c.first) return;
@@ -118,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     Accumulators<kType, kLines, kLength, kWarps> features;
     Accumulators<kType, kPixels, kRank, kWarps> scores, slope;
 
-    const auto compute = [&](int step) {
+    const auto compute = [&](int step, int slot) {
         const NmfBackwardStep c = step_of(step);
-        const int slot = step % params.stages, z_slot = c.tile % params.stages;
+        const int z_slot = c.tile % params.stages;
         const int pixels = within(p.pixels - c.pixel, kPixels), channels = padded_16(c.channels);
         const int lines = kTransposed ? kPixels : channels;
         const int length = kTransposed ? channels : kPixels;
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
         const auto x = X::tile(at.stage(slot)), d = X::tile(at.grad(slot));
         const auto z = Z::tile(at.z(z_slot));
-        const auto y = bases_tile(step, c);
+        const auto y = bases_tile(slot, c);
         if (c.last) {  // on its way while the products are computed
             const T* const from = origin_of<T>(params.slope, item.image, 0, c.pixel);
             slope.for_each_pair([&](int n, int k, float& v, float& w) {
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         scores.template add<kTransposed, false>(d, y, channels, kPixels, padded);
         if (!c.last) return;
 
-        const Tile<T, true> weighted{at.z(z_slot), at.pitch()};
+        const Tile<T> weighted{at.z(z_slot), at.pitch()};
         scores.for_each_pair_with(slope, [&](int n, int k, float& v, float& w, float a, float b) {
             if (k < padded)
                 write_pair(weighted, n, k, n < pixels ? v * a : 0, n < pixels ? w * b : 0);

@@ -49,6 +49,17 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
     return bits;
 }
 
+// `v`, but what is computed from it stays where it is used: of a path that is seldom taken nothing
+// is computed ahead, which would take registers from all others.
+__device__ __forceinline__ int here(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+__device__ __forceinline__ int64_t here(int64_t v) {
+    asm volatile("" : "+l"(v));
+    return v;
+}
+
 // 4, 8 or 16 bytes at once; addresses are multiples of as many.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -98,6 +109,12 @@ __device__ __forceinline__ void store_global(void* to, uint4 bits) {
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                  "l"(__cvta_generic_to_global(global)), "r"(bytes)
+                 : "memory");
+}
+// All 16.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global))
                  : "memory");
 }
 // Closes a group of this thread's copies.
@@ -158,6 +175,8 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Waits for the lanes of the warp; what they wrote is then seen by all.
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 // The value of the lane `offset` further up in the warp.
 __device__ __forceinline__ double shuffle_down(double v, int offset) {
     return __shfl_down_sync(0xffffffff, v, offset);

@@ -26,7 +26,6 @@ struct Lines {
 struct Problem {
     Type type = Type::kFloat32;
     bool transposed = false;
-    bool aligned = false;  // every line the call reads or writes starts on 16 bytes, step 1
     int64_t batch = 0, rows = 0, cols = 0;
     int rank = 0;
     Lines x;     // lines are rows

@@ -24,12 +24,6 @@ struct ElementOf<Type::kF16> {
 template <Type kType>
 using Element = typename ElementOf<kType>::T;
 
-// Whether lines start on 16 bytes, known when compiling.
-template <class>
-inline constexpr bool kAlwaysAligned = true;
-template <class T>
-inline constexpr bool kAlwaysAligned<Tile<T, false>> = false;
-
 // How warps share a rows x cols matrix: the split whose pieces have the shortest sides, which is
 // the one that reads least shared memory.
 struct WarpGrid {
@@ -50,28 +44,15 @@ constexpr WarpGrid warp_grid(int rows, int cols, int warps, int min_cols) {
     return best;
 }
 
-// Two neighbours along the contracted index k. `kByK`: the tile's lines run along k.
-template <bool kByK, class Tile>
-__device__ __forceinline__ uint32_t pair_along_k(const Tile& tile, int other, int k) {
-    const auto low = kByK ? *tile.at(other, k) : *tile.at(k, other);
-    const auto high = kByK ? *tile.at(other, k + 1) : *tile.at(k + 1, other);
-    return low.bits | static_cast<uint32_t>(high.bits) << 16;
-}
-
-// Four values along k from k on, for plain FMAs.
+// Four values along the contracted index k from k on, for plain FMAs. `kByK`: the tile's lines run
+// along k.
 template <bool kByK, class Tile>
 __device__ __forceinline__ void load_four(float (&v)[4], const Tile& tile, int other, int k) {
     if constexpr (kByK) {
-        const float* at = tile.at(other, k);
-        if (tile.aligned()) {
-            uint4 bits;
-            load_shared(bits, at);
-            v[0] = as_float(bits.x), v[1] = as_float(bits.y);
-            v[2] = as_float(bits.z), v[3] = as_float(bits.w);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = at[i];
-        }
+        uint4 bits;
+        load_shared(bits, tile.at(other, k));
+        v[0] = as_float(bits.x), v[1] = as_float(bits.y);
+        v[2] = as_float(bits.z), v[3] = as_float(bits.w);
     } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] = *tile.at(k + i, other);
@@ -89,36 +70,20 @@ struct Fragments {  // 16 bits
     template <bool kByK, class Tile>
     static __device__ __forceinline__ void load_a(A& a, const Tile& tile, int row, int k) {
         const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
-        if (tile.aligned()) {
-            if constexpr (kByK) {
-                ldmatrix(a, tile.at(row + matrix % 2 * 8 + within, k + matrix / 2 * 8));
-            } else {
-                ldmatrix_trans(a, tile.at(k + matrix / 2 * 8 + within, row + matrix % 2 * 8));
-            }
-            return;
-        }
-        const int g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            a[i] = pair_along_k<kByK>(tile, row + g + i % 2 * 8, k + 2 * t + i / 2 * 8);
+        if constexpr (kByK) {
+            ldmatrix(a, tile.at(row + matrix % 2 * 8 + within, k + matrix / 2 * 8));
+        } else {
+            ldmatrix_trans(a, tile.at(k + matrix / 2 * 8 + within, row + matrix % 2 * 8));
         }
     }
 
     template <bool kByK, class Tile>
     static __device__ __forceinline__ void load_b(B& b, const Tile& tile, int k, int col) {
         const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
-        if (tile.aligned()) {
-            if constexpr (kByK) {
-                ldmatrix(b, tile.at(col + matrix / 2 * 8 + within, k + matrix % 2 * 8));
-            } else {
-                ldmatrix_trans(b, tile.at(k + matrix % 2 * 8 + within, col + matrix / 2 * 8));
-            }
-            return;
-        }
-        const int g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            b[i] = pair_along_k<kByK>(tile, col + g + i / 2 * 8, k + 2 * t + i % 2 * 8);
+        if constexpr (kByK) {
+            ldmatrix(b, tile.at(col + matrix / 2 * 8 + within, k + matrix % 2 * 8));
+        } else {
+            ldmatrix_trans(b, tile.at(k + matrix % 2 * 8 + within, col + matrix / 2 * 8));
         }
     }
 
@@ -211,7 +176,7 @@ class Accumulators {
     // Adds A B, A (kRows x contraction), B (contraction x kCols), contraction a multiple of 16.
     template <bool kAByK, bool kBByK, class TileA, class TileB>
     __device__ __forceinline__ void add(const TileA& a, const TileB& b, int contraction) {
-        if constexpr (kTwoSteps && kAlwaysAligned<TileA> && kAlwaysAligned<TileB>) {
+        if constexpr (kTwoSteps) {
             add_ahead<kAByK, kBByK>(a, b, contraction);
         } else {
             add_in_turn<true, kAByK, kBByK>(a, b, contraction, 16 * kM, 8 * kN);
@@ -282,14 +247,15 @@ class Accumulators {
         kRoomy && sizeof(Step) <= 64 && sizeof(Step::a) >= sizeof(Step::b);
 
     template <bool kAByK, bool kBByK, class TileA, class TileB>
-    static __device__ __forceinline__ void load(Step& step, const TileA& a, const TileB& b, int k) {
+    static __device__ __forceinline__ void load(Step& step, const TileA& a, const TileB& b, int k,
+                                                int row, int col) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-            F::template load_a<kAByK>(step.a[m], a, first_row() + 16 * m, k);
+            F::template load_a<kAByK>(step.a[m], a, row + 16 * m, k);
         }
 #pragma unroll
         for (int n = 0; n < kN; n += F::kPieces) {
-            F::template load_b<kBByK>(step.b[n / F::kPieces], b, k, first_col() + 8 * n);
+            F::template load_b<kBByK>(step.b[n / F::kPieces], b, k, col + 8 * n);
         }
     }
 
@@ -306,10 +272,11 @@ class Accumulators {
     template <bool kAByK, bool kBByK, class TileA, class TileB>
     __device__ __forceinline__ void add_ahead(const TileA& a, const TileB& b, int contraction) {
         Step step, next;
-        load<kAByK, kBByK>(step, a, b, 0);
+        const int row = here(first_row()), col = here(first_col());
+        load<kAByK, kBByK>(step, a, b, 0, row, col);
 #pragma unroll 2
         for (int k = F::kStep; k < contraction; k += F::kStep) {
-            load<kAByK, kBByK>(next, a, b, k);
+            load<kAByK, kBByK>(next, a, b, k, row, col);
             multiply(step);
             step = next;
         }
@@ -321,19 +288,20 @@ class Accumulators {
     template <bool kAll, bool kAByK, bool kBByK, class TileA, class TileB>
     __device__ __forceinline__ void add_in_turn(const TileA& a, const TileB& b, int contraction,
                                                 int rows, int cols) {
+        const int row = here(first_row()), col = here(first_col());
 #pragma unroll 1
         for (int k = 0; k < contraction; k += F::kStep) {
             typename F::A fa[kM];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
                 if (!kAll && 16 * m >= rows) continue;
-                F::template load_a<kAByK>(fa[m], a, first_row() + 16 * m, k);
+                F::template load_a<kAByK>(fa[m], a, row + 16 * m, k);
             }
 #pragma unroll
             for (int n = 0; n < kN; n += F::kPieces) {
                 if (!kAll && 8 * n >= cols) continue;
                 typename F::B fb;
-                F::template load_b<kBByK>(fb, b, k, first_col() + 8 * n);
+                F::template load_b<kBByK>(fb, b, k, col + 8 * n);
 #pragma unroll
                 for (int m = 0; m < kM; ++m) {
                     if (kAll || 16 * m < rows) F::multiply(&acc_[m][n], fa[m], fb);

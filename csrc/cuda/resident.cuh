@@ -9,7 +9,7 @@
 // there, and writes its part of the new Y to all blocks. In float32 Y rests in the result's memory.
 //
 // X, Y and Z lie without padding, their 16-byte granules exchanged within each line so that a
-// fragment's lines come from different banks: (512, 1089, 64) takes 231,952 of the 232,448 bytes
+// fragment's lines come from different banks: (512, 1089, 64) takes 232,208 of the 232,448 bytes
 // that a block has.
 #pragma once
 
@@ -51,18 +51,26 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     };
     float* const weights = floats(at.weights());
     float* const squares = floats(at.squares());
+    float* const totals = floats(at.totals());
     const Ones<T> ones{reinterpret_cast<T*>(shared_memory()) + place(at.ones())};
 
     // This thread's own part of Y: four bases of a channel of each half. In float32 it rests in the
     // result's memory.
     const int fours = padded / 4;
     const auto own_part = [&] {
-        const int thread = static_cast<int>(thread_index());
+        const int thread = here(static_cast<int>(threadIdx.x));
         OwnPart part;
         part.row = thread / fours, part.basis = thread % fours * 4;
         part.row_of_half = static_cast<int>(rank) * at.owned() + part.row;
         part.any = part.row < at.owned() && part.row_of_half < at.half();
         return part;
+    };
+    // A row's sums over all blocks, to `totals`: each is fetched once, not by every thread.
+    const auto sum_for_all = [&](const float* row) {
+        if (threadIdx.x < fours) {
+            store_four(totals + 4 * threadIdx.x, sum_of_blocks(row + 4 * threadIdx.x));
+        }
+        __syncthreads();
     };
     const auto channel_of = [&](const OwnPart& mine, int half) {
         return half * at.half() + mine.row_of_half;
@@ -271,19 +279,14 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                 *reinterpret_cast<Two*>(sum_at(l, k)) = {v, w};
             });
             cluster_sync();
-            constexpr int kEach = kMostRank * kMostRank / 4 / kResidentThreads;
-            Four whole[kEach];
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) {
-                const int four = i * kResidentThreads + threadIdx.x;
-                if (four < padded * fours) whole[i] = sum_of_blocks(sums + 4 * four);
+            // Each block adds up an eighth of Z Z^T, whose places no other one reads, for all
+            // blocks.
+            const int eighth = padded * fours / kCluster;
+            if (threadIdx.x < eighth) {
+                float* const four = sums + 4 * (rank * eighth + threadIdx.x);
+                store_in_blocks(four, sum_of_blocks(four));
             }
             cluster_sync();
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) {
-                const int four = i * kResidentThreads + threadIdx.x;
-                if (four < padded * fours) store_four(sums + 4 * four, whole[i]);
-            }
             for_own(mine, own, [](float& memory, float& value) { value = memory; });
             float* const rows = sums + padded * padded;
             const auto row_at = [&](int half) { return rows + (2 * mine.row + half) * padded; };
@@ -318,8 +321,9 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             }
             cluster_sync();  // what lies in the place of Y is done with, in every block
         } else {
+            sum_for_all(weights);
             if (mine.any) {
-                const Four weight = sum_of_blocks(weights + mine.basis);
+                const Four weight = load_four(totals + mine.basis);
                 Four square;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
@@ -341,8 +345,9 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                 squares[threadIdx.x] = sum;
             }
             cluster_sync();
+            sum_for_all(squares);
             if (mine.any) {
-                const Four lengths = sum_of_blocks(squares + mine.basis);
+                const Four lengths = load_four(totals + mine.basis);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const float factor = quotient(1, divisor(Division::kSum, lengths.v[j]));

@@ -169,7 +169,7 @@ __device__ __forceinline__ float* floats_at(int element) {
 
 // Writes a tile's coefficients (lines are pixels) to (K, N) in the tensor's own order.
 template <int kPixels, class T, class Z>
-__device__ __forceinline__ void store_coefficients(const Tile<Z, true>& tile, T* to,
+__device__ __forceinline__ void store_coefficients(const Tile<Z>& tile, T* to,
                                                    const FactorProblem& p, int64_t image,
                                                    int64_t pixel, int pixels) {
     T* const out = to + image * p.rank * p.pixels + pixel;
@@ -226,26 +226,25 @@ __global__ void __launch_bounds__(kThreads, 1)
                          first, min((gram ? padded : channels) - first, kOwn)};
     };
     // The rows of Y, or of Y^T Y, that a step multiplies by.
-    const auto rows_tile = [&](int step) {
-        return Tile<T, true>{kChunks ? at.streamed(step % params.stages) : at.bases(), at.pitch()};
+    const auto rows_tile = [&](int slot) {
+        return Tile<T>{kChunks ? at.streamed(slot) : at.bases(), at.pitch()};
     };
     const auto z_tile = [&](const RoundStep& s) {
-        return Tile<Z, true>{at.z(s.tile % at.z_tiles()) / At::kPerZ, at.z_pitch()};
+        return Tile<Z>{at.z(s.tile % at.z_tiles()) / At::kPerZ, at.z_pitch()};
     };
 
-    const auto load = [&](int step) {
+    const auto load = [&](int step, int slot) {
         const RoundStep s = step_of(step);
         if (!s.gram) {
-            X::load(at.stage(step % params.stages), p.x, item.image, s.first, s.count, s.pixel,
-                    p.pixels);
+            X::load(at.stage(slot), p.x, item.image, s.first, s.count, s.pixel, p.pixels);
         }
         if (kChunks || step == 0) {
-            load_dense(rows_tile(step), (s.gram ? gram : bases) + int64_t{s.first} * padded,
+            load_dense(rows_tile(slot), (s.gram ? gram : bases) + int64_t{s.first} * padded,
                        padded_16(s.count), padded, s.count);
         }
         if constexpr (kNmf) {
             if (!kChunks && step == 0) {
-                load_dense(Tile<T, true>{at.gram(), at.pitch()}, gram, padded, padded, padded);
+                load_dense(Tile<T>{at.gram(), at.pitch()}, gram, padded, padded, padded);
             }
             if (s.chunk == (kChunks ? chunks : 0) && !params.first) {
                 load_dense(z_tile(s),
@@ -324,16 +323,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 
     // Z and Y's product, X' in X's place, and the error.
-    const auto reconstruct = [&](auto features, int step, const RoundStep& s, int x_start,
-                                 int pixels) {
+    const auto reconstruct = [&](auto features, const RoundStep& s, int slot, int pixels) {
         if constexpr (kTransposed) {
-            features.template add<true, true>(z_tile(s), rows_tile(step), padded, kPixels,
+            features.template add<true, true>(z_tile(s), rows_tile(slot), padded, kPixels,
                                               padded_16(channels));
         } else {
-            features.template add<true, true>(rows_tile(step), z_tile(s), padded,
+            features.template add<true, true>(rows_tile(slot), z_tile(s), padded,
                                               padded_16(channels), kPixels);
         }
-        const auto x = X::tile(x_start);
+        const auto x = X::tile(at.stage(slot));
         const int line_end = kTransposed ? pixels : channels;
         const int end = kTransposed ? channels : pixels;
         float sum = 0;
@@ -347,12 +345,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
         error += sum;
         __syncthreads();
-        X::store(x_start, params.x_hat, p, item.image, 0, channels, s.pixel);
+        X::store(at.stage(slot), params.x_hat, p, item.image, 0, channels, s.pixel);
     };
 
-    const auto compute = [&](int step) {
+    const auto compute = [&](int step, int slot) {
         const RoundStep s = step_of(step);
-        const int x_start = at.stage(step % params.stages);
+        const int x_start = at.stage(slot);
         const int pixels = within(p.pixels - s.pixel, kPixels);
         const auto x = X::tile(x_start);
         const auto z = z_tile(s);
@@ -363,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 denominators.zero();
                 squares = 0;
             }
-            scores.template add<kTransposed, false>(x, rows_tile(step), padded_16(s.count), kPixels,
+            scores.template add<kTransposed, false>(x, rows_tile(slot), padded_16(s.count), kPixels,
                                                     padded);
             if (!kNmf && params.inverse_temperature > 0) {
                 const int n = threadIdx.x % kPixels;
@@ -384,12 +382,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (kNmf) {
             if constexpr (kChunks) {
                 if (!s.gram) return;
-                denominators.template add<true, false>(Tile<Z, true>{z.start + s.first, z.pitch},
-                                                       rows_tile(step), s.count, kPixels, padded);
+                denominators.template add<true, false>(Tile<Z>{z.start + s.first, z.pitch},
+                                                       rows_tile(slot), s.count, kPixels, padded);
                 if (s.chunk + 1 < per_tile) return;
             } else {
-                denominators.template add<true, false>(z, Tile<T, true>{at.gram(), at.pitch()},
-                                                       padded, kPixels, padded);
+                denominators.template add<true, false>(z, Tile<T>{at.gram(), at.pitch()}, padded,
+                                                       kPixels, padded);
             }
             __syncthreads();
             scores.for_each_pair_with(denominators,
@@ -421,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 for (int n = 0; n < pixels; ++n) row_sum += to_float(*z.at(n, threadIdx.x));
             }
         } else if constexpr (kFeatures) {
-            reconstruct(Features(), step, s, x_start, pixels);
+            reconstruct(Features(), s, slot, pixels);
         }
     };
 

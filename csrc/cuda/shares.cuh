@@ -64,37 +64,34 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto pixel_of = [&](int step) {
         return static_cast<int64_t>(item.first_tile + step) * kPixels;
     };
-    const auto z_tile = [&](int step) {
-        return Tile<Z, true>{at.z(step % params.stages) / At::kPerZ, at.pitch()};
-    };
-    const auto all_bases = [&](int step) {
-        return Tile<Z, true>{at.stage(step % params.stages) / At::kPerZ, base_pitch<Z>(padded)};
+    const auto z_tile = [&](int slot) { return Tile<Z>{at.z(slot) / At::kPerZ, at.pitch()}; };
+    const auto all_bases = [&](int slot) {
+        return Tile<Z>{at.stage(slot) / At::kPerZ, base_pitch<Z>(padded)};
     };
 
-    const auto load = [&](int step) {
+    const auto load = [&](int step, int slot) {
         const int64_t pixel = pixel_of(step);
         const int pixels = within(p.pixels - pixel, kPixels);
         const Z* const z = z_of_image + pixel * padded;
-        load_dense(z_tile(step), z + basis, kPixels, bases, pixels, padded - bases);
+        load_dense(z_tile(slot), z + basis, kPixels, bases, pixels, padded - bases);
         if (squares) {
-            load_dense(all_bases(step), z, kPixels, padded, pixels);
+            load_dense(all_bases(slot), z, kPixels, padded, pixels);
         } else {
-            X::load(at.stage(step % params.stages), p.x, item.image, channel, rows, pixel,
-                    p.pixels);
+            X::load(at.stage(slot), p.x, item.image, channel, rows, pixel, p.pixels);
         }
     };
 
     Accumulators<kProductType<kType, kWideZ>, kOwn, kRank, kWarps> share;
     const bool sums = params.sums && chunk == 0 && threadIdx.x < bases;
     float row_sum = 0;
-    const auto compute = [&](int step) {
+    const auto compute = [&](int step, int slot) {
         const int64_t pixel = pixel_of(step);
-        const auto z = z_tile(step);
+        const auto z = z_tile(slot);
         if (squares) {
-            share.template add<false, false>(all_bases(step), z, kPixels, padded, bases);
+            share.template add<false, false>(all_bases(slot), z, kPixels, padded, bases);
             return;
         }
-        const int x_start = at.stage(step % params.stages);
+        const int x_start = at.stage(slot);
         if (X::settle(x_start, p.x, item.image, channel, rows, pixel)) __syncthreads();
         share.template add<!kTransposed, false>(X::tile(x_start), z, kPixels, padded_16(rows),
                                                 bases);

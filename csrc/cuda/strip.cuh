@@ -11,41 +11,60 @@ inline constexpr int kWarps = 8, kThreads = 32 * kWarps;
 // A block owns `own` rows (or columns) and streams tiles of `stream` columns (or rows).
 struct TileShape {
     int own, stream, max_rank;
+    int warps;   // of a block
     int blocks;  // per multiprocessor: what its registers are cut for
 };
 
 // The first shape whose rank is large enough and that fits into shared memory in two stages is
 // taken, else the first that fits in one. Reasons: a streamed factor is read again by every strip,
 // rank / own of its elements for each of X's, so strips are as wide as registers and shared memory
-// allow; 64 16-bit or 32 float32 elements of a line are one whole 128-byte line of the L2.
-// Small strips last: GPUs of compute capability 8.6 and 8.9 have 99 KiB for a block, and rank 256
-// has to fit there too.
-template <size_t kElementBytes>
+// allow; 64 16-bit or 32 float32 elements of a line are one whole 128-byte line of the L2. Where
+// one block fills a multiprocessor it has sixteen warps, so that a scheduler has four to choose
+// from. Small strips last: GPUs of compute capability 8.6 and 8.9 have 99 KiB for a block, and rank
+// 256 has to fit there too.
+template <size_t kElementBytes, bool kShared>
 struct Shapes;
 template <>
-struct Shapes<2> {
-    static constexpr TileShape kForward[] = {{128, 64, 256, 2}, {64, 64, 256, 2}};
+struct Shapes<2, false> {
+    static constexpr TileShape kForward[] = {{128, 64, 256, 8, 2}, {64, 64, 256, 8, 2}};
     static constexpr TileShape kBackward[] = {
-        {128, 64, 64, 1}, {128, 64, 128, 1}, {64, 64, 256, 1}};
+        {128, 64, 64, 16, 1}, {128, 64, 128, 16, 1}, {64, 64, 256, 16, 1}};
 };
+// Of shared factors a streamed tile serves all images, so that narrow strips cost little, and wide
+// ones of many bases take more registers, as D is summed over the images.
 template <>
-struct Shapes<4> {
-    static constexpr TileShape kForward[] = {{64, 64, 256, 2}, {32, 32, 256, 2}};
-    static constexpr TileShape kBackward[] = {{64, 32, 64, 2}, {64, 32, 128, 1}, {32, 32, 256, 1}};
+struct Shapes<2, true> : Shapes<2, false> {
+    static constexpr TileShape kBackward[] = {{128, 64, 64, 16, 1}, {64, 64, 256, 16, 1}};
+};
+template <bool kShared>
+struct Shapes<4, kShared> {
+    static constexpr TileShape kForward[] = {{64, 64, 256, 8, 2}, {32, 32, 256, 8, 2}};
+    static constexpr TileShape kBackward[] = {
+        {64, 32, 64, 8, 2}, {64, 32, 128, 8, 1}, {32, 32, 256, 8, 1}};
 };
 
 __host__ __device__ constexpr int padded_rank(int rank) { return (rank + 15) / 16 * 16; }
 
-// A tile of X, or of what is as large. The padding takes a line's offset, and puts the lines that
-// a warp reads together into different banks.
-template <class T, int kRows, int kCols>
+// A tile of X, or of what is as large. The padding takes the granule that a line may have besides,
+// and puts the lines that a warp reads together into different banks.
+template <class T, int kRows, int kCols, int kThreads>
 struct FeatureTile {
     static constexpr int kPitch = kCols + 16 / sizeof(T);
     static constexpr int kElements = kRows * kPitch;
+
+    __device__ __forceinline__ static Tile<T> tile(int start) { return {start, kPitch}; }
+    // `rows` x `cols` of it exist.
+    __device__ __forceinline__ static void load(int start, const Lines& from, const T* origin,
+                                                int64_t rows, int64_t cols) {
+        fill<kThreads>(tile(start), from, origin, kRows, kCols, rows, cols);
+    }
+    __device__ __forceinline__ static bool settle(int start, const Lines& from, const T* origin) {
+        return cuda::settle<kThreads>(tile(start), from, origin, kRows, kCols);
+    }
 };
 
 // A factor's part for kExtent rows (or columns), all bases. kByK: its lines run along the bases.
-template <class T, bool kByK, int kExtent, bool kAligned>
+template <class T, bool kByK, int kExtent, int kThreads>
 struct FactorTile {
     static constexpr int kPadding = kByK ? 16 / sizeof(T) : 8;
 
@@ -59,30 +78,36 @@ struct FactorTile {
                                                       int64_t first) {
         return origin_of<T>(from, image, kByK ? first : 0, kByK ? 0 : first);
     }
-    __device__ __forceinline__ static Tile<T, kAligned> tile(int start, int padded,
-                                                             const Lines& from, int64_t image,
-                                                             int64_t first) {
-        return tile_of<kAligned>(start, length(padded) + kPadding, from,
-                                 origin(from, image, first));
+    __device__ __forceinline__ static Tile<T> tile(int start, int padded) {
+        return {start, length(padded) + kPadding};
     }
     // `valid` of the kExtent rows exist.
     __device__ __forceinline__ static void load(int start, int rank, const Lines& from,
                                                 int64_t image, int64_t first, int64_t valid) {
         const int padded = padded_rank(rank);
-        fill<kThreads>(tile(start, padded, from, image, first), from, origin(from, image, first),
-                       lines(padded), length(padded), kByK ? valid : rank, kByK ? rank : valid);
+        fill<kThreads>(tile(start, padded), from, origin(from, image, first), lines(padded),
+                       length(padded), kByK ? valid : rank, kByK ? rank : valid);
+    }
+    __device__ __forceinline__ static bool settle(int start, int rank, const Lines& from,
+                                                  int64_t image, int64_t first) {
+        const int padded = padded_rank(rank);
+        return cuda::settle<kThreads>(tile(start, padded), from, origin(from, image, first),
+                                      lines(padded), length(padded));
     }
 };
 
 // The tiles of one step: kRows x kCols of X and the factors' parts for them.
-// kAligned: all lines start on 16 bytes.
-template <Type kType, bool kTransposed, bool kAligned, int kRows, int kCols>
+template <Type kType, bool kTransposed, int kRows, int kCols, int kWarps>
 struct Tiles {
     using T = Element<kType>;
-    using X = FeatureTile<T, kRows, kCols>;
-    using A = FactorTile<T, !kTransposed, kRows, kAligned>;
-    using B = FactorTile<T, kTransposed, kCols, kAligned>;
+    using X = FeatureTile<T, kRows, kCols, 32 * kWarps>;
+    using A = FactorTile<T, !kTransposed, kRows, 32 * kWarps>;
+    using B = FactorTile<T, kTransposed, kCols, 32 * kWarps>;
 };
+
+__device__ __forceinline__ int next_slot(int slot, int stages) {
+    return slot + 1 == stages ? 0 : slot + 1;
+}
 
 // A block's share of the work.
 struct Item {
@@ -111,27 +136,34 @@ __device__ __forceinline__ Item item_of(const Work& work, int64_t batch, unsigne
             chunk * work.ranges + range};
 }
 
-__device__ __forceinline__ bool one_product(const Problem& problem) {
-    return !problem.a_per_image && !problem.b_per_image;
-}
-
 // One step: a tile of one image. Of shared factors, all images of a tile come one after another,
 // so that its product is computed once.
 struct Step {
     int tile, image;
-    bool first, last;  // of the images that share the tile's product
-    int slot;          // that holds the streamed factor's tile
+    bool first, last;    // of the images that share the tile's product
+    int slot, streamed;  // the stages that hold X's tile and the streamed factor's
 };
 
-__device__ __forceinline__ Step step_of(const Item& item, bool shared, int step, int stages) {
-    if (shared) {
-        const int tile = step / item.images, image = step % item.images;
-        return {item.first_tile + tile, item.first_image + image, image == 0,
-                image == item.images - 1, tile % stages};
+// Goes through an item's steps by additions: divisions by variables cost more.
+template <bool kShared>
+struct Steps {
+    const Item& item;
+    int stages;
+    int tile = 0, image = 0, streamed = 0;
+
+    __device__ __forceinline__ Step next(int slot) {
+        const bool first = !kShared || image == 0, last = !kShared || image == item.images - 1;
+        const Step step{item.first_tile + tile,   item.first_image + image, first, last, slot,
+                        kShared ? streamed : slot};
+        if (kShared) {
+            if (last) streamed = next_slot(streamed, stages);
+            image = last ? 0 : image + 1, tile += last;
+        } else if (++tile == item.tiles) {
+            tile = 0, ++image;
+        }
+        return step;
     }
-    return {item.first_tile + step % item.tiles, item.first_image + step / item.tiles, true, true,
-            step % stages};
-}
+};
 
 __device__ __forceinline__ void wait_for_copies(int pending) {
     switch (pending) {
@@ -144,25 +176,30 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
     }
 }
 
-// Runs load(step) for every step, `stages` - 1 steps ahead, and compute(step) on what has arrived.
-// A stage is filled again only after every thread has left the step that used it.
+// Runs load(step, slot) for every step, `stages` - 1 steps ahead, and compute(step, slot) on what
+// has arrived; slot = step % stages. A stage is filled again only after every thread has left the
+// step that used it.
 template <class Load, class Compute>
 __device__ __forceinline__ void pipeline(int steps, int stages, Load load, Compute compute) {
     const int ahead = stages - 1;
+    int slot = 0;
 #pragma unroll 1
     for (int step = -ahead; step < steps; ++step) {
         if (step >= 0) {
             if (ahead > 0) wait_for_copies(ahead - 1);
             __syncthreads();
         }
-        if (step + ahead < steps) load(step + ahead);
+        // The stage that was computed on last; before the first step they are filled in order.
+        const int free = step < 0 ? step + ahead : slot == 0 ? ahead : slot - 1;
+        if (step + ahead < steps) load(step + ahead, free);
         cp_async_commit();
         if (step < 0) continue;
         if (ahead == 0) {
             wait_for_copies(0);
             __syncthreads();
         }
-        compute(step);
+        compute(step, slot);
+        slot = next_slot(slot, stages);
     }
 }
 

@@ -19,7 +19,6 @@ struct Swizzled {
         if (granules % 2 == 0) return {start, pitch, 2, 1};
         return {start, pitch, 0, 0};
     }
-    __device__ __forceinline__ constexpr bool aligned() const { return true; }
     // The part of it from there on.
     __device__ __forceinline__ Swizzled from(int line, int element) const {
         return {start, pitch, shift, mask, line, element};
@@ -33,10 +32,28 @@ struct Swizzled {
         return reinterpret_cast<T*>(shared_memory()) + offset(line, element);
     }
     // A pair of neighbours as a tile of its own.
-    __device__ __forceinline__ Tile<T, true> pair(int line, int element) const {
+    __device__ __forceinline__ Tile<T> pair(int line, int element) const {
         return {offset(line, element), 0};
     }
 };
+
+// 16 of the 32 bytes, from `bytes` (even) on.
+__device__ __forceinline__ uint4 window(const uint4& low, const uint4& high, int bytes) {
+    uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    if (bytes & 8) {
+#pragma unroll
+        for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+    }
+    if (bytes & 4) {
+#pragma unroll
+        for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+    }
+    if (bytes & 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+    }
+    return {w[0], w[1], w[2], w[3]};
+}
 
 // Fills lines x length elements of which valid_lines x valid exist; `lead` elements of each line
 // lie in memory before `origin`.

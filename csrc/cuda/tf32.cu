@@ -2,8 +2,8 @@
 
 namespace mfops::cuda {
 
-Variants tf32_variants(bool transposed, bool aligned) {
-    return compiled_variants<Type::kTf32>(transposed, aligned);
+Variants tf32_variants(bool transposed, bool shared) {
+    return compiled_variants<Type::kTf32>(transposed, shared);
 }
 
 }  // namespace mfops::cuda

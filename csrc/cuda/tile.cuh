@@ -1,8 +1,8 @@
 // Tiles in shared memory: filled from global memory, and written back, 16 bytes at a time.
 //
-// Lines of odd length (N = 33 * 33) start anywhere within 16 bytes. A tile then holds the aligned
-// 16-byte granules that cover each line, and element 0 of a line sits `offset(line)` elements into
-// them; nothing is shifted on the way, and only the fragments' loads know.
+// Lines of odd length (N = 33 * 33) start anywhere within 16 bytes. `fill` brings the aligned
+// granules, 16 bytes each, that cover a line, `settle` then moves the line to the beginning of the
+// first of them, and `write_back` takes results from there to wherever lines start.
 #pragma once
 
 #include <cstring>
@@ -26,24 +26,18 @@ __device__ __forceinline__ uint32_t as_bits(float value) {
 template <class T>
 inline constexpr int kGranule = 16 / sizeof(T);  // elements in 16 bytes
 
-// kAligned: every line starts on 16 bytes, known when compiling.
-template <class T, bool kAligned>
+// Lines start on 16 bytes.
+template <class T>
 struct Tile {
-    int start;                  // elements from the beginning of the block's shared memory, so that
-                                // the compiler knows which memory every access goes to
-    int pitch;                  // elements from line to line, a multiple of a granule
-    int shift = 0, growth = 0;  // offset of line 0, and what every further line adds to it
+    int start;  // elements from the beginning of the block's shared memory, so that the compiler
+                // knows which memory every access goes to
+    int pitch;  // elements from line to line, a multiple of a granule
 
-    __device__ __forceinline__ bool aligned() const { return kAligned || (shift | growth) == 0; }
-    __device__ __forceinline__ int offset(int line) const {
-        return kAligned ? 0 : (shift + line * growth) & (kGranule<T> - 1);
-    }
-    // The 16 bytes that hold the line's first elements are granule 0.
-    __device__ __forceinline__ T* granule(int line, int index) const {
-        return reinterpret_cast<T*>(shared_memory()) + start + line * pitch + index * kGranule<T>;
-    }
     __device__ __forceinline__ T* at(int line, int element) const {
-        return granule(line, 0) + offset(line) + element;
+        return reinterpret_cast<T*>(shared_memory()) + start + line * pitch + element;
+    }
+    __device__ __forceinline__ T* granule(int line, int index) const {
+        return at(line, index * kGranule<T>);
     }
 };
 
@@ -52,13 +46,10 @@ template <class T>
 __device__ __forceinline__ int misalignment(const T* pointer) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T)) & (kGranule<T> - 1);
 }
-
-// The tile as `fill` leaves it: `origin` is its element (0, 0) in global memory.
-template <bool kAligned, class T>
-__device__ __forceinline__ Tile<T, kAligned> tile_of(int start, int pitch, const Lines& from,
-                                                     const T* origin) {
-    if (kAligned || from.step != 1) return {start, pitch};
-    return {start, pitch, misalignment(origin), static_cast<int>(from.line) & (kGranule<T> - 1)};
+// Whether all lines `stride` elements apart, of which one begins at `origin`, start on 16 bytes.
+template <class T>
+__device__ __forceinline__ bool on_granules(const T* origin, int64_t stride) {
+    return (misalignment(origin) | (static_cast<int>(stride) & (kGranule<T> - 1))) == 0;
 }
 
 template <class T>
@@ -73,33 +64,71 @@ __device__ __forceinline__ int within(int64_t left, int extent) {
     return left < extent ? static_cast<int>(left) : extent;
 }
 
-// Fills lines x length elements; those beyond valid_lines, valid_length with zeros. Unit steps come
-// by cp.async (the caller commits and waits), others element by element.
-template <int kThreads, class T, bool kAligned>
-__device__ __forceinline__ void fill(const Tile<T, kAligned>& tile, const Lines& from,
-                                     const T* origin, int lines, int length, int64_t valid_lines,
-                                     int64_t valid_length) {
-    constexpr int kG = kGranule<T>;
-    const int line_end = within(valid_lines, lines), end = within(valid_length, length);
-    if (kAligned || from.step == 1) {
-        const int whole = length / kG, per_line = tile.aligned() ? whole : whole + 1;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < lines * per_line; i += kThreads) {
-            // Two divisions by what mostly are constants, not one by a variable.
-            const int line = tile.aligned() ? i / whole : i / (whole + 1);
-            const int granule = i - line * per_line;
-            const int first = granule * kG - tile.offset(line);  // below 0: the line before
-            const int count = line < line_end ? min(max(end - first, 0), kG) : 0;
-            // Nothing is read where count is 0, but the address stays one of the tensor's.
-            const T* source =
-                count == 0 ? origin - misalignment(origin) : origin + line * from.line + first;
-            cp_async_16(tile.granule(line, granule), source, count * static_cast<int>(sizeof(T)));
-        }
-        return;
-    }
-    const bool lines_innermost = from.line < from.step;
+// f(place in the tile, place in memory) for every granule of whole lines that start on 16 bytes,
+// where each thread can stay in a column of granules; else nothing, and false. Threads go on by
+// additions: a division for each granule costs more than its copy.
+template <int kThreads, class T, class Global, class F>
+__device__ __forceinline__ bool in_columns(const Tile<T>& tile, Global* origin, int64_t stride,
+                                           int lines, int length, F f) {
+    const int whole = length / kGranule<T>, lines_on = kThreads / whole;
+    if (kThreads % whole != 0 || lines % lines_on != 0) return false;
+    const int line = threadIdx.x / whole, index = threadIdx.x % whole;
+    T* shared = tile.granule(line, index);
+    Global* global = origin + line * stride + index * kGranule<T>;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < lines * length; i += kThreads) {
+    for (int i = 0; i < lines / lines_on; ++i) {
+        f(shared, global);
+        shared += lines_on * tile.pitch, global += lines_on * stride;
+    }
+    return true;
+}
+
+// A thread's way through the granules of lines of any kind, in a tile and in memory.
+template <int kThreads, class T, class Global>
+struct Walk {
+    int per_line;               // granules
+    int lines_on, granules_on;  // from one of a thread's granules to its next
+    int line, index;
+    T* shared;
+    Global* global;
+    int64_t stride;  // of the lines in global memory
+    int pitch;
+
+    __device__ __forceinline__ Walk(const Tile<T>& tile, Global* origin, int64_t stride,
+                                    int per_line)
+        : Walk(tile, origin, here(stride), per_line, here(static_cast<int>(threadIdx.x))) {}
+    __device__ __forceinline__ Walk(const Tile<T>& tile, Global* origin, int64_t stride,
+                                    int per_line, int thread)
+        : per_line(per_line),
+          lines_on(kThreads / per_line),
+          granules_on(kThreads % per_line),
+          line(thread / per_line),
+          index(thread % per_line),
+          shared(tile.granule(line, index)),
+          global(origin + line * stride + index * kGranule<T>),
+          stride(stride),
+          pitch(tile.pitch) {}
+
+    __device__ __forceinline__ void next() {
+        line += lines_on, index += granules_on;
+        shared += lines_on * pitch + granules_on * kGranule<T>;
+        global += lines_on * stride + granules_on * kGranule<T>;
+        if (index >= per_line) {
+            ++line, index -= per_line;
+            shared += pitch - per_line * kGranule<T>;
+            global += stride - per_line * kGranule<T>;
+        }
+    }
+};
+
+// Fills lines x length elements whose steps are not 1; those beyond line_end, end with zeros.
+template <int kThreads, class T>
+__device__ __forceinline__ void fill_by_element(const Tile<T>& tile, const Lines& from,
+                                                const T* origin, int lines, int length,
+                                                int line_end, int end) {
+    const bool lines_innermost = from.line < from.step;
+#pragma unroll 1
+    for (int i = here(static_cast<int>(threadIdx.x)); i < lines * length; i += kThreads) {
         const int line = lines_innermost ? i % lines : i / length;
         const int element = lines_innermost ? i / lines : i % length;
         const bool inside = line < line_end && element < end;
@@ -107,40 +136,110 @@ __device__ __forceinline__ void fill(const Tile<T, kAligned>& tile, const Lines&
     }
 }
 
-// Writes the tile's valid part to dense lines `line` elements apart.
-template <int kThreads, class T, bool kAligned>
-__device__ __forceinline__ void write_back(const Tile<T, kAligned>& tile, T* origin,
-                                           int64_t line_stride, int lines, int length,
-                                           int64_t valid_lines, int64_t valid_length) {
+// Fills lines x length elements; those beyond valid_lines, valid_length with zeros. Unit steps come
+// by cp.async (the caller commits, waits and settles), others element by element. A line may take
+// one granule beyond `length`.
+template <int kThreads, class T>
+__device__ __forceinline__ void fill(const Tile<T>& tile, const Lines& from, const T* origin,
+                                     int lines, int length, int64_t valid_lines,
+                                     int64_t valid_length) {
     constexpr int kG = kGranule<T>;
-    const Tile<T, kAligned> out{tile.start, tile.pitch, misalignment(origin),
-                                static_cast<int>(line_stride) & (kG - 1)};
-    const bool same_offsets = kAligned || (out.shift == tile.shift && out.growth == tile.growth);
-    const int whole = length / kG, per_line = out.aligned() ? whole : whole + 1;
-    // The last granule of an unaligned line reaches into the next tile, which is not ours to write.
     const int line_end = within(valid_lines, lines), end = within(valid_length, length);
+    if (from.step != 1) {
+        return fill_by_element<kThreads>(tile, from, origin, lines, length, line_end, end);
+    }
+    if (on_granules(origin, from.line) && line_end == lines && end == length &&
+        in_columns<kThreads>(tile, origin, from.line, lines, length,
+                             [](T* to, const T* from) { cp_async_16(to, from); })) {
+        return;
+    }
+    Walk<kThreads, T, const T> at(tile, origin, from.line, length / kG + 1);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < lines * per_line; i += kThreads) {
-        const int line = out.aligned() ? i / whole : i / (whole + 1);
-        if (line >= line_end) break;
-        const int first = (i - line * per_line) * kG - out.offset(line);
-        T* to = origin + line * line_stride + first;
-        if (first >= 0 && first + kG <= end) {
+    for (; at.line < lines; at.next()) {
+        const int before = misalignment(at.global);  // elements of the granule before the line's
+        const int left = end + before - at.index * kG;
+        const int count = at.line < line_end ? min(max(left, 0), kG) : 0;
+        // Nothing is read where count is 0, but the address stays one of the tensor's.
+        const T* source = count == 0 ? origin - misalignment(origin) : at.global - before;
+        cp_async_16(at.shared, source, count * static_cast<int>(sizeof(T)));
+    }
+}
+
+// The 16 bytes of shared memory from `at` on, wherever that is. Reads the four bytes after them.
+template <class T>
+__device__ __forceinline__ uint4 load_anywhere(const T* at) {
+    const int beyond = sizeof(T) == 4 ? 0 : reinterpret_cast<uintptr_t>(at) & 2;  // bytes, of four
+    const char* const from = reinterpret_cast<const char*>(at) - beyond;
+    uint32_t w[5] = {};
+#pragma unroll
+    for (int i = 0; i < (sizeof(T) == 4 ? 4 : 5); ++i) load_shared(w[i], from + 4 * i);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = (uint64_t{w[i + 1]} << 32 | w[i]) >> 8 * beyond;
+    return {w[0], w[1], w[2], w[3]};
+}
+
+// Moves lines that `fill` brought, and that have arrived, to where they start on 16 bytes. Whether
+// there was anything to do: the same for all threads, which then have to meet.
+template <int kThreads, class T>
+__device__ __forceinline__ bool settle(const Tile<T>& tile, const Lines& from, const T* origin,
+                                       int lines, int length) {
+    if (from.step != 1 || on_granules(origin, from.line)) return false;
+    const int shift = misalignment(origin), growth = static_cast<int>(from.line);
+    // A warp takes several lines at once or one part by part; all lanes read before one writes.
+    const int whole = length / kGranule<T>, thread = here(static_cast<int>(threadIdx.x)),
+              lane = thread % 32;
+    const int at_once = whole < 32 ? 32 / whole : 1, own_line = whole < 32 ? lane / whole : 0;
+    const int own_granule = whole < 32 ? lane % whole : lane;
+#pragma unroll 1
+    for (int first = thread / 32 * at_once; first < lines; first += kThreads / 32 * at_once) {
+        const int line = first + own_line;
+        const int offset = (shift + line * growth) & (kGranule<T> - 1);
+        for (int begin = 0; begin < whole; begin += 32) {
+            const int granule = begin + own_granule;
+            const bool moves = own_line < at_once && line < lines && granule < whole;
             uint4 bits;
-            if (same_offsets) {
-                load_shared(bits, tile.at(line, first));
-            } else {
-                T element[kG];
-#pragma unroll
-                for (int j = 0; j < kG; ++j) element[j] = *tile.at(line, first + j);
-                memcpy(&bits, element, sizeof(bits));
-            }
+            if (moves) bits = load_anywhere(tile.granule(line, granule) + offset);
+            sync_warp();
+            if (moves) store_shared(tile.granule(line, granule), bits);
+        }
+    }
+    return true;
+}
+
+// Writes the valid part of lines x length elements to dense lines `stride` elements apart.
+template <int kThreads, class T>
+__device__ __forceinline__ void write_back(const Tile<T>& tile, T* origin, int64_t stride,
+                                           int lines, int length, int64_t valid_lines,
+                                           int64_t valid_length) {
+    constexpr int kG = kGranule<T>;
+    const int line_end = within(valid_lines, lines), end = within(valid_length, length);
+    const bool aligned = on_granules(origin, stride);
+    if (aligned && line_end == lines && end == length &&
+        in_columns<kThreads>(tile, origin, stride, lines, length, [](const T* from, T* to) {
+            uint4 bits;
+            load_shared(bits, from);
             store_global(to, bits);
-        } else {
+        })) {
+        return;
+    }
+    // The granules of memory that are the tile's alone, then what is left at the lines' ends.
+    Walk<kThreads, T, T> at(tile, origin, stride, length / kG);
+#pragma unroll 1
+    for (; at.line < line_end; at.next()) {
+        const int before = misalignment(at.global), first = at.index * kG - before;
+        if (first < 0 || first + kG > end) continue;
+        store_global(at.global - before, load_anywhere(at.shared - before));
+    }
+    if (aligned && end % kG == 0) return;
+    for (int i = here(static_cast<int>(threadIdx.x)); i < 2 * line_end; i += kThreads) {
+        const int line = i / 2;
+        T* const to = origin + line * stride;
+        const int before = misalignment(to), left = min((kG - before) % kG, end);
+        const int right = max(end - (end + before) % kG, left);
+        const int begin = i % 2 ? right : 0, stop = i % 2 ? end : left;
 #pragma unroll
-            for (int j = 0; j < kG; ++j) {
-                if (first + j >= 0 && first + j < end) to[j] = *tile.at(line, first + j);
-            }
+        for (int j = begin; j < begin + kG; ++j) {
+            if (j < stop) to[j] = *tile.at(line, j);
         }
     }
 }
@@ -151,10 +250,9 @@ struct Pair {
     T first, second;
 };
 
-template <class T, bool kAligned>
-__device__ __forceinline__ Pair<T> read_pair(const Tile<T, kAligned>& tile, int line, int element) {
+template <class T>
+__device__ __forceinline__ Pair<T> read_pair(const Tile<T>& tile, int line, int element) {
     const T* at = tile.at(line, element);
-    if (!tile.aligned()) return {at[0], at[1]};
     if constexpr (sizeof(T) == 2) {
         uint32_t bits;
         load_shared(bits, at);
@@ -166,18 +264,15 @@ __device__ __forceinline__ Pair<T> read_pair(const Tile<T, kAligned>& tile, int 
     }
 }
 
-template <class T, bool kAligned>
-__device__ __forceinline__ void write_pair(const Tile<T, kAligned>& tile, int line, int element,
-                                           float first, float second) {
+template <class T>
+__device__ __forceinline__ void write_pair(const Tile<T>& tile, int line, int element, float first,
+                                           float second) {
     T* at = tile.at(line, element);
-    const Pair<T> pair{from_float<T>(first), from_float<T>(second)};
-    if (!tile.aligned()) {
-        at[0] = pair.first;
-        at[1] = pair.second;
-    } else if constexpr (sizeof(T) == 2) {
-        store_shared(at, pair.first.bits | static_cast<uint32_t>(pair.second.bits) << 16);
+    if constexpr (sizeof(T) == 2) {
+        store_shared(at, from_float<T>(first).bits |
+                             static_cast<uint32_t>(from_float<T>(second).bits) << 16);
     } else {
-        store_shared(at, uint2{as_bits(pair.first), as_bits(pair.second)});
+        store_shared(at, uint2{as_bits(first), as_bits(second)});
     }
 }
 

@@ -166,20 +166,18 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
     const int64_t image = blockIdx.x / blocks;
     const int row = blockIdx.x % blocks * 16;
     const T* const bases = static_cast<const T*>(params.bases) + image * params.channels * padded;
-    const auto tile = [&](int step) {
-        return Tile<T, true>{step % kGramStages * chunk * pitch, pitch};
-    };
+    const auto tile = [&](int slot) { return Tile<T>{slot * chunk * pitch, pitch}; };
     const auto channels = [&](int step) {
         return within(params.channels - static_cast<int64_t>(step) * chunk, chunk);
     };
     Accumulators<kType, 16, kMaxRank, kWarps> sum;
-    const auto load = [&](int step) {
-        load_dense(tile(step), bases + static_cast<int64_t>(step) * chunk * padded,
+    const auto load = [&](int step, int slot) {
+        load_dense(tile(slot), bases + static_cast<int64_t>(step) * chunk * padded,
                    padded_16(channels(step)), padded, channels(step));
     };
-    const auto compute = [&](int step) {
-        const auto all = tile(step);
-        sum.template add<false, false>(Tile<T, true>{all.start + row, pitch}, all,
+    const auto compute = [&](int step, int slot) {
+        const auto all = tile(slot);
+        sum.template add<false, false>(Tile<T>{all.start + row, pitch}, all,
                                        padded_16(channels(step)), 16, padded);
     };
     pipeline(static_cast<int>((params.channels + chunk - 1) / chunk), kGramStages, load, compute);

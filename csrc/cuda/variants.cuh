@@ -8,28 +8,26 @@
 
 namespace mfops::cuda {
 
-template <Type kType, bool kTransposed, bool kAligned>
+template <Type kType, bool kTransposed, bool kShared>
 struct Compiled {
-    using Table = Shapes<sizeof(Element<kType>)>;
+    using Table = Shapes<sizeof(Element<kType>), kShared>;
 
     template <size_t kIndex>
     static constexpr ForwardVariant forward() {
         constexpr TileShape s = Table::kForward[kIndex];
-        return {
-            s, forward_shared_bytes<Tiles<kType, kTransposed, kAligned, s.own, s.stream>>,
-            launch_blocks<forward_kernel<kType, kTransposed, kAligned, s.own, s.stream, s.blocks>,
-                          ForwardParams>};
+        return {s, forward_shared_bytes<Tiles<kType, kTransposed, s.own, s.stream, s.warps>>,
+                launch_blocks<
+                    forward_kernel<kType, kTransposed, kShared, s.own, s.stream, s.warps, s.blocks>,
+                    s.warps, ForwardParams>};
     }
 
     template <size_t kIndex>
     static constexpr BackwardVariant backward() {
-        // Lines of any alignment take registers that a second block would need.
-        constexpr TileShape s =
-            kAligned ? Table::kBackward[kIndex] : with_one_block(Table::kBackward[kIndex]);
-        return {s, backward_shared_bytes<kType, kTransposed, s.own, s.stream>,
-                launch_blocks<backward_kernel<kType, kTransposed, kAligned, s.own, s.stream,
-                                              s.max_rank, s.blocks>,
-                              BackwardParams>};
+        constexpr TileShape s = Table::kBackward[kIndex];
+        return {s, backward_shared_bytes<kType, kTransposed, s.own, s.stream, s.warps>,
+                launch_blocks<backward_kernel<kType, kTransposed, kShared, s.own, s.stream,
+                                              s.max_rank, s.warps, s.blocks>,
+                              s.warps, BackwardParams>};
     }
 
     template <size_t... kForward, size_t... kBackward>
@@ -45,24 +43,19 @@ struct Compiled {
     }
 
    private:
-    static constexpr TileShape with_one_block(TileShape shape) {
-        shape.blocks = 1;
-        return shape;
-    }
-
-    template <auto Kernel, class Params>
+    template <auto Kernel, int kWarps, class Params>
     static void launch_blocks(unsigned blocks, size_t shared_bytes, void* stream,
                               const Params& params) {
-        launch<Kernel>(blocks, kThreads, shared_bytes, stream, params);
+        launch<Kernel>(blocks, 32 * kWarps, shared_bytes, stream, params);
     }
 };
 
 template <Type kType>
-Variants compiled_variants(bool transposed, bool aligned) {
+Variants compiled_variants(bool transposed, bool shared) {
     return transposed
-               ? aligned ? Compiled<kType, true, true>::all() : Compiled<kType, true, false>::all()
-           : aligned ? Compiled<kType, false, true>::all()
-                     : Compiled<kType, false, false>::all();
+               ? shared ? Compiled<kType, true, true>::all() : Compiled<kType, true, false>::all()
+           : shared ? Compiled<kType, false, true>::all()
+                    : Compiled<kType, false, false>::all();
 }
 
 }  // namespace mfops::cuda

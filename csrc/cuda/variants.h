@@ -26,9 +26,9 @@ struct Variants {
 };
 
 // Each defined, and its kernels compiled, in a file of its own.
-Variants float32_variants(bool transposed, bool aligned);
-Variants tf32_variants(bool transposed, bool aligned);
-Variants bf16_variants(bool transposed, bool aligned);
-Variants f16_variants(bool transposed, bool aligned);
+Variants float32_variants(bool transposed, bool shared);
+Variants tf32_variants(bool transposed, bool shared);
+Variants bf16_variants(bool transposed, bool shared);
+Variants f16_variants(bool transposed, bool shared);
 
 }  // namespace mfops::cuda

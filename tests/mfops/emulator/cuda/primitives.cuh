@@ -37,6 +37,9 @@ namespace mfops::cuda {
 
 using emulator::Where;
 
+inline int here(int v) { return v; }
+inline int64_t here(int64_t v) { return v; }
+
 struct bf16 {
     uint16_t bits;
 };
@@ -149,6 +152,9 @@ inline void cp_async_16(void* shared, const void* global, int bytes,
     std::memset(shared, emulator::kPoison, 16);
     emulator::Fiber& self = *emulator::current;
     self.copies.push_back({shared, global, bytes, self.closed_groups});
+}
+inline void cp_async_16(void* shared, const void* global, Where where = Where::current()) {
+    cp_async_16(shared, global, 16, where);
 }
 inline void cp_async_commit() { ++emulator::current->closed_groups; }
 template <int kPending>
@@ -267,6 +273,9 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     emulator::wait("mma_tf32", where, multiply_tf32, &product);
 }
 
+inline void sync_warp(Where where = Where::current()) {
+    emulator::wait("sync_warp", where, [](void* const*) {}, nullptr);
+}
 inline double shuffle_down(double v, int offset, Where where = Where::current()) {
     struct Shuffle {
         double v;
