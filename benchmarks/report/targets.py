@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks import bench_factorizers, kernels
-from benchmarks.bench_op import FACTORS, GPU_SHAPES, Case
+from benchmarks.bench_op import BANDWIDTH_SHAPES, FACTORS, GPU_SHAPES, Case
 from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS
 from benchmarks.questions import COPY, EAGER, MFOPS, NATIVE, TRITON
 from benchmarks.report.load import Figures
 from benchmarks.rows import Row, number
 
-# Where the share of the copy's bandwidth has a target.
-BANDWIDTH_SHAPES = [(8, 512, 64, 32768), (16, 256, 128, 16384)]
+# Shares of the copy's bandwidth.
 BANDWIDTH_TARGETS = {FORWARD: 0.85, BACKWARD: 0.65}
 SPEED_TARGETS = {"compile": 1.8, "eager": 3.0}
 MEMORY_TARGET = 0.01
