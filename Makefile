@@ -8,14 +8,17 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfops/emulator/*/*))
 
-.PHONY: help install demo test bench bench-check lint format clean gpu gpu-build gpu-test gpu-bench gpu-sanitize
+# Of make gpu, in this order.
+GPU_PARTS := gpu-build gpu-test gpu-test-triton gpu-bench gpu-bench-op gpu-bench-factorizers gpu-sanitize
+.PHONY: help install demo test bench bench-check lint format clean gpu gpu-first $(GPU_PARTS)
 
 help:
 	@echo "make demo    train MFNet on generated images, print its metrics, draw its predictions"
 	@echo "make test    the test suite"
 	@echo "make bench   measure on this machine: rows for benchmarks/results (benchmarks/README.md)"
 	@echo "make bench-check  a short run: have the op and the factorizers become slower?"
-	@echo "make gpu     on a machine with an NVIDIA GPU: build for it, test, measure (docs/gpu.md)"
+	@echo "make gpu     on a machine with an NVIDIA GPU: build for it, test, measure (docs/gpu.md);"
+	@echo "             make gpu-first: the same in short, to begin with"
 	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
 	@echo "make install only the virtual environment, $(VENV)"
 	@echo "make clean   remove the environment and everything built"
@@ -40,7 +43,11 @@ bench-check: $(INSTALLED)
 
 # What a GPU is needed for runs in the machine's own Python with its torch, and fetches nothing.
 GPU_PYTHON := $(firstword $(PYTHON))
-GPU_PARTS := gpu-build gpu-test gpu-bench gpu-sanitize
+GPU_TEST = $(GPU_PYTHON) -m pytest -m gpu --continue-on-collection-errors
+# $(call measure,QUESTIONS,OPTIONS). Figures that the budget does not suffice for are left out, by
+# name; pytest ends with 5 where BENCH selects nothing.
+measure = $(GPU_PYTHON) -m pytest $(patsubst %,benchmarks/bench_%.py,$(1)) --seconds 2 $(2) $(BENCH) \
+    || [ $$? -eq 5 ]
 
 # A part that fails does not keep the later ones from running.
 gpu:
@@ -60,17 +67,26 @@ gpu-build:
 	$(GPU_PYTHON) -m mfops
 
 gpu-test:
-	$(GPU_PYTHON) -m pytest -m gpu --continue-on-collection-errors
+	$(GPU_TEST) -k "not triton"
 
-# Figures that the seconds do not suffice for are left out, by name; the factorizers have seconds of
-# their own, as torch.compile takes minutes for some. Networks take longer than that to compile:
-# docs/gpu.md. pytest ends with 5 where BENCH selects nothing of a part.
+# Most of their time Triton compiles: side by side, where pytest-xdist is installed.
+gpu-test-triton:
+	$(GPU_TEST) -k triton $$($(GPU_PYTHON) -c 'import xdist; print("-n 4 --dist worksteal")' 2> /dev/null)
+
+# torch.compile takes up to a minute for a case of the op and minutes for one of the factorizers:
+# those have parts of their own. Networks take longer than that: docs/gpu.md.
 gpu-bench:
-	@status=0; for part in "240 ceilings op host contexts" "420 factorizers"; do \
-	    set -- $$part; budget=$$1; shift; \
-	    $(GPU_PYTHON) -m pytest $$(printf 'benchmarks/bench_%s.py ' $$*) --budget $$budget $(BENCH) \
-	        || [ $$? -eq 5 ] || status=1; \
-	done; exit $$status
+	$(call measure,ceilings host factorizers op contexts,--no-compile --budget 420)
+gpu-bench-op:
+	$(call measure,op,--budget 420 -k "bfloat16 and contiguous and not shared")
+gpu-bench-factorizers:
+	$(call measure,factorizers,--budget 360 -k "bfloat16 and contiguous")
+
+# To begin with on a new machine: does it build, agree, and about how fast is it?
+gpu-first: gpu-build
+	$(GPU_TEST) tests/mfops -k "probe or sanitized"
+	$(call measure,ceilings host factorizers op,--no-compile --budget 120 \
+	    -k "ceiling or host or (bfloat16 and contiguous and (4225 or 32768))")
 
 # Without torch's own allocator every tensor is an allocation that memcheck knows the end of.
 gpu-sanitize:

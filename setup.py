@@ -25,7 +25,8 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)  # oldest torch whose stable ABI the extension needs
 CXX_STANDARD = "-std=c++20"  # what the headers of current torch need
-CUDA_ARCHS = "8.0;8.6;8.9;9.0+PTX"  # Ampere, Ada, Hopper; PTX for what comes after
+# Ampere, Ada, Hopper, Blackwell; Hopper's PTX, which is compiled on the first call, for others.
+CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
 METADATA_COMMANDS = {"egg_info", "dist_info", "sdist"}  # commands that compile nothing
 
 
@@ -123,6 +124,14 @@ def find_cuda(torch_cuda: str | None, cxx: str) -> tuple[Path, None] | tuple[Non
     return cuda_home_of(nvcc), None
 
 
+def known_archs(cuda_home: Path) -> str:
+    """Those of CUDA_ARCHS that the toolkit compiles for, as torch reads them."""
+    command = [str(cuda_home / "bin" / "nvcc"), "--list-gpu-code"]
+    known = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    codes = {arch: "sm_" + arch.split("+")[0].replace(".", "") for arch in CUDA_ARCHS}
+    return ";".join(arch for arch, code in codes.items() if code in known)
+
+
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
@@ -179,7 +188,8 @@ def build_arguments() -> dict:
         notice(f"{cuda_missing}: building the C++ kernels only, no CUDA kernels.")
     else:
         os.environ["CUDA_HOME"] = str(cuda_home)  # read when torch.utils.cpp_extension is imported
-        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_archs(cuda_home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     from torch.utils.cpp_extension import BuildExtension
 
     return {

@@ -1,7 +1,8 @@
 """What figures have to reach: each target, required and measured, from rows.
 
 A rival's name begins with its family, "compile" or "eager"; a family's figure is that of its
-fastest member. Ratios are times over mfops native's.
+fastest member. Ratios are times over mfops native's. Beside them stands what they would be, were
+native as fast as a copy of the floor's bytes: no kernel that moves them all is faster.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks import bench_factorizers, kernels
-from benchmarks.bench_op import FACTORS, GPU_SHAPES, Case
+from benchmarks.bench_op import BANDWIDTH_SHAPES, FACTORS, GPU_SHAPES, Case
 from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS
 from benchmarks.questions import COPY, EAGER, MFOPS, NATIVE, TRITON
 from benchmarks.report.load import Figures
 from benchmarks.rows import Row, number
 
-# Where the share of the copy's bandwidth has a target.
-BANDWIDTH_SHAPES = [(8, 512, 64, 32768), (16, 256, 128, 16384)]
+# Shares of the copy's bandwidth.
 BANDWIDTH_TARGETS = {FORWARD: 0.85, BACKWARD: 0.65}
 SPEED_TARGETS = {"compile": 1.8, "eager": 3.0}
 MEMORY_TARGET = 0.01
@@ -61,12 +61,19 @@ class Figure:
     def members(self, family: str) -> list[Row]:
         return [row for name, row in self.rivals.items() if name.startswith(family)]
 
-    def over_native(self, family: str) -> float | None:
-        """The fastest member's time over native's, None where one of them was not measured."""
+    def over(self, base: str, family: str) -> float | None:
+        """The fastest member's time over the base's, None where one of them was not measured."""
         members = self.members(family)
         if not members:
             return None
-        return number(min(members, key=lambda row: float(row["median_s"])), OVER_NATIVE)
+        return number(min(members, key=lambda row: float(row["median_s"])), base)
+
+    def over_native(self, family: str) -> float | None:
+        return self.over(OVER_NATIVE, family)
+
+    def ceiling(self, family: str) -> float | None:
+        """The same of a copy of the floor's bytes in native's place."""
+        return self.over(OVER_COPY, family)
 
     def of_copy(self) -> float | None:
         """The copy's time over native's."""
@@ -107,6 +114,11 @@ class Target:
 
 def geometric_mean(values: list[float]) -> float:
     return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _at_most(ceilings: list[float | None]) -> str:
+    known = [ceiling for ceiling in ceilings if ceiling is not None]
+    return f"; at a copy's speed {geometric_mean(known):.2f}x" if known else ""
 
 
 def _missed_by(value: float, required: float) -> str:
@@ -155,23 +167,26 @@ def _speed(figures: list[Figure]) -> list[Target]:
             for layout in LAYOUTS:
                 name = f"{BOTH} against {family}, {dtype}, {layout}, per image"
                 wanted = f">= {required}x, geometric mean of {len(GPU_SHAPES)} shapes"
-                found = {
-                    f.case.shape: f.over_native(family)
+                here = [
+                    f
                     for f in figures
                     if (f.case.dtype, f.case.layout) == (dtype, layout)
                     and (f.case.factors, f.which) == ("per image", BOTH)
-                }
-                ratios = [r for shape in GPU_SHAPES if (r := found.get(shape)) is not None]
+                    and f.case.shape in GPU_SHAPES
+                ]
+                pairs = _known(here, lambda f, family=family: f.over_native(family))
+                ratios = [ratio for _, ratio in pairs]
                 if not ratios and (dtype, layout) != (DTYPES[0], LAYOUTS[0]):
                     continue  # this family was not asked for there
+                ceiling = _at_most([f.ceiling(family) for f, _ in pairs])
                 if len(ratios) < len(GPU_SHAPES):
-                    why = f"{len(ratios)} of {len(GPU_SHAPES)} shapes measured"
+                    why = f"{len(ratios)} of {len(GPU_SHAPES)} shapes measured{ceiling}"
                     targets.append(Target.missing(name, wanted, why))
                     continue
                 mean = geometric_mean(ratios)
                 measured = (
                     f"{mean:.2f}x{_missed_by(mean, required)}, from {min(ratios):.2f}x "
-                    f"to {max(ratios):.2f}x"
+                    f"to {max(ratios):.2f}x{ceiling}"
                 )
                 targets.append(Target(name, wanted, measured, mean >= required))
     return targets
@@ -259,7 +274,7 @@ def _several_times_faster(figures: list[Figure], method: str) -> list[Target]:
             lowest = min(ratios, key=lambda pair: pair[1])
             ratio = lowest[1]
             measured = f"{ratio:.2f}x{_missed_by(ratio, required)} ({_where(lowest)}), the lowest "
-            measured += f"of {len(ratios)}"
+            measured += f"of {len(ratios)}{_at_most([lowest[0].ceiling(family)])}"
             targets.append(Target(name, wanted, measured, ratio >= required))
     return targets
 

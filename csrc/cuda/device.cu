@@ -10,13 +10,12 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-// Whether the device can, the code that runs on it was compiled for what can, and enough of its
-// multiprocessors lie side by side for eight blocks that have all the shared memory they may: a
-// part of a GPU (MIG) may lack them.
-bool has_clusters(int major, int shared_bytes) {
+// None where the device cannot, the code that runs on it was not compiled for what can, or too few
+// of its multiprocessors lie side by side, as in a part of a GPU (MIG).
+int clusters_side_by_side(int major, int shared_bytes) {
     cudaFuncAttributes attributes;
     MFOPS_CUDA_CHECK(cudaFuncGetAttributes(&attributes, empty_kernel));
-    if (major < 9 || attributes.ptxVersion < 90) return false;
+    if (major < 9 || attributes.ptxVersion < 90) return 0;
     MFOPS_CUDA_CHECK(cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           shared_bytes));
     cudaLaunchAttribute attribute{};
@@ -33,9 +32,9 @@ bool has_clusters(int major, int shared_bytes) {
     // Some answer with an error for none at all, which is not to stay behind as the last one.
     if (cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config) != cudaSuccess) {
         cudaGetLastError();
-        return false;
+        return 0;
     }
-    return clusters > 0;
+    return clusters;
 }
 
 }  // namespace
@@ -55,7 +54,7 @@ Limits device_limits(int device_index) {
     const Limits limits{
         attribute(cudaDevAttrMultiProcessorCount), shared_per_block,
         attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-        has_clusters(attribute(cudaDevAttrComputeCapabilityMajor), shared_per_block)};
+        clusters_side_by_side(attribute(cudaDevAttrComputeCapabilityMajor), shared_per_block)};
     known.emplace(device_index, limits);
     return limits;
 }

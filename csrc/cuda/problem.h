@@ -37,7 +37,8 @@ struct Problem {
 struct Limits {
     int multiprocessors = 0;
     int shared_per_block = 0, shared_per_multiprocessor = 0;  // bytes
-    bool clusters = false;  // of blocks, that reach each other's shared memory
+    // That run side by side, of eight blocks with all the shared memory they may have; 0: none.
+    int clusters = 0;
 };
 
 // How a kernel's work is dealt out to its blocks. A block owns one strip (`own` rows, or columns,

@@ -149,6 +149,18 @@ def test_toolkit_behind_a_wrapper_script_is_found(
     assert setup.find_cuda("13.2", "c++") == (bin_folder.parent, None)
 
 
+@pytest.mark.parametrize(
+    ("listed", "taken"),
+    [
+        ("75 80 86 87 89 90", "8.0;8.6;8.9;9.0+PTX"),  # before CUDA 12.8
+        ("75 80 86 87 88 89 90 100 110 103 120 121", "8.0;8.6;8.9;9.0+PTX;10.0;12.0"),
+    ],
+)
+def test_architectures_are_those_that_nvcc_knows(bin_folder: Path, listed: str, taken: str) -> None:
+    write_tool(bin_folder, "nvcc", f"for arch in {listed}; do echo sm_$arch; done")
+    assert setup.known_archs(bin_folder.parent) == taken
+
+
 def test_nvcc_that_cannot_compile_is_reported_in_its_own_words(bin_folder: Path) -> None:
     write_nvcc(bin_folder, "13.0", compiles=False)
     home, reason = setup.find_cuda("13.2", "c++")

@@ -11,6 +11,18 @@
 #include "cuda/factor_f16.cu"
 // clang-format on
 
+namespace mfops::cuda {
+namespace {
+
+// Whether all rounds are planned as one launch.
+bool is_resident(const Tensor& x, int64_t rank, std::string method) {
+    const FactorProblem p = factor_problem_of(x, rank, false);
+    return plan_factors(p, DeviceScope(x).limits(), method_of(method), 1, false).span > 0;
+}
+
+}  // namespace
+}  // namespace mfops::cuda
+
 STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
     m.def(
         "iterate(Tensor x, Tensor y0, str method, int steps, bool tf32, "
@@ -21,10 +33,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
     m.def(
         "nmf_backward(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, "
         "Tensor slope, bool tf32) -> Tensor");
+    m.def("is_resident(Tensor x, int rank, str method) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfops_emulated, CPU, m) {
     m.impl("iterate", TORCH_BOX(&mfops::cuda::iterate));
     m.impl("solve", TORCH_BOX(&mfops::cuda::solve));
     m.impl("nmf_backward", TORCH_BOX(&mfops::cuda::nmf_backward));
+    m.impl("is_resident", TORCH_BOX(&mfops::cuda::is_resident));
 }

@@ -1,6 +1,6 @@
 // csrc/cuda/device.h for the emulator: a device of three multiprocessors, so that small tensors are
 // split as large ones are on a GPU, with the shared memory that the environment names (bytes for a
-// block; by default an sm_90's), and with clusters where the environment asks for them.
+// block; by default an sm_90's), and as many clusters side by side as it names (by default none).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +19,7 @@ class DeviceScope {
         const char* bytes = std::getenv("MFOPS_EMULATOR_SHARED_BYTES");
         const int per_block = bytes ? std::atoi(bytes) : 227 * 1024;
         const char* clusters = std::getenv("MFOPS_EMULATOR_CLUSTERS");
-        return {3, per_block, per_block + 1024, clusters != nullptr};
+        return {3, per_block, per_block + 1024, clusters ? std::atoi(clusters) : 0};
     }
     void* stream() const { return nullptr; }
 };
