@@ -3,7 +3,7 @@
 The code of a kernel holds paths for edges and for all kinds of calls. Counted is the shortest path
 once around the kernel's main loop that does the work of a tile inside the matrix, which the tile's
 shape gives: so many copies, products and stores between one barrier and the next. What no work
-forces is not counted, and subroutines (for quotients of exceptional values) are never called.
+forces is not counted. A subroutine (for quotients) counts with its shortest path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COPY, MMA = "LDGSTS", "HMMA"
 
 
 class Stretch(NamedTuple):
-    """What a warp does until a barrier, or until a loop of other copies begins.
+    """What a warp does until a barrier, or until it copies another tile.
 
     `work`: how often instructions occur, by the pattern of their names, which "if" follows where
     a predicate may switch them off: copies and products just as often, others at least. The last
@@ -35,7 +35,7 @@ class _Place(NamedTuple):
     block: int
     stretch: int
     done: tuple[int, ...]  # of the stretch's work
-    copying: int = -1  # the block that the stretch's copies are in, if any
+    copying: int = -1  # the tile that the stretch copies, if any
     other_side: int = -1  # where the warp's other lanes go on, if they have parted,
     meet: int = -1  # once the path is there
 
@@ -52,17 +52,21 @@ class Graph:
         for i, instruction in enumerate(code):
             if re.match(r"BRA|EXIT|RET|CALL|BAR\.|UCGABAR_WAIT|BSYNC", instruction.name):
                 starts.add(i + 1)
-            if instruction.name.startswith("BRA"):
+            if re.match("BRA|CALL", instruction.name):
                 starts.add(at[instruction.target])
         first = sorted(starts & set(range(len(code))))
         self.blocks = [code[i:j] for i, j in zip(first, [*first[1:], len(code)], strict=True)]
+        self.last = [block[-1] for block in self.blocks]
         self.block_at = {block[0].address: i for i, block in enumerate(self.blocks)}
         self.next = [self._after(i) for i in range(len(self.blocks))]
+        for i, last in enumerate(self.last):
+            if last.name.startswith("CALL"):
+                self.blocks[i] = [*self.blocks[i], *self._subroutine(self.block_at[last.target])]
 
     def _after(self, i: int) -> list[int]:
-        last = self.blocks[i][-1]
+        last = self.last[i]
         following = [i + 1] if i + 1 < len(self.blocks) else []
-        if re.match(r"CALL|RET", last.name):
+        if last.name.startswith("RET"):
             return []
         if last.name.startswith("EXIT"):
             return following if last.predicate else []
@@ -71,8 +75,20 @@ class Graph:
             return [self.block_at[last.target], *(following if conditional else [])]
         return following
 
+    def _subroutine(self, first: int) -> list[Instruction]:
+        """The fewest instructions until it returns."""
+        ways, seen = [(len(self.blocks[first]), [first])], set()
+        while ways:
+            length, way = heapq.heappop(ways)
+            if self.last[way[-1]].name.startswith("RET"):
+                return [instruction for i in way for instruction in self.blocks[i]]
+            for j in set(self.next[way[-1]]) - seen:
+                heapq.heappush(ways, (length + len(self.blocks[j]), [*way, j]))
+            seen.add(way[-1])
+        raise LookupError(f"the subroutine at {self.blocks[first][0].address:#x} never returns")
+
     def ends_with_barrier(self, i: int) -> bool:
-        return re.match(r"BAR\.|UCGABAR_WAIT", self.blocks[i][-1].name) is not None
+        return re.match(r"BAR\.|UCGABAR_WAIT", self.last[i].name) is not None
 
     def heads(self) -> list[int]:
         """Blocks that loops with products and barriers begin with, largest loop first."""
@@ -106,19 +122,53 @@ class Graph:
         graph.next = [[j for j in following if j not in cut] for following in self.next]
         return graph
 
+    def copied(self, head: int) -> dict[int, int]:
+        """Of each block that copies, which of the tiles that a turn of the loop copies it is for.
+
+        A tile ends at a block that all paths go through on which there is anything to copy.
+        """
+        before = _on_all_paths(self.next, head)
+        copying = [i for i in before if any(ins.name.startswith(COPY) for ins in self.blocks[i])]
+        if not copying:
+            return {}
+        end = len(self.blocks)  # of the turn, or of the kernel
+        reverse: list[list[int]] = [[] for _ in range(end + 1)]
+        for i in before:
+            for j in self.next[i] or [end]:
+                reverse[end if j == head else j].append(i)
+        after = _on_all_paths(reverse, end)
+        common = set.intersection(*(before[i] for i in copying))
+        first = max(common, key=lambda i: len(before[i]))
+        return {i: len(before[i] & after[first]) for i in copying}
+
     def partings(self) -> dict[int, int]:
         """Branches at which a warp's lanes part to store wide and narrow, and where they meet."""
         found: dict[int, int] = {}
         begun: dict[int, int] = {}
         for j, block in enumerate(self.blocks):
             begun |= {ins.target: j for ins in block if ins.name == "BSSY"}
-            last = block[-1]
+            last = self.last[j]
             inside = range(begun.get(last.address + 16, j) if last.name == "BSYNC" else j, j)
             names = {ins.name for k in inside for ins in self.blocks[k]}
             loops = any(follower <= k for k in inside for follower in self.next[k])
             if not loops and sum(name.startswith("STG") for name in names) > 1:
                 found |= {k: j for k in inside if len(self.next[k]) == 2 and max(self.next[k]) <= j}
         return found
+
+
+def _on_all_paths(following: list[list[int]], start: int) -> dict[int, set[int]]:
+    """Of each block in reach, which blocks all paths to it go through."""
+    found = {start: {start}}
+    changed = True
+    while changed:
+        changed = False
+        for i in sorted(found):
+            for j in following[i]:
+                new = found[i] | {j} if j not in found else (found[i] & found[j]) | {j}
+                if j != start and new != found.get(j):
+                    found[j] = new
+                    changed = True
+    return found
 
 
 def _name(instruction: Instruction) -> str:
@@ -160,7 +210,8 @@ class Search:
             _in_reach(graph, head, counts, stretch.work)
             for counts, stretch in zip(self.counts, stretches, strict=True)
         ]
-        self.copies = [count > (0,) for count in _counts(graph, {COPY: 1})]
+        self.copied = graph.copied(head)
+        self.one_loop = len(set(self.copied.values())) == 1  # that copies all tiles
         self.partings = graph.partings()
 
     def shortest(self) -> list[int] | None:
@@ -186,12 +237,13 @@ class Search:
 
     def _after(self, place: _Place) -> list[_Place]:
         i, stretch, done, copying, other_side, meet = place
-        if self.copies[i] and copying not in (-1, i):
-            if not self.stretches[stretch].until_copies or done != self.need[stretch]:
-                return []
+        tile = self.copied.get(i, copying)
+        stretch_done = done == self.need[stretch] and self.stretches[stretch].until_copies
+        if tile != copying != -1 and not stretch_done:
+            return []
+        if i in self.copied and stretch_done and (tile != copying or self.one_loop):
             stretch, done = stretch + 1, (0,) * len(self.need[stretch + 1])
-        if self.copies[i]:
-            copying = i
+        copying = tile
         need = self.need[stretch]
         done = tuple(map(sum, zip(done, self.counts[stretch][i], strict=True)))
         if any(e and d > n for e, d, n in zip(self.exact[stretch], done, need, strict=True)):

@@ -97,6 +97,40 @@ def test_loops_of_products_with_branches_are_for_edges():
     assert issued(code(shorter), whole(1, 1, 8), branching=True)["NOP"] == 1
 
 
+UNROLLED = """
+      @P2 BRA cols
+two:  LDGSTS.E.BYPASS.128 [R6], desc[UR4][R8.64]
+      LDGSTS.E.BYPASS.128 [R6], desc[UR4][R8.64]
+      @P1 BRA two
+      @P2 BRA skip
+cols: LDGSTS"""
+
+
+def test_a_tile_may_be_copied_by_several_blocks():
+    """A loop unrolled by two, and what remains."""
+    unrolled = LOOP.replace("\ncols: LDGSTS", UNROLLED)
+    counts = issued(code(unrolled), whole(1, 5, 1), branching=False)
+    assert (counts["LDGSTS.E.BYPASS.128"], counts["LDGSTS.E.128"], counts["IMAD"]) == (4, 2, 1)
+
+
+SUBROUTINE = """
+      EXIT
+sub:  @P0 BRA slow
+      RET.REL R2
+slow: MUFU.RCP R2, R3
+      RET.REL R2
+"""
+
+
+def test_a_subroutine_counts_with_its_shortest_path():
+    calls = LOOP.replace("\n      EXIT\n", SUBROUTINE).replace(
+        "done: ", "done: CALL.REL sub\n      "
+    )
+    plain = issued(code(LOOP), whole(1, 1, 1), branching=False)
+    more = issued(code(calls), whole(1, 1, 1), branching=False) - plain
+    assert more == {"CALL.REL": 1, "BRA": 1, "RET.REL": 1}
+
+
 def test_work_that_no_path_does_is_an_error():
     with pytest.raises(LookupError, match="no path"):
         issued(code(LOOP), whole(1, 1, 1, _128=2), branching=False)
