@@ -77,16 +77,18 @@ def measured(build: Path) -> list[Row]:
     return rows
 
 
+def compiler(build: Path) -> str:
+    return listing.assembler(build, ARCH, next(iter(listing.registers(build, ARCH))))
+
+
 def table(build: Path) -> list[str]:
     rows = measured(build)
-    names = listing.registers(build, ARCH)
-    first = next(name for name in names if re.search(KERNELS[0].pattern, name))
     lines = [TITLES, ["---", *["---:"] * (len(TITLES) - 1)], *(row.cells() for row in rows)]
     source = f"Written by `python -m benchmarks.machine_code` from code for {ARCH}"
     return [
         *(f"| {' | '.join(cells)} |" for cells in lines),
         "",
-        f"{source} by {listing.assembler(build, ARCH, first)}.",
+        f"{source} by {compiler(build)}.",
     ]
 
 
