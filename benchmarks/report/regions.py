@@ -1,15 +1,11 @@
-"""The parts of other documents that rows give, between two lines that stay where they are:
-
-<!-- benchmarks: op -->
-<!-- end benchmarks -->
-"""
+"""The parts of other documents that rows give, marked by "benchmarks" (marked.py)."""
 
 from __future__ import annotations
 
 import os
-import re
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.kernels import BOTH, FORWARD
@@ -23,7 +19,7 @@ from benchmarks.questions import (
     OP,
     TRITON,
 )
-from benchmarks.report import load
+from benchmarks.report import load, marked
 from benchmarks.report.load import Figures, Results
 from benchmarks.report.plots import PLOTS, Picture
 from benchmarks.report.tables import (
@@ -55,7 +51,6 @@ from benchmarks.rows import Row, number
 PREFERRED = "amd-epyc-2-threads"
 PAGE, PICTURES = Path("docs/benchmarks.md"), Path("docs/benchmarks")
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE=1"
-START, END = re.compile(r"<!-- benchmarks: (.*) -->"), "<!-- end benchmarks -->"
 
 
 def rewrite(document: Path, before: str, machines: list[Results]) -> str:
@@ -64,28 +59,8 @@ def rewrite(document: Path, before: str, machines: list[Results]) -> str:
     Raises:
         ValueError: a region has no end or no beginning, or none has its name.
     """
-    after: list[str] = []
-    begun = ""
-    fenced = False
-    for count, line in enumerate(before.splitlines(keepends=True), start=1):
-        fenced ^= line.startswith("```") and not begun
-        start = None if fenced else START.fullmatch(line.rstrip("\n"))
-        end = not fenced and line.rstrip("\n") == END
-        if (start and begun) or (end and not begun):
-            raise ValueError(f"{document}, line {count}: expected no '{line.strip()}' here")
-        if start:
-            begun = start[1]
-            if begun not in REGIONS:
-                known = ", ".join(REGIONS)
-                raise ValueError(f"{document}, line {count}: no region '{begun}': one of {known}")
-            after += [line, "\n", *(f"{own}\n" for own in _region(begun, document, machines)), "\n"]
-        if end:
-            begun = ""
-        if not begun:
-            after.append(line)
-    if begun:
-        raise ValueError(f"{document}: the region '{begun}' has no '{END}'")
-    return "".join(after)
+    regions = {which: partial(_region, which, document, machines) for which in REGIONS}
+    return marked.rewrite(document, before, "benchmarks", regions)
 
 
 def _region(which: str, document: Path, machines: list[Results]) -> list[str]:

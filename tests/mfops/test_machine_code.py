@@ -5,10 +5,7 @@ These are checks of this build, not figures; they need neither a GPU nor a CUDA 
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +13,11 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.machine_code import listing
+from benchmarks.machine_code.kernels import ARCH, KERNELS
+from benchmarks.machine_code.table import DOCUMENT, ceilings, compiler, measured
+
+ROOT = Path(__file__).parents[2]
 TYPES = ["float32", "tf32", "bf16", "f16"]  # in the order of csrc/cuda/problem.h
 TENSOR_CORE = {
     "tf32": "HMMA.1688.F32.TF32",
@@ -52,24 +54,10 @@ class Kernel(NamedTuple):
         return cls(kind, TYPES[int(type_)], transposed == "1", True, 1)
 
 
-def cuobjdump() -> str:
-    """On PATH, or the one that triton carries."""
-    found = shutil.which("cuobjdump")
-    if found is None:
-        triton = importlib.util.find_spec("triton")
-        if triton is not None and triton.origin is not None:
-            path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-            found = str(path) if path.exists() else None
-    if found is None:
-        pytest.skip("no cuobjdump, neither on PATH nor in triton")
-    return found
-
-
 def dump(extension: ModuleType, *options: str) -> str:
-    command = [cuobjdump(), *options, str(extension.__file__)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    if listing.cuobjdump() is None:
+        pytest.skip("no cuobjdump, neither on PATH nor in triton")
+    return listing.dump(Path(extension.__file__), *options)
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +179,23 @@ def test_memory_is_never_addressed_generically(instructions):
             if kernel.kind == "resident":  # other blocks' shared memory is reached in this way
                 generic -= {"LD.E.128", "ST.E.64"}
             assert not generic, (name, generic)
+
+
+def test_tiles_cost_no_more_instructions_than_recorded(extension):
+    archs = extension.build_info()["cuda_archs"]
+    if ARCH not in archs:
+        pytest.skip(f"no machine code for {ARCH} in this build, only for {', '.join(archs)}")
+    if listing.cuobjdump() is None:
+        pytest.skip("no cuobjdump, neither on PATH nor in triton")
+    build, document = Path(extension.__file__), (ROOT / DOCUMENT).read_text("utf-8")
+    ours, release = compiler(build), re.search(r"ptxas \d+\.\d+", document)
+    assert release is not None
+    if not ours.startswith(release[0]):
+        pytest.skip(f"instructions were recorded of {release[0]}, this build is by {ours}")
+    recorded = ceilings(document)
+    assert set(recorded) == {kernel.title for kernel in KERNELS}
+    issued = {row.kernel.title: row.issued.total() for row in measured(build)}
+    more = {
+        title: (n, recorded[title]) for title, n in issued.items() if n > 1.05 * recorded[title]
+    }
+    assert not more, f"instructions, and those in {DOCUMENT}"
