@@ -126,7 +126,7 @@ template <int kThreads, class T>
 __device__ __forceinline__ void fill_by_element(const Tile<T>& tile, const Lines& from,
                                                 const T* origin, int lines, int length,
                                                 int line_end, int end) {
-    const bool lines_innermost = from.line < from.step;
+    const bool lines_innermost = here(from.line) < from.step;
 #pragma unroll 1
     for (int i = here(static_cast<int>(threadIdx.x)); i < lines * length; i += kThreads) {
         const int line = lines_innermost ? i % lines : i / length;
@@ -184,7 +184,7 @@ template <int kThreads, class T>
 __device__ __forceinline__ bool settle(const Tile<T>& tile, const Lines& from, const T* origin,
                                        int lines, int length) {
     if (from.step != 1 || on_granules(origin, from.line)) return false;
-    const int shift = misalignment(origin), growth = static_cast<int>(from.line);
+    const int shift = misalignment(origin), growth = static_cast<int>(here(from.line));
     // A warp takes several lines at once or one part by part; all lanes read before one writes.
     const int whole = length / kGranule<T>, thread = here(static_cast<int>(threadIdx.x)),
               lane = thread % 32;
@@ -233,7 +233,7 @@ __device__ __forceinline__ void write_back(const Tile<T>& tile, T* origin, int64
     if (aligned && end % kG == 0) return;
     for (int i = here(static_cast<int>(threadIdx.x)); i < 2 * line_end; i += kThreads) {
         const int line = i / 2;
-        T* const to = origin + line * stride;
+        T* const to = origin + line * here(stride);
         const int before = misalignment(to), left = min((kG - before) % kG, end);
         const int right = max(end - (end + before) % kG, left);
         const int begin = i % 2 ? right : 0, stop = i % 2 ? end : left;
