@@ -233,7 +233,7 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     if (!grad_factor.wanted()) return;
     const int64_t extent = kOwnRows ? p.rows : p.cols;
     // Not kept in a register meanwhile.
-    const int share = item_of(work, p.batch, here(static_cast<int>(index))).share;
+    const int share = item_of(work, p.batch, here(index)).share;
     const int64_t offset = share * extent * p.rank;
     sum.for_each_pair([&](int m, int n, float& v, float& w) {
         const auto put = [&](int64_t own_index, int basis, float value) {

@@ -55,6 +55,10 @@ __device__ __forceinline__ int here(int v) {
     asm volatile("" : "+r"(v));
     return v;
 }
+__device__ __forceinline__ unsigned here(unsigned v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
 __device__ __forceinline__ int64_t here(int64_t v) {
     asm volatile("" : "+l"(v));
     return v;

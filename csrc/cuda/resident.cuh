@@ -58,7 +58,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     // result's memory.
     const int fours = padded / 4;
     const auto own_part = [&] {
-        const int thread = here(static_cast<int>(threadIdx.x));
+        const int thread = here(threadIdx.x);
         OwnPart part;
         part.row = thread / fours, part.basis = thread % fours * 4;
         part.row_of_half = static_cast<int>(rank) * at.owned() + part.row;

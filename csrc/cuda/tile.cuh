@@ -96,7 +96,7 @@ struct Walk {
 
     __device__ __forceinline__ Walk(const Tile<T>& tile, Global* origin, int64_t stride,
                                     int per_line)
-        : Walk(tile, origin, here(stride), per_line, here(static_cast<int>(threadIdx.x))) {}
+        : Walk(tile, origin, here(stride), per_line, here(threadIdx.x)) {}
     __device__ __forceinline__ Walk(const Tile<T>& tile, Global* origin, int64_t stride,
                                     int per_line, int thread)
         : per_line(per_line),
@@ -128,7 +128,7 @@ __device__ __forceinline__ void fill_by_element(const Tile<T>& tile, const Lines
                                                 int line_end, int end) {
     const bool lines_innermost = here(from.line) < from.step;
 #pragma unroll 1
-    for (int i = here(static_cast<int>(threadIdx.x)); i < lines * length; i += kThreads) {
+    for (int i = here(threadIdx.x); i < lines * length; i += kThreads) {
         const int line = lines_innermost ? i % lines : i / length;
         const int element = lines_innermost ? i / lines : i % length;
         const bool inside = line < line_end && element < end;
@@ -186,8 +186,7 @@ __device__ __forceinline__ bool settle(const Tile<T>& tile, const Lines& from, c
     if (from.step != 1 || on_granules(origin, from.line)) return false;
     const int shift = misalignment(origin), growth = static_cast<int>(here(from.line));
     // A warp takes several lines at once or one part by part; all lanes read before one writes.
-    const int whole = length / kGranule<T>, thread = here(static_cast<int>(threadIdx.x)),
-              lane = thread % 32;
+    const int whole = length / kGranule<T>, thread = here(threadIdx.x), lane = thread % 32;
     const int at_once = whole < 32 ? 32 / whole : 1, own_line = whole < 32 ? lane / whole : 0;
     const int own_granule = whole < 32 ? lane % whole : lane;
 #pragma unroll 1
@@ -231,7 +230,7 @@ __device__ __forceinline__ void write_back(const Tile<T>& tile, T* origin, int64
         store_global(at.global - before, load_anywhere(at.shared - before));
     }
     if (aligned && end % kG == 0) return;
-    for (int i = here(static_cast<int>(threadIdx.x)); i < 2 * line_end; i += kThreads) {
+    for (int i = here(threadIdx.x); i < 2 * line_end; i += kThreads) {
         const int line = i / 2;
         T* const to = origin + line * here(stride);
         const int before = misalignment(to), left = min((kG - before) % kG, end);

@@ -38,6 +38,7 @@ namespace mfops::cuda {
 using emulator::Where;
 
 inline int here(int v) { return v; }
+inline unsigned here(unsigned v) { return v; }
 inline int64_t here(int64_t v) { return v; }
 
 struct bf16 {
