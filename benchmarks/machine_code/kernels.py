@@ -194,6 +194,7 @@ def resident(nmf: bool) -> Kernel:
         work = [
             {f"{MMA}.* of 0": score, f"{MMA}.* of 1": products(64, 64, 512, 16)},
             {STORE: 4},
+            # Half of the bases at a time; the way into the second half's loop is not counted.
             {f"{MMA}.* of 2": products(16, 64, 64, 1), RECIPROCAL: 32, STORE: 16},
             *(half, get, half, get),
             {f"{MMA}.* of 4": products(64, 64, 144, 16), STORE_8: 4, **MEET},
