@@ -17,7 +17,6 @@ from benchmarks.machine_code.listing import Instruction
 
 COPY, MOVE, MMA = "LDGSTS", "STS.128", "HMMA"
 
-
 # What a warp does until a barrier: how often instructions occur, by the pattern of their names,
 # which "if" follows where a predicate may switch them off, and "of 1" where they bring or move the
 # second of the loop's tiles, or belong to its second product. Copies and products occur just as
@@ -103,8 +102,8 @@ class Graph:
         """Of each block that brings, moves or multiplies, which piece of a turn's work it is for.
 
         Its blocks are those with instructions of this name, and those with such as are `beside`
-        them. It ends at a block that all paths go through on which there is anything to do. None
-        where there is no other piece.
+        them. It ends at a block that all paths go through on which there is anything to do. Where
+        there is a single piece nothing is told apart.
         """
         before = _on_all_paths(self.next, head)
         names = [{ins.name for ins in block} for block in self.blocks]

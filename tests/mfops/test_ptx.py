@@ -171,10 +171,11 @@ def factor_problem(x: int, shape: tuple[int, int, int, int]) -> p.FactorProblem:
     return p.FactorProblem(p.BF16, False, batch, channels, pixels, rank, lines)
 
 
+@pytest.mark.parametrize("shape", [(2, 256, 20, 160), (2, 250, 20, 131)], ids=["aligned", "odd"])
 @pytest.mark.parametrize("nmf", [False, True], ids=["em", "nmf"])
-def test_round(compiled, nmf):
-    """Of odd N. Y is what update_kernel would have left, and so is nmf's Y^T Y."""
-    shape = batch, channels, rank, pixels = 2, 250, 20, 131
+def test_round(compiled, nmf, shape):
+    """Y is what update_kernel would have left, and so is nmf's Y^T Y."""
+    batch, channels, rank, pixels = shape
     random, memory, k = np.random.default_rng(0), Global(), padded(rank)
     draw = random.random if nmf else random.standard_normal
     x = bits(draw((batch, channels, pixels)))
