@@ -11,33 +11,23 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from copy import copy
 from typing import NamedTuple
 
 from benchmarks.machine_code.listing import Instruction
 
-COPY, MMA = "LDGSTS", "HMMA"
+COPY, MOVE, MMA = "LDGSTS", "STS.128", "HMMA"
 
-
-class Stretch(NamedTuple):
-    """What a warp does until a barrier, or until it copies another tile.
-
-    `work`: how often instructions occur, by the pattern of their names, which "if" follows where
-    a predicate may switch them off: copies and products just as often, others at least. The last
-    stretch ends with the loop.
-    """
-
-    work: dict[str, int]
-    until_copies: bool = False
+# What a warp does until a barrier: how often instructions occur, by the pattern of their names,
+# which "if" follows where a predicate may switch them off, and "of 1" where they bring or move the
+# second of the loop's tiles, or belong to its second product. Copies and products occur just as
+# often, others at least.
+Work = dict[str, int]
 
 
 class _Place(NamedTuple):
     block: int
     stretch: int
     done: tuple[int, ...]  # of the stretch's work
-    copying: int = -1  # the tile that the stretch copies, if any
-    other_side: int = -1  # where the warp's other lanes go on, if they have parted,
-    meet: int = -1  # once the path is there
 
 
 _CLOSED = _Place(-1, -1, ())  # the loop, its work done
@@ -108,28 +98,17 @@ class Graph:
             left += new
         return found
 
-    def without_branching_products(self) -> Graph:
-        """The graph without loops of products that ask at every piece: edges take those."""
-        cut: set[int] = set()
-        for i, following in enumerate(self.next):
-            for head in (j for j in following if j <= i):
-                inside = range(head, i + 1)
-                inner = all(j > k for k in inside[:-1] for j in self.next[k])
-                products = any(ins.name.startswith(MMA) for k in inside for ins in self.blocks[k])
-                if inner and products and any(len(self.next[k]) > 1 for k in inside[:-1]):
-                    cut |= set(inside)
-        graph = copy(self)
-        graph.next = [[j for j in following if j not in cut] for following in self.next]
-        return graph
+    def pieces(self, head: int, name: str, beside: str = "") -> dict[int, int]:
+        """Of each block that brings, moves or multiplies, which piece of a turn's work it is for.
 
-    def copied(self, head: int) -> dict[int, int]:
-        """Of each block that copies, which of the tiles that a turn of the loop copies it is for.
-
-        A tile ends at a block that all paths go through on which there is anything to copy.
+        Its blocks are those with instructions of this name, and those with such as are `beside`
+        them. It ends at a block that all paths go through on which there is anything to do. Where
+        there is a single piece nothing is told apart.
         """
         before = _on_all_paths(self.next, head)
-        copying = [i for i in before if any(ins.name.startswith(COPY) for ins in self.blocks[i])]
-        if not copying:
+        names = [{ins.name for ins in block} for block in self.blocks]
+        doing = [i for i in before if any(own.startswith(name) for own in names[i])]
+        if not doing:
             return {}
         end = len(self.blocks)  # of the turn, or of the kernel
         reverse: list[list[int]] = [[] for _ in range(end + 1)]
@@ -137,23 +116,12 @@ class Graph:
             for j in self.next[i] or [end]:
                 reverse[end if j == head else j].append(i)
         after = _on_all_paths(reverse, end)
-        common = set.intersection(*(before[i] for i in copying))
+        common = set.intersection(*(before[i] for i in doing))
         first = max(common, key=lambda i: len(before[i]))
-        return {i: len(before[i] & after[first]) for i in copying}
-
-    def partings(self) -> dict[int, int]:
-        """Branches at which a warp's lanes part to store wide and narrow, and where they meet."""
-        found: dict[int, int] = {}
-        begun: dict[int, int] = {}
-        for j, block in enumerate(self.blocks):
-            begun |= {ins.target: j for ins in block if ins.name == "BSSY"}
-            last = self.last[j]
-            inside = range(begun.get(last.address + 16, j) if last.name == "BSYNC" else j, j)
-            names = {ins.name for k in inside for ins in self.blocks[k]}
-            loops = any(follower <= k for k in inside for follower in self.next[k])
-            if not loops and sum(name.startswith("STG") for name in names) > 1:
-                found |= {k: j for k in inside if len(self.next[k]) == 2 and max(self.next[k]) <= j}
-        return found
+        place = {i: len(before[i] & after[first]) for i in before if first in before[i]}
+        places = sorted({place[i] for i in doing})
+        own = [i for i in place if place[i] in places and (i in doing or beside in names[i])]
+        return {i: places.index(place[i]) for i in own} if len(places) > 1 else {}
 
 
 def _on_all_paths(following: list[list[int]], start: int) -> dict[int, set[int]]:
@@ -171,17 +139,21 @@ def _on_all_paths(following: list[list[int]], start: int) -> dict[int, set[int]]
     return found
 
 
-def _name(instruction: Instruction) -> str:
-    return f"{instruction.name} if" if instruction.predicate else instruction.name
+def _name(instruction: Instruction, piece: int | None) -> str:
+    condition = " if" if instruction.predicate else ""
+    return instruction.name + condition + ("" if piece is None else f" of {piece}")
 
 
-def _counts(graph: Graph, work: dict[str, int]) -> list[tuple[int, ...]]:
+def _counts(graph: Graph, pieces: dict[int, int], work: Work) -> list[tuple[int, ...]]:
     """Of each block, how much of the work it does. What @!PT precedes does nothing."""
-    names = [[_name(ins) for ins in block if ins.predicate != "!PT"] for block in graph.blocks]
+    names = [
+        [_name(ins, pieces.get(i)) for ins in block if ins.predicate != "!PT"]
+        for i, block in enumerate(graph.blocks)
+    ]
     return [tuple(sum(bool(re.match(p, n)) for n in own) for p in work) for own in names]
 
 
-def _in_reach(graph: Graph, head: int, counts: list[tuple[int, ...]], work: dict[str, int]):
+def _in_reach(graph: Graph, head: int, counts: list[tuple[int, ...]], work: Work):
     """Of each block, how much of the work can be done from it on until a barrier or `head`."""
     most = [tuple(map(min, count, work.values())) for count in counts]
     changed = True
@@ -201,18 +173,18 @@ def _in_reach(graph: Graph, head: int, counts: list[tuple[int, ...]], work: dict
 class Search:
     """Dijkstra's algorithm over blocks and the work done so far."""
 
-    def __init__(self, graph: Graph, head: int, stretches: list[Stretch]):
+    def __init__(self, graph: Graph, head: int, stretches: list[Work]):
         self.graph, self.head, self.stretches = graph, head, stretches
-        self.need = [tuple(stretch.work.values()) for stretch in stretches]
-        self.exact = [[p in (COPY, MMA) for p in stretch.work] for stretch in stretches]
-        self.counts = [_counts(graph, stretch.work) for stretch in stretches]
+        self.need = [tuple(work.values()) for work in stretches]
+        self.exact = [[p.startswith((COPY, MMA)) for p in work] for work in stretches]
+        pieces = graph.pieces(head, MMA) | graph.pieces(head, COPY)
+        if any(COPY in p for work in stretches for p in work):
+            pieces |= graph.pieces(head, MOVE, "LDS")
+        self.counts = [_counts(graph, pieces, work) for work in stretches]
         self.reach = [
-            _in_reach(graph, head, counts, stretch.work)
-            for counts, stretch in zip(self.counts, stretches, strict=True)
+            _in_reach(graph, head, counts, work)
+            for counts, work in zip(self.counts, stretches, strict=True)
         ]
-        self.copied = graph.copied(head)
-        self.one_loop = len(set(self.copied.values())) == 1  # that copies all tiles
-        self.partings = graph.partings()
 
     def shortest(self) -> list[int] | None:
         """The blocks of the path, in order; None where no path does the work."""
@@ -236,14 +208,7 @@ class Search:
         return None
 
     def _after(self, place: _Place) -> list[_Place]:
-        i, stretch, done, copying, other_side, meet = place
-        tile = self.copied.get(i, copying)
-        stretch_done = done == self.need[stretch] and self.stretches[stretch].until_copies
-        if tile != copying != -1 and not stretch_done:
-            return []
-        if i in self.copied and stretch_done and (tile != copying or self.one_loop):
-            stretch, done = stretch + 1, (0,) * len(self.need[stretch + 1])
-        copying = tile
+        i, stretch, done = place
         need = self.need[stretch]
         done = tuple(map(sum, zip(done, self.counts[stretch][i], strict=True)))
         if any(e and d > n for e, d, n in zip(self.exact[stretch], done, need, strict=True)):
@@ -251,36 +216,27 @@ class Search:
         done = tuple(map(min, done, need))
         closing = done == need and stretch == len(self.stretches) - 1
         if self.graph.ends_with_barrier(i):
-            if done != need or closing or self.stretches[stretch].until_copies:
+            if done != need or closing:
                 return []
-            stretch, copying, done = stretch + 1, -1, (0,) * len(self.need[stretch + 1])
-        sides = [(j, other_side, meet) for j in self.graph.next[i]]
-        if i == meet:
-            sides = [(other_side, -1, -1)]
-        elif meet == -1 and i in self.partings:
-            one, other = self.graph.next[i]
-            sides += [(one, other, self.partings[i]), (other, one, self.partings[i])]
+            stretch, done = stretch + 1, (0,) * len(self.need[stretch + 1])
         return [
-            _CLOSED if j == self.head else _Place(j, stretch, done, copying, *others)
-            for j, *others in sides
-            if (closing if j == self.head else self._can_finish(stretch, done, j, others[1]))
+            _CLOSED if j == self.head else _Place(j, stretch, done)
+            for j in self.graph.next[i]
+            if (closing if j == self.head else self._can_finish(stretch, done, j))
         ]
 
-    def _can_finish(self, stretch: int, done: tuple[int, ...], i: int, meet: int) -> bool:
-        """Where the lanes have parted, the other side's work is not known to be in reach."""
+    def _can_finish(self, stretch: int, done: tuple[int, ...], i: int) -> bool:
         reach = zip(done, self.reach[stretch][i], self.need[stretch], strict=True)
-        return meet != -1 or all(d + most >= need for d, most, need in reach)
+        return all(d + most >= need for d, most, need in reach)
 
 
-def issued(code: list[Instruction], stretches: list[Stretch], branching: bool) -> Counter[str]:
+def issued(code: list[Instruction], stretches: list[Work]) -> Counter[str]:
     """How often a warp issues each instruction for a tile, by name.
-
-    `branching`: whether the loops of products that the tile takes have branches.
 
     Raises:
         LookupError: no path around a loop does that work.
     """
-    graph = Graph(code) if branching else Graph(code).without_branching_products()
+    graph = Graph(code)
     for head in graph.heads():
         if path := Search(graph, head, stretches).shortest():
             names = (ins for i in path for ins in graph.blocks[i])

@@ -70,7 +70,7 @@ def measured(build: Path) -> list[Row]:
     rows = []
     for kernel, name in zip(KERNELS, names, strict=True):
         try:
-            count = issued(code[name], kernel.stretches, kernel.branching)
+            count = issued(code[name], kernel.stretches)
         except LookupError as error:
             raise LookupError(f"{kernel.title}: {error}") from None
         rows.append(Row(kernel, registers[name], count))

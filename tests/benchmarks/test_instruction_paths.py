@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 from benchmarks.machine_code import __main__ as command
 from benchmarks.machine_code import listing, table
 from benchmarks.machine_code.kernels import KERNELS
-from benchmarks.machine_code.paths import COPY, MMA, Stretch, issued
+from benchmarks.machine_code.paths import COPY, MMA, Work, issued
 
-WAIT = Stretch({"DEPBAR": 1})
+WAIT = {"DEPBAR": 1}
 # A tile's loop. Branches, by the label that they jump to.
 LOOP = """
       MOV R1, RZ
@@ -60,14 +61,13 @@ def code(text: str) -> list[listing.Instruction]:
     return listing.instructions("\n".join(listed))["tile"]
 
 
-def whole(rows: int, cols: int, products: int, **stored: int) -> list[Stretch]:
+def whole(rows: int, cols: int, products: int, **stored: int) -> list[Work]:
     store = {f"STG.*{what.strip('_')}": count for what, count in stored.items()}
-    copied = Stretch({COPY: rows}, until_copies=True)
-    return [WAIT, copied, Stretch({COPY: cols, MMA: products}), Stretch(store)]
+    return [WAIT, {f"{COPY}.* of 0": rows, f"{COPY}.* of 1": cols, MMA: products}, store]
 
 
 def test_loops_go_round_as_often_as_the_work_asks():
-    counts = issued(code(LOOP), whole(2, 4, 8, _128=1), branching=False)
+    counts = issued(code(LOOP), whole(2, 4, 8, _128=1))
     assert counts["LDGSTS.E.128"] == 6
     assert counts["IMAD"] == counts["NOP"] == 2  # not six of the loop that is longer, or shorter
     assert counts["HMMA.16816.F32.BF16"] == counts["LDSM.16.M88.4"] == 8
@@ -79,22 +79,41 @@ def test_loops_go_round_as_often_as_the_work_asks():
 
 
 def test_a_path_that_does_less_is_taken_where_less_is_to_do():
-    counts = issued(code(LOOP), [WAIT, Stretch({MMA: 1}), Stretch({})], branching=False)
+    counts = issued(code(LOOP), [WAIT, {MMA: 1}, {}])
     assert counts["LDGSTS.E.128"] == 0
     assert counts["STG.E.128"] == 0  # the narrow store is the shorter way
 
 
-def test_both_sides_count_where_lanes_part_to_store():
-    one = issued(code(LOOP), whole(1, 1, 1, _128=1), branching=False)
-    both = issued(code(LOOP), whole(1, 1, 1, _128=1, U16=1), branching=False)
-    assert both - one == {"STG.E.U16": 1, "BSYNC": 1}
-    assert not one - both
+def test_stores_are_those_that_the_work_asks_for():
+    wide, narrow = (issued(code(LOOP), whole(1, 1, 1, **{n: 1})) for n in ("_128", "U16"))
+    assert (wide["STG.E.128"], wide["STG.E.U16"]) == (1, 0)
+    assert (narrow["STG.E.128"], narrow["STG.E.U16"]) == (0, 1)
+    with pytest.raises(LookupError, match="no path"):
+        issued(code(LOOP), whole(1, 1, 1, _128=1, U16=1))
 
 
-def test_loops_of_products_with_branches_are_for_edges():
-    shorter = LOOP.replace("mul:  LDSM", "mul:  NOP\n      NOP\n      NOP\n      LDSM")
-    assert issued(code(shorter), whole(1, 1, 8), branching=False)["NOP"] == 1 + 3 * 8
-    assert issued(code(shorter), whole(1, 1, 8), branching=True)["NOP"] == 1
+MOVED = """
+skip: @P2 BRA more
+one:  @P4 BRA put1
+      LDS R2, [R3]
+put1: STS.128 [R3], R4
+      @P1 BRA one
+more: @P2 BRA moved
+two:  @P4 BRA put2
+      IMAD R7, R2, R3, RZ
+      LDS R2, [R3]
+put2: STS.128 [R3], R4
+      @P1 BRA two
+moved: @P2 BRA edge"""
+
+
+def test_tiles_are_moved_by_their_own_loops():
+    """Which load beside they store, and a lane of the warp at least loads."""
+    moved = LOOP.replace("\nskip: @P2 BRA edge", MOVED)
+    wait, brought, *rest = whole(1, 1, 1)
+    work = {"LDS of 0$": 3, "STS.128 of 0$": 3, "LDS of 1$": 2, "STS.128 of 1$": 2}
+    counts = issued(code(moved), [wait, brought | work, *rest])
+    assert (counts["LDS"], counts["STS.128"], counts["IMAD"]) == (5, 5, 1 + 2)
 
 
 UNROLLED = """
@@ -109,7 +128,7 @@ cols: LDGSTS"""
 def test_a_tile_may_be_copied_by_several_blocks():
     """A loop unrolled by two, and what remains."""
     unrolled = LOOP.replace("\ncols: LDGSTS", UNROLLED)
-    counts = issued(code(unrolled), whole(1, 5, 1), branching=False)
+    counts = issued(code(unrolled), whole(1, 5, 1))
     assert (counts["LDGSTS.E.BYPASS.128"], counts["LDGSTS.E.128"], counts["IMAD"]) == (4, 2, 1)
 
 
@@ -126,16 +145,16 @@ def test_a_subroutine_counts_with_its_shortest_path():
     calls = LOOP.replace("\n      EXIT\n", SUBROUTINE).replace(
         "done: ", "done: CALL.REL sub\n      "
     )
-    plain = issued(code(LOOP), whole(1, 1, 1), branching=False)
-    more = issued(code(calls), whole(1, 1, 1), branching=False) - plain
+    plain = issued(code(LOOP), whole(1, 1, 1))
+    more = issued(code(calls), whole(1, 1, 1)) - plain
     assert more == {"CALL.REL": 1, "BRA": 1, "RET.REL": 1}
 
 
 def test_work_that_no_path_does_is_an_error():
     with pytest.raises(LookupError, match="no path"):
-        issued(code(LOOP), whole(1, 1, 1, _128=2), branching=False)
+        issued(code(LOOP), whole(1, 1, 1, _128=2))
     with pytest.raises(LookupError, match="no path"):
-        issued(code(LOOP.replace("@P3 BRA mul", "NOP")), whole(1, 1, 2), branching=False)
+        issued(code(re.sub("@P3 BRA mul|@P3 BRA edge", "NOP", LOOP)), whole(1, 1, 2))
 
 
 def test_the_command_says_what_it_lacks(monkeypatch, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -25,33 +26,38 @@ TENSOR_CORE = {
     "f16": "HMMA.16816.F32",
 }
 REGISTERS = 64 * 1024  # of a multiprocessor
-THREADS = {"resident": 512}  # of a block, by kind; others 256
+# By kind: how many operands `fill` brings (backward has two kinds of blocks), how many tiles
+# `write_back` writes, how many other loads from global memory there are (g, the error's gradient).
+MOVES = {"forward": (3, 1, 0), "backward": (8, 2, 2)}
 
 
 class Kernel(NamedTuple):
     kind: str  # "forward", "backward", "round", "share", "nmf_backward" or "resident"
     type: str
     transposed: bool
-    aligned: bool  # knows that lines start on 16 bytes, or moves them there before it uses them
+    shared: bool  # one product for all images
+    warps: int  # of a block
     blocks: int  # on a multiprocessor
 
     @classmethod
     def of(cls, mangled: str) -> Kernel | None:
         """The template arguments of a product kernel's mangled name; None for other kernels."""
         match = re.search(
-            r"\d(forward|backward)_kernelILNS0_4TypeE(\d)ELb(\d)ELb(\d)E\w*?Li(\d)EEEv", mangled
+            r"\d(forward|backward)_kernelILNS0_4TypeE(\d)ELb(\d)ELb(\d)E\w*Li(\d+)ELi(\d)EEEv",
+            mangled,
         )
         if match is not None:
-            kind, type_, transposed, aligned, blocks = match.groups()
-            flags = transposed == "1", aligned == "1"
-            return cls(kind, TYPES[int(type_)], *flags, int(blocks))
+            kind, type_, transposed, shared, warps, blocks = match.groups()
+            flags = transposed == "1", shared == "1"
+            return cls(kind, TYPES[int(type_)], *flags, int(warps), int(blocks))
         match = re.search(
             r"\d(round|share|nmf_backward|resident)_kernelILNS0_4TypeE(\d)ELb(\d)E", mangled
         )
         if match is None:
             return None
         kind, type_, transposed = match.groups()
-        return cls(kind, TYPES[int(type_)], transposed == "1", True, 1)
+        warps = 16 if kind == "resident" else 8
+        return cls(kind, TYPES[int(type_)], transposed == "1", False, warps, 1)
 
 
 def dump(extension: ModuleType, *options: str) -> str:
@@ -85,8 +91,12 @@ def resources(extension) -> dict[tuple[str, str], dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def instructions(extension) -> dict[str, Counter[str]]:
-    """By mangled name, how often every instruction occurs in the newest architecture's code."""
-    arch = extension.build_info()["cuda_archs"][-1]
+    """By mangled name, how often every instruction occurs in one architecture's code.
+
+    Of sm_90 where the build has it: for 10.0 and 12.0 ptxas makes some stores generic.
+    """
+    archs = extension.build_info()["cuda_archs"]
+    arch = ARCH if ARCH in archs else archs[-1]
     found: dict[str, Counter[str]] = {}
     name = ""
     for line in dump(extension, "--dump-sass", "--gpu-architecture", arch).splitlines():
@@ -104,15 +114,14 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
     assert archs == set(extension.build_info()["cuda_archs"])
     assert set(resources) == {(arch, name) for arch in archs for name in names}
     kernels = [kernel for name in names if (kernel := Kernel.of(name))]
-    variants = {(k.type, k.transposed, k.aligned) for k in kernels}
-    assert len(variants) == len(TYPES) * 4
-    columns = {(k.type, k.transposed) for k in kernels}
+    columns = set(product(TYPES, (False, True)))
     for kind in ("round", "share", "nmf_backward"):
         assert {(k.type, k.transposed) for k in kernels if k.kind == kind} == columns
     resident = {(k.type, k.transposed) for k in kernels if k.kind == "resident"}
     assert resident == {(t, transposed) for t, transposed in columns if t in ("bf16", "f16")}
+    variants = set(product(TYPES, (False, True), (False, True)))
     for kind in ("forward", "backward"):
-        assert {(k.type, k.transposed, k.aligned) for k in kernels if k.kind == kind} == variants
+        assert {(k.type, k.transposed, k.shared) for k in kernels if k.kind == kind} == variants
 
 
 def test_no_kernel_spills_or_uses_local_memory(resources):
@@ -124,10 +133,7 @@ def test_registers_leave_room_for_the_blocks_planned(resources):
     for key, used in resources.items():
         kernel = Kernel.of(key[1])
         if kernel is not None:
-            assert used["REG"] * THREADS.get(kernel.kind, 256) * kernel.blocks <= REGISTERS, (
-                key,
-                used,
-            )
+            assert used["REG"] * 32 * kernel.warps * kernel.blocks <= REGISTERS, (key, used)
 
 
 def test_products_run_on_tensor_cores_and_ieee_float32_does_not(instructions):
@@ -148,13 +154,16 @@ def test_products_run_on_tensor_cores_and_ieee_float32_does_not(instructions):
 
 
 @pytest.mark.parametrize("transposed", [True, False], ids=["channels_last", "contiguous"])
-def test_aligned_features_move_128_bits_at_a_time(instructions, transposed):
-    checked = 0
+def test_features_move_128_bits_at_a_time(instructions, transposed):
+    """Lines of odd length too. One by one go the elements at the ends of those, steps beyond 1."""
+    checked = set()
     for name, counts in instructions.items():
         kernel = Kernel.of(name)
-        if kernel is None or not kernel.aligned or kernel.transposed != transposed:
+        if kernel is None or kernel.transposed != transposed:
             continue
-        checked += 1
+        checked.add(kernel.kind)
+        if counts[TENSOR_CORE["bf16"]] or counts[TENSOR_CORE["f16"]]:
+            assert any(i.startswith("LDSM") for i in counts), name
         if kernel.kind == "resident":  # loads once, by way of registers
             assert any(i.startswith("LDG") and ".128" in i for i in counts), name
             assert any(i.startswith("STG") and ".128" in i for i in counts), name
@@ -163,13 +172,16 @@ def test_aligned_features_move_128_bits_at_a_time(instructions, transposed):
         assert copies, name
         assert all(".128" in i for i in copies), (name, copies)
         # Coefficients come and go one by one, sums two at a time.
-        if kernel.kind in ("round", "share", "nmf_backward"):
+        if kernel.kind not in MOVES:
             continue
-        # All else that is loaded is g, the gradient of the error.
+        filled, written, others = MOVES[kernel.kind]
         loads = {i: n for i, n in counts.items() if re.match(r"LDG?\.", i)}
-        assert sum(loads.values()) <= (2 if kernel.kind == "backward" else 0), (name, loads)
+        assert sum(loads.values()) <= filled + others, (name, loads)
         assert any(i.startswith("STG") and ".128" in i for i in counts), name
-    assert checked
+        if kernel.type in ("bf16", "f16"):  # less than 16 bytes at a line's end, no fragments
+            assert counts["LDS.U16"] <= 8 * written, name
+            assert counts["STS.U16"] <= filled, name
+    assert checked == {"forward", "backward", "round", "share", "nmf_backward", "resident"}
 
 
 def test_memory_is_never_addressed_generically(instructions):

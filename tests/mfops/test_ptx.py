@@ -45,12 +45,12 @@ def padded(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def dense(address: int, lines: int, length: int) -> p.Lines:
-    return p.Lines(address, lines * length, length, 1)
+def dense(address: int, lines: int, length: int, shared: bool = False) -> p.Lines:
+    return p.Lines(address, 0 if shared else lines * length, length, 1)
 
 
-def work(strips: int, tiles: int, ranges: int, images: int) -> p.Work:
-    return p.Work(strips, tiles, ranges, images, 1, strips)
+def work(strips: int, tiles: int, ranges: int, chunks: int) -> p.Work:
+    return p.Work(strips, tiles, ranges, chunks, 1, strips)
 
 
 def off(found: np.ndarray, expected: np.ndarray) -> float:
@@ -58,49 +58,51 @@ def off(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 class Call:
-    """Features and factors of each image, and a problem that has them."""
+    """Features, factors of each image or of all, and a problem that has them."""
 
-    def __init__(self, shape: tuple[int, int, int, int], aligned: bool) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], shared: bool = False) -> None:
         batch, channels, rank, pixels = self.shape = shape
         random = np.random.default_rng(0)
         self.memory = Global()
         self.x = bits(random.standard_normal((batch, channels, pixels)))
-        self.y = bits(random.standard_normal((batch, channels, rank)))
-        self.z = bits(random.standard_normal((batch, rank, pixels)))
+        self.products = 1 if shared else batch  # that a block's images have among them
+        self.y = bits(random.standard_normal((self.products, channels, rank)))
+        self.z = bits(random.standard_normal((self.products, rank, pixels)))
         x = dense(self.memory.put(self.x), channels, pixels)
-        y = dense(self.memory.put(self.y), channels, rank)
-        z = dense(self.memory.put(self.z), rank, pixels)
+        y = dense(self.memory.put(self.y), channels, rank, shared)
+        z = dense(self.memory.put(self.z), rank, pixels, shared)
         sizes = (batch, channels, pixels, rank)
-        self.problem = p.Problem(p.BF16, False, aligned, *sizes, x, y, z, True, True)
-        self.kernel = f"ILNS0_4TypeE{p.BF16}ELb0ELb{int(aligned)}E"
+        self.problem = p.Problem(p.BF16, False, *sizes, x, y, z, not shared, not shared)
+        self.kernel = f"ILNS0_4TypeE{p.BF16}ELb0ELb{int(shared)}E"
 
 
-ALIGNMENTS = pytest.mark.parametrize(
-    ("aligned", "shape"),
-    [(True, (2, 136, 24, 152)), (False, (2, 137, 20, 151))],
-    ids=["aligned", "odd"],
+SHAPES = pytest.mark.parametrize(
+    "shape", [(2, 136, 24, 152), (2, 137, 20, 151)], ids=["aligned", "odd"]
 )
+SHARING = pytest.mark.parametrize("shared", [False, True], ids=["per-image", "shared"])
 
 
 def forward(compiled: str, call: Call, less: int = 0) -> tuple[np.ndarray, float]:
     """X' and the sum of squares, with so many bytes of shared memory less than it needs."""
-    batch, channels, rank, pixels = call.shape
+    _, channels, rank, pixels = call.shape
     strips, tiles, stages, k = -(-channels // 128), -(-pixels // 64), 3, padded(rank)
-    blocks = strips * 2 * batch
-    x_hat = call.memory.room(call.x.shape, np.uint16)
+    blocks = strips * 2 * call.products
+    x_hat_shape = (call.products, channels, pixels)
+    x_hat = call.memory.room(x_hat_shape, np.uint16)
     errors = call.memory.room((blocks,), np.float64)
-    deal = work(strips, tiles, 2, batch)
+    deal = work(strips, tiles, 2, call.products)
     parameters = p.Forward(call.problem, deal, stages, x_hat, errors)
     shared = 2 * (128 * (k + 8) + stages * (128 * 72 + k * 72)) - less
     kernel = program(compiled, f"forward_kernel{call.kernel}Li128E")
     run(kernel, bytes(parameters), call.memory, Grid(blocks, 256, shared))
-    found = values(call.memory.get(x_hat, call.x.shape, np.uint16))
+    found = values(call.memory.get(x_hat, x_hat_shape, np.uint16))
     return found, float(call.memory.get(errors, (blocks,), np.float64).sum())
 
 
-@ALIGNMENTS
-def test_forward(compiled, aligned, shape):
-    call = Call(shape, aligned)
+@SHARING
+@SHAPES
+def test_forward(compiled, shape, shared):
+    call = Call(shape, shared)
     found, error = forward(compiled, call)
     x, y, z = (values(tensor) for tensor in (call.x, call.y, call.z))
     # A rounding of the result, and float32 sums of `rank` products.
@@ -109,18 +111,19 @@ def test_forward(compiled, aligned, shape):
     assert error == pytest.approx(((x - y @ z) ** 2).sum(), rel=1e-5)
 
 
-@ALIGNMENTS
-def test_backward(compiled, aligned, shape):
+@SHARING
+@SHAPES
+def test_backward(compiled, shape, shared):
     batch, channels, rank, pixels = shape
-    call = Call(shape, aligned)
+    call = Call(shape, shared)
     g = bits(np.random.default_rng(1).standard_normal(call.x.shape))
     elements, stages, k = batch * channels * pixels, 2, padded(rank)
     grad_mse = np.array([elements / 2], np.float32)
     grad_x = call.memory.room(call.x.shape, np.uint16)
     grad_y = call.memory.room(call.y.shape, np.float32)
     grad_z = call.memory.room(call.z.shape, np.float32)
-    rows = work(-(-channels // 128), -(-pixels // 64), 1, batch)
-    cols = work(-(-pixels // 128), -(-channels // 64), 1, batch)
+    rows = work(-(-channels // 128), -(-pixels // 64), 1, call.products)
+    cols = work(-(-pixels // 128), -(-channels // 64), 1, call.products)
     parameters = p.Backward(
         call.problem,
         dense(call.memory.put(g), channels, pixels),
@@ -131,7 +134,7 @@ def test_backward(compiled, aligned, shape):
         rows,
         cols,
         False,
-        rows.strips * batch,
+        rows.strips * call.products,
         grad_x,
         0,
         p.FactorGradient(0, grad_y),
@@ -139,7 +142,7 @@ def test_backward(compiled, aligned, shape):
     )
     by_rows = 128 * (k + 8) + 128 * 72 + stages * (2 * 128 * 72 + k * 72)
     by_cols = k * 136 + 64 * 136 + stages * (2 * 64 * 136 + 64 * (k + 8))
-    grid = Grid((rows.strips + cols.strips) * batch, 256, 2 * max(by_rows, by_cols))
+    grid = Grid((rows.strips + cols.strips) * call.products, 512, 2 * max(by_rows, by_cols))
     kernel = program(compiled, f"backward_kernel{call.kernel}Li128ELi64ELi64E")
     run(kernel, bytes(parameters), call.memory, grid)
     x, y, z = (values(tensor) for tensor in (call.x, call.y, call.z))
@@ -148,6 +151,7 @@ def test_backward(compiled, aligned, shape):
     get = call.memory.get
     rounding = 2.0**-8  # of dX, and of D before it is multiplied
     assert off(values(get(grad_x, x.shape, np.uint16)), error) < rounding
+    d = d.reshape(len(y), -1, channels, pixels).sum(1)  # of the images that share a product
     assert off(get(grad_y, y.shape, np.float32), d @ z.transpose(0, 2, 1)) < rounding
     assert off(get(grad_z, z.shape, np.float32), y.transpose(0, 2, 1) @ d) < rounding
 
@@ -167,10 +171,11 @@ def factor_problem(x: int, shape: tuple[int, int, int, int]) -> p.FactorProblem:
     return p.FactorProblem(p.BF16, False, batch, channels, pixels, rank, lines)
 
 
+@pytest.mark.parametrize("shape", [(2, 256, 20, 160), (2, 250, 20, 131)], ids=["aligned", "odd"])
 @pytest.mark.parametrize("nmf", [False, True], ids=["em", "nmf"])
-def test_round(compiled, nmf):
-    """Of odd N. Y is what update_kernel would have left, and so is nmf's Y^T Y."""
-    shape = batch, channels, rank, pixels = 2, 250, 20, 131
+def test_round(compiled, nmf, shape):
+    """Y is what update_kernel would have left, and so is nmf's Y^T Y."""
+    batch, channels, rank, pixels = shape
     random, memory, k = np.random.default_rng(0), Global(), padded(rank)
     draw = random.random if nmf else random.standard_normal
     x = bits(draw((batch, channels, pixels)))
@@ -266,7 +271,7 @@ def test_resident(compiled, method):
         errors,
     )
     bases = max(whole * k * 2, (k + 2 * -(-whole // 2 // 8)) * k * 4)
-    shared = 2 * whole * span + bases + 2 * span * k + 8 * k + 16
+    shared = 2 * whole * span + bases + 2 * span * k + 12 * k + 16
     family = f"FamilyE{int(method is nmf)}E"
     kernel = program(compiled, f"resident_kernelILNS0_4TypeE{p.BF16}ELb0ELNS0_6{family}")
     run(kernel, bytes(parameters), memory, Grid(8 * batch, 512, shared, cluster=8))
@@ -284,26 +289,29 @@ def test_resident(compiled, method):
 
 
 def test_a_missing_barrier_is_found(compiled):
-    """Those before a tile is used, before X' is written, before the warps' sums are added."""
-    call = Call((1, 128, 16, 128), True)
+    """Of a block, before a tile is used, after lines were moved, before X' is written and before
+    the warps' sums are added; of a warp, where it moves lines of X, of Y and of Z.
+    """
+    shape = 1, 130, 12, 131
+    call = Call(shape)
     begin = re.search(rf"\.entry \w+forward_kernel{call.kernel}Li128E", compiled)
     assert begin is not None
     end = compiled.find(".entry", begin.end())
-    found = set()
-    for barrier in re.finditer(r"bar\.sync\s+0", compiled[begin.start() : end]):
+    found: dict[str, set[str]] = {"bar.sync": set(), "bar.warp.sync": set()}
+    for barrier in re.finditer(r"(bar\.(?:warp\.)?sync)\s+-?\d", compiled[begin.start() : end]):
         at, after = (begin.start() + place for place in barrier.span())
         try:
-            forward(f"{compiled[:at]}mov.u32 %r1, %r1{compiled[after:]}", call)
+            forward(f"{compiled[:at]}mov.u32 %r1, %r1{compiled[after:]}", Call(shape))
         except MachineError as error:
-            found.add(str(error))
-    assert len(found) == 3
-    assert all("no barrier between them" in error for error in found)
+            found[barrier[1]].add(str(error))
+    assert [len(errors) for errors in found.values()] == [4, 3]
+    assert all("no barrier between them" in error for error in set.union(*found.values()))
 
 
 def test_an_access_beyond_the_end_is_found(compiled):
     with pytest.raises(MachineError, match="outside of the block's shared memory"):
-        forward(compiled, Call((1, 128, 16, 512), True), less=32)  # 16 are padding
-    call = Call((1, 128, 16, 128), True)
+        forward(compiled, Call((1, 128, 16, 512)), less=32)  # 16 are padding
+    call = Call((1, 128, 16, 128))
     call.memory.valid[: call.problem.x.data - GLOBAL + 16] = False
     with pytest.raises(MachineError, match="outside of what was allocated"):
         forward(compiled, call)

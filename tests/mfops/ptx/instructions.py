@@ -104,7 +104,6 @@ class Instructions:
         self.parameters = np.frombuffer(parameters, np.uint8)
         self.block, self.count = block, len(block)
         threads = np.arange(self.count) % (self.count // (block[-1] + 1))
-        self.warp = np.arange(self.count) // 32
         self.registers: dict[str, Array] = {
             "%tid.x": threads.astype(np.uint32),
             "%ctaid.x": (block + first).astype(np.uint32),
@@ -173,10 +172,10 @@ class Instructions:
     def _compute(self, parts: list[str], operands: list[str], active: Array) -> None:
         name, type_, result = parts[0], parts[-1], operands[0]
         table = {"b": BITWISE, "p": BITWISE, "f": FLOAT}.get(type_[0], INTEGER)
-        if name not in table or "hi" in parts:
+        if name not in table or ("hi" in parts and name != "mul"):
             raise NotImplementedError("an instruction that is not known here")
         types = [type_] * 3
-        if "wide" in parts:  # products, and what is added to them
+        if "wide" in parts or "hi" in parts:  # products, and what is added to them
             wide = f"{type_[0]}{2 * int(type_[1:])}"
             types[2] = wide
         values = [self.value(op, own) for op, own in zip(operands[1:], types, strict=False)]
@@ -185,8 +184,10 @@ class Instructions:
         if table is FLOAT:
             exact = table[name](*(value.astype(np.float64) for value in values))
             self.put(result, self._rounded(exact, dtype_of(type_), parts), active)
-        elif "wide" in parts:
-            self.put(result, table[name](*(v.astype(dtype_of(wide)) for v in values)), active)
+        elif "wide" in parts or "hi" in parts:
+            whole = table[name](*(v.astype(dtype_of(wide)) for v in values))
+            half = whole.dtype.type(8 * dtype_of(type_).itemsize)
+            self.put(result, whole >> half if "hi" in parts else whole, active)
         else:
             self.put(result, table[name](*values), active)
 
@@ -252,9 +253,14 @@ class Instructions:
         self.put(operands[0], np.where(keep, shifted, 0).astype(x.dtype), active)
 
     def _bfi(self, parts: list[str], operands: list[str], active: Array) -> None:
-        field, into, first, count = (self.value(op, "u32").astype(np.uint64) for op in operands[1:])
+        types = [parts[-1]] * 2 + ["u32"] * 2
+        field, into, first, count = (
+            self.value(op, own).astype(np.uint64)
+            for op, own in zip(operands[1:], types, strict=True)
+        )
         mask = ((np.uint64(1) << count) - np.uint64(1)) << first
-        self.put(operands[0], ((into & ~mask) | (field << first & mask)).astype(np.uint32), active)
+        result = (into & ~mask) | (field << first & mask)
+        self.put(operands[0], result.astype(dtype_of(parts[-1])), active)
 
     def _cvt(self, parts: list[str], operands: list[str], active: Array) -> None:
         to, of = parts[-2:]
@@ -297,8 +303,9 @@ class Instructions:
         """The memory's bytes, and the places in it."""
         space = parts[1].split("::")[0]
         if space == "shared":
-            whose = address[active], size, self.block[active], self.warp[active]
-            places = self.shared.places(*whose, parts[0] == "st", "cluster" in parts[1])
+            places = self.shared.places(
+                address[active], size, active, parts[0] == "st", "cluster" in parts[1]
+            )
             return self.shared.bytes, places
         assert space == "global", "generic addresses are not known here"
         return self.memory.bytes, self.memory.places(address[active], size)
@@ -349,15 +356,15 @@ class Instructions:
         return issued & ~due, to, source, count, group
 
     def _write_copy(self, to: Array, data: Array, active: Array) -> None:
-        whose = to[active], 16, self.block[active], self.warp[active]
-        self.shared.bytes[self.shared.places(*whose, True, False)] = data[active]
+        places = self.shared.places(to[active], 16, active, True, False)
+        self.shared.bytes[places] = data[active]
 
     # Matrices.
 
     def _ldmatrix(self, parts: list[str], operands: list[str], active: Array) -> None:
-        whose = self.address(operands[1])[active], 16, self.block[active], self.warp[active]
+        places = self.shared.places(self.address(operands[1])[active], 16, active, False, False)
         lines = np.zeros((self.count, 16), np.uint8)
-        lines[active] = self.shared.bytes[self.shared.places(*whose, False, False)]
+        lines[active] = self.shared.bytes[places]
         matrices = lines.view(np.uint16).reshape(-1, 4, 8, 8)  # warp, matrix, line, element
         if "trans" in parts:
             matrices = matrices.swapaxes(2, 3)

@@ -11,7 +11,7 @@ from .instructions import Instructions
 from .memory import Global, Shared
 from .program import Instruction, Program
 
-RUNNING, AT_BARRIER, AT_CLUSTER, ENDED = range(4)
+RUNNING, AT_WARP, AT_BARRIER, AT_CLUSTER, ENDED = range(5)
 
 
 class Grid(NamedTuple):
@@ -46,7 +46,7 @@ class _Cluster:
         self.block = np.repeat(np.arange(grid.cluster), grid.threads)
         self.next = np.zeros(count, np.int64)
         self.state = np.full(count, RUNNING)
-        self.shared = Shared(grid.cluster, grid.shared)
+        self.shared = Shared(self.block, grid.shared)
         self.own = Instructions(program, parameters, memory, self.shared, self.block, first)
 
     def run(self) -> None:
@@ -71,6 +71,8 @@ class _Cluster:
             self.state[active] = ENDED
         elif name.startswith("bar.sync"):
             self.state[active] = AT_BARRIER
+        elif name == "bar.warp.sync":
+            self.state[active] = AT_WARP
         elif name.startswith("barrier.cluster.wait"):
             self.state[active] = AT_CLUSTER
         elif active.any() and not name.startswith("barrier.cluster.arrive"):
@@ -85,20 +87,24 @@ class _Cluster:
             self.own.do(instruction, active)
         except Exception as error:
             raise MachineError(f"{instruction.text}: {error}") from error
+        # No lane goes beyond a matrix instruction before all have loaded what comes before it.
+        if re.match("mma|ldmatrix", instruction.name):
+            self.shared.meet(np.flatnonzero(active), 0)
 
     def _release(self) -> None:
         """Of barriers that all threads have come to."""
         if (self.state == AT_CLUSTER).all():
             self.state[:] = RUNNING
-            self.shared.barriers += 1
-            self.shared.cluster_barriers += 1
+            self.shared.meet(np.arange(len(self.block)), 2)
             return
         released = False
-        for block in range(self.grid.cluster):
-            own = self.block == block
-            if (self.state[own] == AT_BARRIER).all() and len(set(self.next[own])) == 1:
-                self.state[own] = RUNNING
-                self.shared.barriers[block] += 1
+        for level, state, size in ((0, AT_WARP, 32), (1, AT_BARRIER, self.grid.threads)):
+            there, place = (self.state == state).reshape(-1, size), self.next.reshape(-1, size)
+            complete = there.all(1) & (place == place[:, :1]).all(1)
+            threads = np.flatnonzero(np.repeat(complete, size))
+            if len(threads):
+                self.state[threads] = RUNNING
+                self.shared.meet(threads, level)
                 released = True
         if not released:
             raise MachineError("threads wait for others that do not come")

@@ -77,16 +77,29 @@ class Interval:
 class Shared:
     """Of all blocks of a cluster. It begins as what no kernel should read: not-a-number."""
 
-    def __init__(self, blocks: int, size: int) -> None:
+    def __init__(self, block: Array, size: int) -> None:
+        """`block`: of each thread."""
+        blocks, threads = int(block[-1]) + 1, np.arange(len(block))
         self.bytes = np.full((blocks, SHARED + size), 0xFF, np.uint8)
         pairs = (blocks, (SHARED + size) // 2)
-        self.in_block, self.in_cluster = Interval(pairs), Interval(pairs)
-        self.barriers, self.cluster_barriers = np.zeros(blocks, np.int64), 0
+        self.block, self.warp = block, threads // 32
+        # Between lanes of a warp, warps of a block, blocks; and how many barriers each has met at.
+        self.intervals = [Interval(pairs) for _ in range(3)]
+        self.syncs = np.zeros((3, len(block)), np.int64)
+        self.syncs[0] = self.warp  # which keeps one warp's intervals apart from another's
+        self.who = [threads, self.warp, block]
+
+    def meet(self, threads: Array, level: int) -> None:
+        """A barrier of warps (0), blocks (1) or the cluster (2)."""
+        self.syncs[0, threads] += len(self.block) // 32
+        self.syncs[1 : level + 1, threads] += 1
 
     def places(
-        self, addresses: Array, size: int, block: Array, warp: Array, write: bool, remote: bool
+        self, addresses: Array, size: int, active: Array, write: bool, remote: bool
     ) -> tuple[Array, Array]:
-        """Notes an access of these blocks and warps; what it touches."""
+        """Notes an access of these threads; what it touches."""
+        thread = np.flatnonzero(active)
+        block = self.block[thread]
         owner = (addresses >> BLOCK_BIT).astype(np.int64)
         places = (addresses & ((1 << BLOCK_BIT) - 1)).astype(np.int64)
         if (owner >= len(self.bytes)).any() or (not remote and (owner != block).any()):
@@ -97,13 +110,14 @@ class Shared:
             raise AccessError("outside of the block's shared memory")
         count = max(1, size // 2)
         pairs = np.repeat(owner, count), at(places // 2, count).ravel()
-        block, warp = np.repeat(block, count), np.repeat(warp, count)
-        own = pairs[0] == block
-        own_pairs = pairs[0][own], pairs[1][own]
-        epoch = self.barriers[block[own]]
-        if self.in_block.conflicts(own_pairs, epoch, warp[own], write):
-            raise AccessError("of what another warp reads or writes, with no barrier between them")
-        everywhere = np.full(len(block), self.cluster_barriers)
-        if self.in_cluster.conflicts(pairs, everywhere, block, write):
-            raise AccessError("of what another block reads or writes, with no barrier between them")
+        thread = np.repeat(thread, count)
+        own = pairs[0] == self.block[thread]
+        own_pairs, own_thread = (pairs[0][own], pairs[1][own]), thread[own]
+        for level, other in enumerate(("lane", "warp", "block")):
+            where, who = (pairs, thread) if level == 2 else (own_pairs, own_thread)
+            epoch = self.syncs[level, who]
+            if self.intervals[level].conflicts(where, epoch, self.who[level][who], write):
+                raise AccessError(
+                    f"of what another {other} reads or writes, with no barrier between them"
+                )
         return owner[:, None], at(places, size)

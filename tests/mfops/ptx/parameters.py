@@ -16,7 +16,6 @@ class Problem(ctypes.Structure):
     _fields_ = [
         ("type", INT),
         ("transposed", BOOL),
-        ("aligned", BOOL),
         ("batch", LONG),
         ("rows", LONG),
         ("cols", LONG),
