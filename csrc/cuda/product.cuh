@@ -189,7 +189,7 @@ class Accumulators {
                                         int row_limit, int col_limit) {
         // Of this warp's pieces; mostly all are inside, or none.
         const int rows = row_limit - first_row(), cols = col_limit - first_col();
-        if (kRoomy && rows >= 16 * kM && cols >= 8 * kN) {
+        if (kType != Type::kFloat32 && rows >= 16 * kM && cols >= 8 * kN) {
             add<kAByK, kBByK>(a, b, contraction);
         } else if (!kRoomy || ((kM > 1 || kN > 2) && rows > 0 && cols > 0)) {
             add_in_turn<false, kAByK, kBByK>(a, b, contraction, rows, cols);

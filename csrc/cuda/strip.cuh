@@ -40,7 +40,7 @@ template <bool kShared>
 struct Shapes<4, kShared> {
     static constexpr TileShape kForward[] = {{64, 64, 256, 8, 2}, {32, 32, 256, 8, 2}};
     static constexpr TileShape kBackward[] = {
-        {64, 32, 64, 8, 2}, {64, 32, 128, 8, 1}, {32, 32, 256, 8, 1}};
+        {64, 32, 64, 16, 1}, {64, 32, 128, 8, 1}, {32, 32, 256, 8, 1}};
 };
 
 __host__ __device__ constexpr int padded_rank(int rank) { return (rank + 15) / 16 * 16; }

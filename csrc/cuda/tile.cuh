@@ -64,20 +64,27 @@ __device__ __forceinline__ int within(int64_t left, int extent) {
     return left < extent ? static_cast<int>(left) : extent;
 }
 
-// f(place in the tile, place in memory) for every granule of whole lines that start on 16 bytes,
-// where each thread can stay in a column of granules; else nothing, and false. Threads go on by
-// additions: a division for each granule costs more than its copy.
+// f(granule in the tile, granule in memory, elements of the latter that lie before its line's, or
+// before the one in the tile, whether that is a line's first) for all granules of whole lines,
+// where each thread can stay in a column and finds every line at the same place within 16 bytes;
+// else nothing, and false. Threads go on by additions: a division for each granule costs more than
+// its copy.
 template <int kThreads, class T, class Global, class F>
 __device__ __forceinline__ bool in_columns(const Tile<T>& tile, Global* origin, int64_t stride,
-                                           int lines, int length, F f) {
-    const int whole = length / kGranule<T>, lines_on = kThreads / whole;
-    if (kThreads % whole != 0 || lines % lines_on != 0) return false;
+                                           bool aligned, int lines, int length, F f) {
+    constexpr int kG = kGranule<T>;
+    const int whole = length / kG, lines_on = kThreads / whole;
+    if (kThreads % whole != 0 || lines % lines_on != 0 || (!aligned && lines_on % kG != 0)) {
+        return false;
+    }
     const int line = threadIdx.x / whole, index = threadIdx.x % whole;
     T* shared = tile.granule(line, index);
-    Global* global = origin + line * stride + index * kGranule<T>;
-#pragma unroll 4
+    Global* global = origin + line * stride + index * kG;
+    const int before = misalignment(global);
+    global -= before;
+#pragma unroll 2
     for (int i = 0; i < lines / lines_on; ++i) {
-        f(shared, global);
+        f(shared, global, before, index == 0);
         shared += lines_on * tile.pitch, global += lines_on * stride;
     }
     return true;
@@ -143,14 +150,22 @@ template <int kThreads, class T>
 __device__ __forceinline__ void fill(const Tile<T>& tile, const Lines& from, const T* origin,
                                      int lines, int length, int64_t valid_lines,
                                      int64_t valid_length) {
-    constexpr int kG = kGranule<T>;
+    constexpr int kG = kGranule<T>, kSize = sizeof(T);
     const int line_end = within(valid_lines, lines), end = within(valid_length, length);
     if (from.step != 1) {
         return fill_by_element<kThreads>(tile, from, origin, lines, length, line_end, end);
     }
-    if (on_granules(origin, from.line) && line_end == lines && end == length &&
-        in_columns<kThreads>(tile, origin, from.line, lines, length,
-                             [](T* to, const T* from) { cp_async_16(to, from); })) {
+    const bool aligned = on_granules(origin, from.line);
+    if (line_end == lines && end == length &&
+        in_columns<kThreads>(tile, origin, from.line, aligned, lines, length,
+                             [](T* to, const T* from, int, bool) { cp_async_16(to, from); })) {
+        if (aligned) return;
+#pragma unroll 1
+        for (int line = here(threadIdx.x); line < lines; line += kThreads) {  // their last granules
+            const T* const line_end = origin + line * here(from.line) + length;
+            const int left = misalignment(line_end);
+            cp_async_16(tile.granule(line, length / kG), line_end - left, left * kSize);
+        }
         return;
     }
     Walk<kThreads, T, const T> at(tile, origin, from.line, length / kG + 1);
@@ -161,7 +176,7 @@ __device__ __forceinline__ void fill(const Tile<T>& tile, const Lines& from, con
         const int count = at.line < line_end ? min(max(left, 0), kG) : 0;
         // Nothing is read where count is 0, but the address stays one of the tensor's.
         const T* source = count == 0 ? origin - misalignment(origin) : at.global - before;
-        cp_async_16(at.shared, source, count * static_cast<int>(sizeof(T)));
+        cp_async_16(at.shared, source, count * kSize);
     }
 }
 
@@ -184,23 +199,30 @@ template <int kThreads, class T>
 __device__ __forceinline__ bool settle(const Tile<T>& tile, const Lines& from, const T* origin,
                                        int lines, int length) {
     if (from.step != 1 || on_granules(origin, from.line)) return false;
-    const int shift = misalignment(origin), growth = static_cast<int>(here(from.line));
     // A warp takes several lines at once or one part by part; all lanes read before one writes.
     const int whole = length / kGranule<T>, thread = here(threadIdx.x), lane = thread % 32;
     const int at_once = whole < 32 ? 32 / whole : 1, own_line = whole < 32 ? lane / whole : 0;
     const int own_granule = whole < 32 ? lane % whole : lane;
+    // All of a thread's lines lie at the same place within 16 bytes.
+    constexpr int kWarpsOfBlock = kThreads / 32;
+    static_assert(kWarpsOfBlock % kGranule<T> == 0);
+    int line = thread / 32 * at_once + own_line;
+    const int offset = misalignment(origin + line * here(from.line));
+    const T* from_line = tile.at(line, offset);
+    const bool takes_part = own_line < at_once;
 #pragma unroll 1
-    for (int first = thread / 32 * at_once; first < lines; first += kThreads / 32 * at_once) {
-        const int line = first + own_line;
-        const int offset = (shift + line * growth) & (kGranule<T> - 1);
+    for (int first = thread / 32 * at_once; first < lines; first += kWarpsOfBlock * at_once) {
+#pragma unroll 1
         for (int begin = 0; begin < whole; begin += 32) {
             const int granule = begin + own_granule;
-            const bool moves = own_line < at_once && line < lines && granule < whole;
+            const bool moves = takes_part && line < lines && granule < whole;
             uint4 bits;
-            if (moves) bits = load_anywhere(tile.granule(line, granule) + offset);
+            if (moves) bits = load_anywhere(from_line + granule * kGranule<T>);
             sync_warp();
             if (moves) store_shared(tile.granule(line, granule), bits);
         }
+        line += kWarpsOfBlock * at_once;
+        from_line += kWarpsOfBlock * at_once * tile.pitch;
     }
     return true;
 }
@@ -212,22 +234,30 @@ __device__ __forceinline__ void write_back(const Tile<T>& tile, T* origin, int64
                                            int64_t valid_length) {
     constexpr int kG = kGranule<T>;
     const int line_end = within(valid_lines, lines), end = within(valid_length, length);
-    const bool aligned = on_granules(origin, stride);
-    if (aligned && line_end == lines && end == length &&
-        in_columns<kThreads>(tile, origin, stride, lines, length, [](const T* from, T* to) {
-            uint4 bits;
-            load_shared(bits, from);
-            store_global(to, bits);
-        })) {
+    const bool aligned = on_granules(origin, stride), full = line_end == lines && end == length;
+    if (aligned && full &&
+        in_columns<kThreads>(tile, origin, stride, true, lines, length,
+                             [](const T* from, T* to, int, bool) {
+                                 uint4 bits;
+                                 load_shared(bits, from);
+                                 store_global(to, bits);
+                             })) {
         return;
     }
     // The granules of memory that are the tile's alone, then what is left at the lines' ends.
-    Walk<kThreads, T, T> at(tile, origin, stride, length / kG);
+    if (aligned || !full ||
+        !in_columns<kThreads>(tile, origin, here(stride), false, lines, length,
+                              [](const T* from, T* to, int before, bool first) {
+                                  if (first && before) return;
+                                  store_global(to, load_anywhere(from - before));
+                              })) {
+        Walk<kThreads, T, T> at(tile, origin, stride, length / kG);
 #pragma unroll 1
-    for (; at.line < line_end; at.next()) {
-        const int before = misalignment(at.global), first = at.index * kG - before;
-        if (first < 0 || first + kG > end) continue;
-        store_global(at.global - before, load_anywhere(at.shared - before));
+        for (; at.line < line_end; at.next()) {
+            const int before = misalignment(at.global), first = at.index * kG - before;
+            if (first < 0 || first + kG > end) continue;
+            store_global(at.global - before, load_anywhere(at.shared - before));
+        }
     }
     if (aligned && end % kG == 0) return;
     for (int i = here(threadIdx.x); i < 2 * line_end; i += kThreads) {
