@@ -238,8 +238,8 @@ class Accumulators {
         typename F::A a[kM];
         typename F::B b[kN / F::kPieces];
     };
-    // Whether registers have room for a second path: a thread of 16 warps has 128, one of 8 has
-    // 255, but float32's fragments are large.
+    // Whether registers have room: a thread of 16 warps has 128, one of 8 has 255, but float32's
+    // fragments are large.
     static constexpr bool kRoomy = kWarps <= 8 && kType != Type::kFloat32;
     // And for two steps: small ones with no more of B than of A, since with pieces that are wide,
     // as for 256 bases, registers are short.

@@ -126,10 +126,11 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
 
 def test_no_kernel_spills_or_uses_local_memory(resources):
     for (arch, name), used in resources.items():
-        # Sixteen warps leave a thread 128 registers: but for 9.0 ptxas keeps counters of the loop, a
-        # few bytes, in memory where the sums of 128 bases take 32 of them.
+        # Sixteen warps leave a thread 128 registers. Where the sums of 128 bases take 32 of them,
+        # ptxas keeps some counters of the loop, a few bytes, in memory, though not for 9.0.
         wide = "backward_kernel" in name and "ELi128ELi64ELi128E" in name and arch != "sm_90"
-        assert used["STACK"] <= (16 if wide else 0) and used["LOCAL"] == 0, (arch, name, used)
+        assert used["LOCAL"] == 0, (arch, name, used)
+        assert used["STACK"] <= (16 if wide else 0), (arch, name, used)
 
 
 def test_registers_leave_room_for_the_blocks_planned(resources):
