@@ -28,10 +28,9 @@ template <>
 struct Shapes<2, false> {
     static constexpr TileShape kForward[] = {{128, 64, 256, 8, 2}, {64, 64, 256, 8, 2}};
     static constexpr TileShape kBackward[] = {
-        {128, 64, 64, 16, 1}, {128, 64, 128, 16, 1}, {64, 64, 256, 16, 1}};
+        {128, 64, 64, 16, 1}, {64, 64, 128, 16, 1}, {64, 64, 256, 16, 1}};
 };
-// Of shared factors a streamed tile serves all images, so that narrow strips cost little, and wide
-// ones of many bases take more registers, as D is summed over the images.
+// Of shared factors D is summed over the images, in registers that the shape for 128 bases lacks.
 template <>
 struct Shapes<2, true> : Shapes<2, false> {
     static constexpr TileShape kBackward[] = {{128, 64, 64, 16, 1}, {64, 64, 256, 16, 1}};
