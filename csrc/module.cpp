@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "cpu/bf16.h"
+
 #ifdef MFOPS_WITH_CUDA
 #include "cuda/probe.h"
 #endif
@@ -49,6 +51,9 @@ PYBIND11_MODULE(_C, module) {
                "What this extension was built with: torch, torch_stable_abi (the oldest torch it "
                "runs on), compiler, cuda (toolkit version or None), cuda_archs, cuda_missing (why "
                "there are no CUDA kernels, or None).");
+    module.def("cpu_bfloat16_missing", &mfops::cpu::bf16::unavailable_reason,
+               "Why products of bfloat16 features are made in float32 on this CPU; empty where the "
+               "processor's own bfloat16 instructions make them.");
 #ifdef MFOPS_WITH_CUDA
     module.def("cuda_obstacle", &mfops::cuda_obstacle, py::arg("device_index"),
                "Why this build has no code for the device, in CUDA's words; empty where it has.");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from typing import Any
 
 import torch
 
@@ -19,6 +20,15 @@ def _gpu() -> str:
     return f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
 
 
+def _cpu_products(extension: Any) -> str:
+    """In what the kernels on the CPU multiply bfloat16 features."""
+    try:
+        missing = extension.cpu_bfloat16_missing()
+    except RuntimeError as error:  # MFOPS_CPU_PRODUCTS asks for what is not there
+        return str(error).splitlines()[0]
+    return f"in float32: {missing}" if missing else "in bfloat16, by AVX512-BF16"
+
+
 def _extension() -> list[tuple[str, str]]:
     if EXTENSION_ERROR is not None:
         return [("extension", EXTENSION_ERROR)]
@@ -29,7 +39,8 @@ def _extension() -> list[tuple[str, str]]:
             "extension",
             f"built with torch {info['torch']} for torch >= {info['torch_stable_abi']}, "
             f"{info['compiler']}",
-        )
+        ),
+        ("CPU, bfloat16", f"multiplied {_cpu_products(extension)}"),
     ]
     if info["cuda"] is None:
         return [*rows, ("CUDA sources", f"not compiled: {info['cuda_missing']}")]

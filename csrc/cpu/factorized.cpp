@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "factorized_bf16.h"
 #include "matrix.h"
 #include "memory.h"
 
@@ -95,18 +96,6 @@ Tensor forward(const Problem& problem, const Batch* x_hat) {
                   static_cast<double>(problem.elements()));
 }
 
-// How a product's rows and columns are dealt out to threads backward. Each row group has its own
-// share of B's gradient and each column group its own share of A's; the shares are added in order.
-struct Groups {
-    explicit Groups(const Problem& problem) {
-        const int64_t wanted = groups_for_threads(problem.products);
-        // Rows first: threads that share rows share memory pages, and X's gradient is new memory.
-        rows = bounded_groups(wanted, problem.rows, problem.rank);
-        cols = bounded_groups(ceil_div(wanted, rows), problem.cols, problem.rank);
-    }
-    int64_t rows, cols;
-};
-
 // Shares of one factor's gradient, (products, groups) matrices in the factor's own memory order.
 struct Shares {
     Shares(const Tensor& factor, const Problem& problem, int64_t groups_, bool wanted)
@@ -119,17 +108,6 @@ struct Shares {
 
     Matrix matrix(int64_t product, int64_t group) const {
         return batch.matrix(product * groups + group);
-    }
-
-    // The gradient: shares added, over the batch too where the factor is shared, in its dtype.
-    Tensor total(const Tensor& factor) const {
-        const int64_t shares = memory.size(0) / (factor.dim() == 3 ? factor.size(0) : 1);
-        const Tensor by_factor = torch::stable::view(
-            memory, {memory.size(0) / shares, shares, memory.size(1), memory.size(2)});
-        const std::vector<int64_t> dims{1};
-        const Tensor sum = shares == 1 ? by_factor : torch::stable::sum(by_factor, dims);
-        const Tensor shaped = torch::stable::reshape(sum, factor.sizes());
-        return torch::stable::to(shaped, factor.scalar_type());
     }
 
     int64_t groups;
@@ -206,6 +184,9 @@ Matrix backward_tile(const Problem& problem, const Gradients& grad, int64_t prod
 
 std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z,
                                        bool /*tf32*/) {
+#ifdef MFOPS_WITH_BF16
+    if (bf16::takes(x)) return bf16::reconstruct(x, y, z);
+#endif
     const Problem problem(x, y, z, kForwardTileCols);
     std::vector<int64_t> shape{x.size(1), x.size(2)};
     if (y.dim() == 3 || z.dim() == 3) shape.insert(shape.begin(), x.size(0));
@@ -215,6 +196,9 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const T
 }
 
 Tensor mse(const Tensor& x, const Tensor& y, const Tensor& z, bool /*tf32*/) {
+#ifdef MFOPS_WITH_BF16
+    if (bf16::takes(x)) return bf16::mse(x, y, z);
+#endif
     return forward(Problem(x, y, z, kForwardTileCols), nullptr);
 }
 
@@ -223,6 +207,10 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
                                                         const Tensor& x, const Tensor& y,
                                                         const Tensor& z, bool need_x, bool need_y,
                                                         bool need_z, bool /*tf32*/) {
+#ifdef MFOPS_WITH_BF16
+    if (bf16::takes(x, grad_x_hat))
+        return bf16::reconstruct_backward(grad_x_hat, grad_mse, x, y, z, need_x, need_y, need_z);
+#endif
     const Problem problem(x, y, z, kBackwardTileCols);
     const bool need_a = problem.transpose ? need_z : need_y;
     const bool need_b = problem.transpose ? need_y : need_z;
@@ -232,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
                                                   x.scalar_type(), problem.transpose)
                                  : none();
 
-    const Groups groups(problem);
+    const Groups groups(problem.products, problem.rows, problem.cols, problem.rank);
     const Shares grad_y(y, problem, problem.transpose ? groups.rows : groups.cols, need_y);
     const Shares grad_z(z, problem, problem.transpose ? groups.cols : groups.rows, need_z);
     const Shares& grad_a = problem.transpose ? grad_z : grad_y;
@@ -291,7 +279,8 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
             }
         }
     });
-    return {grad_x, need_y ? grad_y.total(y) : none(), need_z ? grad_z.total(z) : none()};
+    return {grad_x, need_y ? add_shares(grad_y.memory, y, false) : none(),
+            need_z ? add_shares(grad_z.memory, z, false) : none()};
 }
 
 }  // namespace mfops::cpu

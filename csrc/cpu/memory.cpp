@@ -62,4 +62,23 @@ int64_t bounded_groups(int64_t groups, int64_t extent, int64_t rank) {
     return std::clamp<int64_t>(groups, 1, std::max<int64_t>(1, extent / (4 * rank)));
 }
 
+Groups::Groups(int64_t products, int64_t n_rows, int64_t n_cols, int64_t rank) {
+    const int64_t wanted = groups_for_threads(products);
+    // Rows first: threads that share rows share memory pages, and X's gradient is new memory.
+    rows = bounded_groups(wanted, n_rows, rank);
+    cols = bounded_groups(ceil_div(wanted, rows), n_cols, rank);
+}
+
+Tensor add_shares(const Tensor& shares, const Tensor& factor, bool transpose) {
+    const int64_t images = factor.dim() == 3 ? factor.size(0) : 1;
+    const int64_t count = shares.size(0) / images;
+    const Tensor by_factor =
+        torch::stable::view(shares, {images, count, shares.size(1), shares.size(2)});
+    const std::vector<int64_t> dims{1};
+    Tensor sum = count == 1 ? by_factor : torch::stable::sum(by_factor, dims);
+    if (transpose) sum = torch::stable::contiguous(torch::stable::transpose(sum, -1, -2));
+    const Tensor shaped = torch::stable::reshape(sum, factor.sizes());
+    return torch::stable::to(shaped, factor.scalar_type());
+}
+
 }  // namespace mfops::cpu

@@ -41,4 +41,16 @@ int64_t groups_for_threads(int64_t products);
 // factor's gradient or update, and all of them take at most a quarter of X's memory.
 int64_t bounded_groups(int64_t groups, int64_t extent, int64_t rank);
 
+// How the rows and columns of each of `products` X' = A B are dealt out to threads backward. Each
+// row group has its own share of B's gradient and each column group its own share of A's.
+struct Groups {
+    Groups(int64_t products, int64_t n_rows, int64_t n_cols, int64_t rank);
+    int64_t rows, cols;
+};
+
+// A factor's gradient in its dtype, of float shares (products * groups, ..): those of a product
+// are added in order, over the batch too where the factor is shared. `transpose`: the shares are
+// those of the factor's transpose.
+Tensor add_shares(const Tensor& shares, const Tensor& factor, bool transpose);
+
 }  // namespace mfops::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from cases import Operands
 
 from mfops.dispatch import BACKENDS
 
+# Why the CPU makes products of bfloat16 in float32, or "".
+BFLOAT16_MISSING = importlib.import_module("mfops._C").cpu_bfloat16_missing()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
 
 
@@ -35,7 +38,10 @@ class Run:
 
     def operands(self, kind: torch.dtype | Literal["tf32"]) -> Operands:
         """Of products of this dtype, or of float32 rounded to TF32."""
-        return kind if self.device == "cuda" or self.backend == "triton" else None
+        if self.device == "cuda" or self.backend == "triton":
+            return kind
+        rounds = self.backend == "native" and kind == torch.bfloat16 and not BFLOAT16_MISSING
+        return kind if rounds else None
 
 
 def on_cpu(run: type[Run]) -> list[Run]:

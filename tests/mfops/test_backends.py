@@ -195,14 +195,16 @@ def test_same_bits_every_run(run, layout, shared):
 @pytest.mark.parametrize("run", ON_CPU, ids=str)
 @pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("shared", SHARING)
-def test_any_number_of_threads(run, threads, shared):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads(run, threads, shared, dtype):
     torch.set_num_threads(threads)
-    run.check((3, 300, 4, 700), "contiguous", torch.float32, shared)
+    run.check((3, 300, 4, 700), "contiguous", dtype, shared)
 
 
 @all_runs
-def test_nan_and_inf_go_through(run):
-    case = run.make((2, 9, 3, 40), "contiguous", torch.float32, (True, True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_go_through(run, dtype):
+    case = run.make((2, 9, 3, 40), "contiguous", dtype, (True, True))
     case.x[1, 4, 7] = float("nan")
     x_hat, mse = run.reconstruct(case.x, case.y, case.z)
     assert mse.isnan()
@@ -221,8 +223,9 @@ def test_nan_and_inf_go_through(run):
 
 
 @all_runs
-def test_infinite_bases_stay_in_their_channel(run):
-    case = run.make((2, 9, 1, 40), "contiguous", torch.float32, (True, True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_bases_stay_in_their_channel(run, dtype):
+    case = run.make((2, 9, 1, 40), "contiguous", dtype, (True, True))
     case.y[2], factors = float("inf"), (case.x, case.y, case.z.abs())
     x_hat, mse = run.reconstruct(*factors)
     assert mse == float("inf")

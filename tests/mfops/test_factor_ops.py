@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import LAYOUTS
 from factor_cases import check, make
+from runs import Run
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfops import dispatch, reference
@@ -81,7 +82,8 @@ def threads(request):
 @pytest.mark.parametrize("method", METHODS)
 def test_any_number_of_threads(method, shape, threads):
     for layout, dtype in [("contiguous", torch.float32), ("channels_last", torch.bfloat16)]:
-        check(NATIVE, make(shape, layout, dtype, method), method, steps=2)
+        operands = Run("native", "cpu").operands(dtype)
+        check(NATIVE, make(shape, layout, dtype, method), method, operands, steps=2)
 
 
 @needs_extension
