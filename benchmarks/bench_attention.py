@@ -57,12 +57,12 @@ class Figure:
         }
 
 
-def figures(device: str, small: bool) -> list[Figure]:
+def figures(small: bool) -> list[Figure]:
     return [
         Figure(operation, batch, pixels, dtype, layout, which)
         for operation, sizes in (SMALL if small else CASES).items()
         for batch, pixels in sizes
-        for dtype in DTYPES[device]
+        for dtype in DTYPES
         for layout in LAYOUTS
         for which in (FORWARD, BOTH)
     ]
@@ -162,7 +162,7 @@ def measure(figure: Figure, bench: Bench) -> Measured:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    cases = pairs(figures(options.device, options.small), lambda f: RIVALS[f.operation])
+    cases = pairs(figures(options.small), lambda f: RIVALS[f.operation])
     metafunc.parametrize(("figure", "rival"), cases, ids=str)
 
 

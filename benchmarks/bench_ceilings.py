@@ -66,7 +66,7 @@ def _rows(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    figures = [Figure(dtype) for dtype in DTYPES[metafunc.config.option.device]]
+    figures = [Figure(dtype) for dtype in DTYPES]
     cases = pairs(figures, lambda _: [COPY, MATMUL])
     metafunc.parametrize(("figure", "rival"), cases, ids=str)
 

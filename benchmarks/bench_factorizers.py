@@ -98,7 +98,7 @@ def figures(device: str, small: bool) -> list[Figure]:
     shapes = SMALL_SHAPES if small else GPU_SHAPES if device == "cuda" else CPU_SHAPES
     return [
         Figure(Case(shape, dtype, layout, method), which)
-        for dtype in DTYPES[device]
+        for dtype in DTYPES
         for layout in LAYOUTS
         for shape in shapes
         for method in STEPS

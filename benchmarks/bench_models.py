@@ -135,11 +135,12 @@ def compare(
     images: Callable[[nn.Module], list[Tensor]],
     which: str,
     bench: Bench,
+    compile_too: bool = True,
 ) -> Measured:
     """The rows of a figure whose rivals are networks, each on the images that it takes."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    compile_too = not bench.small and (bench.machine.cuda or which == INFERENCE)
+    compile_too = compile_too and not bench.small and (bench.machine.cuda or which == INFERENCE)
     contenders: dict[str, Contender] = {}
     inputs: dict[str, list[Tensor]] = {}
     rows: list[dict[str, Any]] = []
@@ -176,14 +177,20 @@ def compare(
     return Measured(rows, seconds)
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
+def images_of(figure: Figure, bench: Bench) -> Callable[[nn.Module], list[Tensor]]:
+    """Makes the images of a figure that a network takes, for `compare`."""
+
     def images(network: nn.Module) -> list[Tensor]:
         side = input_side(network, figure.side)
         x = torch.randn((figure.batch, 3, side, side), device=bench.machine.device)
         rotated = 2 if bench.small else bench.machine.sets(x.nbytes)
         return [x, *(torch.randn_like(x) for _ in range(1, rotated))]
 
-    build = builders(figure.backbone)
+    return images
+
+
+def measure(figure: Figure, bench: Bench) -> Measured:
+    build, images = builders(figure.backbone), images_of(figure, bench)
     return compare(MODELS, figure.columns(), build, images, figure.which, bench)
 
 

@@ -90,7 +90,7 @@ def figures(device: str, small: bool) -> list[Figure]:
         Figure(Case(shape, dtype, layout, factors), which)
         for factors in FACTORS
         for layout in LAYOUTS
-        for dtype in DTYPES[device]
+        for dtype in DTYPES
         for shape in shapes
         for which in PASSES
     ]
@@ -133,7 +133,7 @@ def names(case: Case, device: str) -> list[str]:
         found.append(COMPILE)
     # CUDA graphs save launches, which the figures leave out anyway, and copy every input that is
     # not where it was: measured where they have the best chance.
-    if case == Case(GPU_SHAPES[0], "bfloat16", "contiguous", "per image"):
+    if device == "cuda" and case == Case(GPU_SHAPES[0], *COMPILED):
         found.append(COMPILE_GRAPHS)
     return [*found, COPY]
 

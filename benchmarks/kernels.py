@@ -24,7 +24,7 @@ from benchmarks.rows import Question
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
 LAYOUTS = ("contiguous", "channels_last")
-DTYPES = {"cuda": ("bfloat16", "float32"), "cpu": ("float32",)}
+DTYPES = ("bfloat16", "float32")
 MEMORY_CALLS = 7
 
 Op = Callable[..., tuple[Tensor, ...]]  # of the leaves of inputs

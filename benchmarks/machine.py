@@ -23,9 +23,12 @@ CPU_CACHE = 32 * 2**20  # where Linux does not say
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
+AUTOCAST = "bfloat16 autocast"
+
+
 def network_dtype(device: str) -> str:
     """The arithmetic that networks run in: that of `Machine.autocast`."""
-    return "bfloat16 autocast" if device == "cuda" else "float32"
+    return AUTOCAST if device == "cuda" else "float32"
 
 
 class Machine:

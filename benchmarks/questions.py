@@ -10,6 +10,7 @@ EAGER, BEST = "eager, as published", "eager, at its best"
 COMPILE, COMPILE_GRAPHS = "compile, max-autotune-no-cudagraphs", "compile, max-autotune"
 
 MFOPS = "mfops"  # whichever backend the automatic choice takes
+REFERENCE = "mfops reference"
 # Rivals of gather and distribute. A bias on the scores: as a mask, or as the key of a channel.
 SDPA = "scaled_dot_product_attention"
 SDPA_CHANNEL = f"{SDPA}, bias as a channel"
@@ -58,6 +59,11 @@ MODELS = Question(
     figure=("backbone", "size", "batch", "dtype", "pass"),
     measures=("input", "images_per_s", "peak_bytes", "parameters", "flops"),
     bases=("deeplabv3plus", "emanet"),
+)
+
+# A whole network, on mfops's kernels and on the lines of its reference.
+BACKENDS = Question(
+    "backends", figure=(*MODELS.figure, "network"), measures=MODELS.measures, bases=(MFOPS,)
 )
 
 # A training step of the trainer. Times are of a whole step; the parts are from a run of their own,

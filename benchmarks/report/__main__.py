@@ -83,6 +83,12 @@ SECTIONS = (
     ),
     Section("Networks", "Whole networks, on images.", tables.models, "models"),
     Section(
+        "Networks, with and without kernels",
+        "The same network with its factors on mfops's automatic backend, and on the reference: "
+        "lines of PyTorch. Neither is compiled.",
+        tables.backends,
+    ),
+    Section(
         "Training",
         "Steps of the trainer. The parts are from a run of their own, in which each waits for the "
         "device; percentages are of their sum.",

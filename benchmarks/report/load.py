@@ -13,6 +13,7 @@ from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,
     ATTENTION,
+    BACKENDS,
     BEST,
     CEILINGS,
     COMPILE,
@@ -25,6 +26,7 @@ from benchmarks.questions import (
     MODELS,
     NATIVE,
     OP,
+    REFERENCE,
     TRAINING,
     TRITON,
     VARIANT,
@@ -39,6 +41,7 @@ QUESTIONS = (
     ATTENTION,
     CONTEXTS,
     MODELS,
+    BACKENDS,
     TRAINING,
     ACCURACY,
     ACCURACY_COST,
@@ -49,6 +52,7 @@ TEXTS = {"network", "backbone", "size", "input"}  # measures that are no numbers
 NAMES = {
     NATIVE: "mfops (native)",
     TRITON: "mfops (Triton)",
+    REFERENCE: "mfops (reference)",
     EAGER: "eager, as published",
     BEST: "eager, at its best",
     COMPILE: "torch.compile",
@@ -100,6 +104,11 @@ class Results:
     machine: str
     by_question: dict[str, Figures]
     every: dict[str, list[Row]]  # whatever run they are of
+
+    @property
+    def cpu(self) -> bool:
+        """Whether the machine is a CPU: its name ends with its threads (`Machine.name`)."""
+        return self.machine.endswith("-threads")
 
     def figures(self, question: Question) -> Figures:
         return self.by_question[question.name]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from benchmarks.questions import (
     ACCURACY_COST,
     ATTENTION,
+    BACKENDS,
     CEILINGS,
     CONTEXTS,
     COPY,
@@ -243,7 +244,7 @@ def _folded(groups: dict[str, list[Row]], columns: list[Column]) -> list[str]:
 def op(results: Results) -> list[str]:
     """A table, folded, for each dtype, layout, kind of factors and environment.
 
-    Above them what a GPU has to reach: it alone is measured in bfloat16.
+    Above them what a GPU has to reach.
     """
     groups: dict[str, list[Row]] = {}
     for (_, dtype, layout, factors, _, environment), found in results.figures(OP).items():
@@ -251,7 +252,7 @@ def op(results: Results) -> list[str]:
         groups.setdefault(title, []).extend(found)
     lines = _late(results, OP)
     plain = results.plain(OP)
-    if any(dtype == "bfloat16" for _, dtype, *_ in plain):
+    if plain and not results.cpu:
         lines += targets.table(targets.targets(plain.values(), results.plain(HOST).values()))
         lines.append("")
     return [*lines, *_folded(groups, [SHAPE, *OPERATION])]
@@ -268,7 +269,7 @@ def factorizers(results: Results) -> list[str]:
     if not groups:
         return []
     required = targets.table(
-        targets.factorizers(results.plain(FACTORIZERS), results.earlier(FACTORIZERS))
+        targets.factorizers(results.plain(FACTORIZERS), results.earlier(FACTORIZERS), results.cpu)
     )
     lines = [*_late(results, FACTORIZERS), *required, ""]
     return [*lines, *_folded(groups, [SHAPE, METHOD, *OPERATION])]
@@ -319,8 +320,17 @@ def models(results: Results) -> list[str]:
     columns = [PASS, NETWORK, label("input"), SETTING, PARAMETERS]
     columns += [Column("GFLOPs / image", GFLOPS.cell), MS]
     columns += [Column("images/s", of("images_per_s")), over("deeplabv3plus"), over("emanet"), PEAK]
+    return _whole_networks(results, MODELS, columns)
+
+
+def backends(results: Results) -> list[str]:
+    columns = [label("network"), PASS, Column("backend", name, measured=False), SETTING, MS]
+    return _whole_networks(results, BACKENDS, [*columns, over(MFOPS), PEAK])
+
+
+def _whole_networks(results: Results, question: Question, columns: list[Column]) -> list[str]:
     groups: dict[str, list[Row]] = {}
-    for (backbone, size, batch, dtype, _, environment), found in results.figures(MODELS).items():
+    for (backbone, size, batch, dtype, *_, environment), found in results.figures(question).items():
         title = f"{backbone}, {size}, batch {batch}, {dtype}{_under(environment)}"
         groups.setdefault(title, []).extend(found)
     return titled({title: table(found, columns) for title, found in groups.items()})

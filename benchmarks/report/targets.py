@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from benchmarks import bench_factorizers, kernels
 from benchmarks.bench_op import BANDWIDTH_SHAPES, FACTORS, GPU_SHAPES, Case
-from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS
+from benchmarks.kernels import BACKWARD, BOTH, DTYPES, FORWARD, LAYOUTS
 from benchmarks.questions import COPY, EAGER, MFOPS, NATIVE, TRITON
 from benchmarks.report.load import Figures
 from benchmarks.rows import Row, number
@@ -25,7 +25,6 @@ SPEED_TARGETS = {"compile": 1.8, "eager": 3.0}
 MEMORY_TARGET = 0.01
 TRITON_TARGET = 1.3
 FACTORIZER_TARGETS = {EAGER: 5.0, "compile": 3.0}  # on a GPU
-DTYPES = ("bfloat16", "float32")
 
 OVER_NATIVE, OVER_COPY, OVER_EAGER = (f"over_{base}" for base in (NATIVE, COPY, EAGER))
 
@@ -313,8 +312,8 @@ def _no_slower_and_smaller(figures: list[Figure], method: str) -> list[Target]:
     ]
 
 
-def factorizers(found: Figures, earlier: Figures) -> list[Target]:
-    """Those of a GPU, which alone is measured in bfloat16, or those of a CPU.
+def factorizers(found: Figures, earlier: Figures, cpu: bool) -> list[Target]:
+    """Those of a GPU, or those of a CPU.
 
     On a CPU the median over all runs counts: from one process to the next ratios differ by more
     than they are away from 1.
@@ -323,8 +322,7 @@ def factorizers(found: Figures, earlier: Figures) -> list[Target]:
         Figure.of(rows, bench_factorizers.Case, "method", earlier.get(key, ()))
         for key, rows in found.items()
     ]
-    gpu = any(f.case.dtype == "bfloat16" for f in figures)
-    evaluate = _several_times_faster if gpu else _no_slower_and_smaller
+    evaluate = _no_slower_and_smaller if cpu else _several_times_faster
     return [
         target
         for method in bench_factorizers.STEPS

@@ -35,7 +35,9 @@ struct Problem {
           rank(y_.size(y_.dim() - 1)),
           shared(batch == 1 || (y_.dim() == 2 && z_.dim() == 2)),
           products(shared ? 1 : batch) {
+        // Whole panels, but for the last tile.
         tile_cols = ceil_div(cols, ceil_div(cols, max_tile_cols));
+        tile_cols = std::min(cols, ceil_div(tile_cols, kPanelCols) * kPanelCols);
         tile_rows = std::max<int64_t>(1, tile_elements / tile_cols / kBlockRows) * kBlockRows;
         tile_rows = std::min(rows, tile_rows);
     }

@@ -69,7 +69,9 @@ struct Sizes {
         // At least as many tiles as keep every thread busy.
         const int64_t wanted =
             std::max(ceil_div(pixels, std::max(most, kMinTileCols)), groups_for_threads(batch));
-        tile_cols = std::min(pixels, std::max(kMinTileCols, ceil_div(pixels, wanted)));
+        // Whole blocks of a product's columns, but for an image's last tile.
+        const int64_t even = ceil_div(pixels, wanted);
+        tile_cols = std::min(pixels, ceil_div(even, kMinTileCols) * kMinTileCols);
         tiles = ceil_div(pixels, tile_cols);
     }
 

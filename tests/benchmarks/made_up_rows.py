@@ -13,6 +13,7 @@ from benchmarks.questions import (
     ACCURACY,
     ACCURACY_COST,
     ATTENTION,
+    BACKENDS,
     BEST,
     CEILINGS,
     COMPILE,
@@ -25,6 +26,7 @@ from benchmarks.questions import (
     MODELS,
     NATIVE,
     OP,
+    REFERENCE,
     SDPA,
     TRAINING,
     TRITON,
@@ -190,6 +192,12 @@ def models() -> list[dict[str, Any]]:
     return found
 
 
+def backends() -> list[dict[str, Any]]:
+    columns = {"backbone": "resnet50", "size": "513x513", "batch": 1, "dtype": "bfloat16 autocast"}
+    columns |= {"pass": "inference", "network": "emanet"}
+    return figure(BACKENDS, columns, {MFOPS: 0.2, REFERENCE: 0.3}, setting="contiguous")
+
+
 def training() -> list[dict[str, Any]]:
     columns = {"data": "camvid", "backbone": "resnet18", "size": "360x480", "batch": 8}
     columns |= {"precision": "32-true", "workers": 1}
@@ -258,6 +266,7 @@ def write(results: Path) -> Path:
     rows.append(ATTENTION, cpu, attention())
     rows.append(CONTEXTS, cpu, contexts())
     rows.append(MODELS, cpu, models())
+    rows.append(BACKENDS, cpu, backends())
     rows.append(TRAINING, cpu, training())
     rows.append(ACCURACY, cpu, accuracy())
     rows.append(ACCURACY_COST, cpu, accuracy_cost())

@@ -132,6 +132,6 @@ def test_guards_travel_to_another_process(monkeypatch):
 def test_what_is_watched():
     figures = [str(g.figure) for g in check.guards("cpu")]
     passes = [f"{figure}" for figure in figures if figure.endswith(PASSES)]
-    # Shapes, factors, passes; em's forward and nmf's two passes; a context's forward.
-    assert len(passes) == 2 * 2 * 2 + 3 + 1
+    # Dtypes; shapes, factors, passes; em's forward and nmf's two passes; a context's forward.
+    assert len(passes) == 2 * (2 * 2 * 2 + 3) + 1
     assert all("channels_last" not in figure for figure in figures)

@@ -10,10 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mfnet
-from benchmarks import bench_contexts, bench_models, measure
+from benchmarks import bench_backends, bench_contexts, bench_models, measure
 from benchmarks.questions import CONTEXTS as QUESTION
-from benchmarks.questions import MODELS
+from benchmarks.questions import MFOPS, MODELS, REFERENCE
 from mfnet.contexts import CONTEXTS
+from mfops import dispatch
 
 SMALL = bench_contexts.figures("cpu", small=True)
 
@@ -174,3 +175,17 @@ def test_the_fastest_setting_is_chosen_and_named(bench, monkeypatch):
     )
     assert network.weight.is_contiguous(memory_format=torch.channels_last)
     assert contender.turn.prepare(0).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_network_runs_on_the_backend_it_is_named_for(monkeypatch):
+    monkeypatch.setattr(dispatch, "_explicit", None)
+
+    class Network(nn.Module):
+        def forward(self, x):
+            return dispatch.select(x, 4, "nmf").name, (x @ x).dtype
+
+    x = torch.ones(4, 4)
+    reference = bench_backends.OnBackend(Network(), REFERENCE)
+    assert reference(x) == ("reference", torch.bfloat16)
+    chosen = bench_backends.OnBackend(Network(), MFOPS)
+    assert chosen(x) == (dispatch.select(x, 4, "nmf").name, torch.bfloat16)

@@ -179,6 +179,13 @@ def test_memory_leaves_out_what_is_returned(bench):
     assert 15.5 <= found["extra_bytes"] / 2**20 < 20
 
 
+def test_what_a_cpu_measures():
+    figures = bench_op.figures("cpu", small=False)
+    assert len(figures) == len(set(figures)) == 2 * 2 * 2 * 2 * 3
+    rivals = [bench_op.names(figure.case, "cpu") for figure in figures]
+    assert all(COMPILE in of and COMPILE_GRAPHS not in of for of in rivals)
+
+
 def test_what_a_gpu_measures():
     figures = bench_op.figures("cuda", small=False)
     assert len(figures) == len(set(figures)) == 6 * 2 * 2 * 2 * 3

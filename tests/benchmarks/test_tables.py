@@ -120,6 +120,16 @@ def test_what_the_factorizers_have_to_reach_on_a_cpu(root):
     assert (required, measured.split()[0], verdict) == ("< 1x", "0.50x", "met")
 
 
+def test_a_cpu_that_is_measured_in_bfloat16_has_a_cpus_targets(root):
+    rows.append(OP, folder(root), made_up_rows.op("bfloat16"))
+    rows.append(FACTORIZERS, folder(root), made_up_rows.factorizers("bfloat16", ours=0.2))
+    op = section(root, "The op")
+    assert "<summary>bfloat16, contiguous, shared factors</summary>" in op
+    assert "| target |" not in op
+    measured = cells(section(root, "Factorizers"), "nmf: never slower than eager")[1]
+    assert measured.startswith("0.40x (forward, nmf, 6 rounds, (4, 512, 64, 1089) bfloat16")
+
+
 def test_what_the_factorizers_have_to_reach_on_a_gpu(root):
     assert "### Factorizers" not in page(root).split(f"## {GPU}")[1]
     shapes = tuple(bench_factorizers.GPU_SHAPES)
@@ -216,6 +226,13 @@ def test_networks(root):
     expected = ["513x513", "channels_last", "29,738,997", "122.26", "3000 [2700, 3300]"]
     expected += ["0.667", "0.62", "1.25", "512"]  # 3 s over 4.8 s, 3 s over 2.4 s
     assert cells(text, "training", "MFNet") == expected
+
+
+def test_a_network_on_the_reference_is_beside_itself_on_the_kernels(root):
+    text = section(root, "Networks, with and without kernels")
+    assert "**resnet50, 513x513, batch 1, bfloat16 autocast**" in text
+    of_reference = cells(text, "emanet", "inference", "mfops (reference)")
+    assert of_reference == ["contiguous", "300 [270, 330]", "1.50", "-"]
 
 
 def test_training_shows_where_the_time_goes(root):

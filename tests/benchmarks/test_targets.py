@@ -171,11 +171,14 @@ EM_LAST = dataclasses.replace(EM, layout="channels_last")
 
 
 def find_factorizer(
-    figures: list[list[Row]], name: str, earlier: list[list[Row]] | None = None
+    figures: list[list[Row]],
+    name: str,
+    earlier: list[list[Row]] | None = None,
+    cpu: bool = False,
 ) -> Target:
     found = {(str(i),): rows for i, rows in enumerate(figures)}
     before = {(str(i),): rows for i, rows in enumerate(earlier or [])}
-    return next(t for t in targets.factorizers(found, before) if t.name.startswith(name))
+    return next(t for t in targets.factorizers(found, before, cpu) if t.name.startswith(name))
 
 
 @pytest.mark.parametrize(("ratio", "met"), [(5.0, True), (4.9, False)])
@@ -190,30 +193,27 @@ def test_on_a_gpu_the_lowest_ratio_over_the_published_lines_counts(ratio, met):
     assert find_factorizer(figures, "nmf").met is None
 
 
-CPU_EM = dataclasses.replace(EM, dtype="float32")
-
-
 @pytest.mark.parametrize(("ratio", "fast"), [(1.0, True), (0.9, False)])
 @pytest.mark.parametrize(("peak", "small"), [(1.1, True), (1.0, False)])
 def test_on_a_cpu_neither_time_nor_memory_is_more_than_the_best_lines(ratio, fast, peak, small):
     """The fastest lines need not be the most sparing ones."""
-    figures = [factorizer(CPU_EM, {EAGER: peak, BEST: 3.0}, **{EAGER: 2.0, BEST: ratio})]
-    assert find_factorizer(figures, "em: never slower than eager").met is fast
-    assert find_factorizer(figures, "em: less peak memory").met is small
+    figures = [factorizer(EM, {EAGER: peak, BEST: 3.0}, **{EAGER: 2.0, BEST: ratio})]
+    assert find_factorizer(figures, "em: never slower than eager", cpu=True).met is fast
+    assert find_factorizer(figures, "em: less peak memory", cpu=True).met is small
 
 
 def test_on_a_cpu_the_median_of_all_runs_counts():
-    newest = factorizer(CPU_EM, {EAGER: 4.0}, **{EAGER: 1.2})
-    earlier = factorizer(CPU_EM, {EAGER: 2.0}, run="a", **{EAGER: 0.8})
-    earlier += factorizer(CPU_EM, {EAGER: 0.8}, run="b", **{EAGER: 0.9})
-    time = find_factorizer([newest], "em: never slower than eager", [earlier])
+    newest = factorizer(EM, {EAGER: 4.0}, **{EAGER: 1.2})
+    earlier = factorizer(EM, {EAGER: 2.0}, run="a", **{EAGER: 0.8})
+    earlier += factorizer(EM, {EAGER: 0.8}, run="b", **{EAGER: 0.9})
+    time = find_factorizer([newest], "em: never slower than eager", [earlier], cpu=True)
     assert time.met is False
     assert time.measured.startswith("0.90x, 0.80 to 1.20 in 3 runs (forward, em")
-    peak = find_factorizer([newest], "em: less peak memory", [earlier])
+    peak = find_factorizer([newest], "em: less peak memory", [earlier], cpu=True)
     assert peak.met is True
     assert peak.measured.startswith("0.50x, 0.25 to 1.25 in 3 runs")
 
 
 def test_nothing_measured_meets_nothing():
     assert {t.met for t in targets.targets([], [])} == {None}
-    assert {t.met for t in targets.factorizers({}, {})} == {None}
+    assert {t.met for t in targets.factorizers({}, {}, cpu=False)} == {None}
