@@ -82,8 +82,8 @@ def _notes(words: Iterable[str]) -> list[str]:
 def _what_most_call(figures: Figures) -> list[Row]:
     return [
         row
-        for (_, dtype, layout, factors, which, _), found in figures.items()
-        if (dtype, layout, factors) == ("float32", "contiguous", "shared")
+        for (_, _, layout, factors, which, _), found in figures.items()
+        if (layout, factors) == ("contiguous", "shared")
         if which in (FORWARD, BOTH)
         for row in found
         if row["rival"] != COPY
@@ -91,12 +91,20 @@ def _what_most_call(figures: Figures) -> list[Row]:
 
 
 def _op(results: Results, document: Path) -> list[str]:
-    """float32, contiguous, shared factors, and in a sentence the same under huge pages."""
+    """Contiguous, shared factors, and in a sentence the same under huge pages."""
     found = _what_most_call(results.plain(OP))
     if not found:
         return []
     measured = load.measured(found)
-    columns = [SHAPE, PASS, NAME, Column("ms", of("median_s", 1e3)), OVER_NATIVE, PEAK]
+    columns = [
+        label("dtype"),
+        SHAPE,
+        PASS,
+        NAME,
+        Column("ms", of("median_s", 1e3)),
+        OVER_NATIVE,
+        PEAK,
+    ]
     notes = [f"{line}." for line in source(measured)]
     skipped = {f"{name(row)}: {text(row['skipped'])}" for row in found if row["skipped"]}
     notes += [f"Not measured: {why}." for why in sorted(skipped)]
