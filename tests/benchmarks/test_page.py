@@ -226,8 +226,8 @@ def test_a_newer_run_replaces_an_older_in_its_figures_alone(root):
     readme = document(root, "README.md")
     shape = "(4, 2048, 64, 1089)"
     eager = "eager, as published"
-    assert cells(readme, shape, "forward", eager)[:2] == ["15.0", "3.00"]
-    assert cells(readme, shape, "forward + backward", eager)[:2] == ["105", "5.00"]
+    assert cells(readme, "float32", shape, "forward", eager)[:2] == ["15.0", "3.00"]
+    assert cells(readme, "float32", shape, "forward + backward", eager)[:2] == ["105", "5.00"]
     assert readme.count("| torch.compile |") == 1
     assert "commit def5678; 2026-11-25" in readme
     op = [line for line in page(root).splitlines() if line.startswith("| op |")]
@@ -267,7 +267,10 @@ def test_another_environment_is_another_figure(root):
         "(`THP_MEM_ALLOC_ENABLE=1 python -m pytest benchmarks`, commit def5678, 2026-11-25)."
         in said
     )
-    assert cells(readme, "(4, 2048, 64, 1089)", "forward", "eager, as published")[0] == "35.0"
+    assert (
+        cells(readme, "float32", "(4, 2048, 64, 1089)", "forward", "eager, as published")[0]
+        == "35.0"
+    )
 
 
 def test_tables_name_an_environment_that_rows_have(root):
