@@ -42,7 +42,7 @@ const std::string& unavailable_reason() {
 
 namespace {
 
-// Rows r and r + 16 q of a 16 x 16 matrix of 32-bit values become its columns.
+// Transposes a 16 x 16 matrix of 32-bit values, a vector a row.
 MFOPS_BF16 inline void transpose_block(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {

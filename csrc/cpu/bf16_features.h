@@ -129,7 +129,7 @@ struct Backward {
     uint32_t* d_pairs_data;
     Pairs d_pairs;  // which they are
 
-    float* d;  // room for a strip
+    float* d;  // room for a strip; of a single image that of the product's values
 
     // Image by image and row by row, as the features lie in memory.
     MFOPS_BF16 void operator()(const Strip& strip) const {

@@ -36,8 +36,7 @@ class Products {
           left_(even(rank_) * std::max(channels_, sizes.tile_cols)),
           d_rows_(even(channels_) * even(sizes.tile_cols)),
           e_(channels_ * sizes.tile_cols),
-          strip_(Strip::size(std::max(channels_, sizes.tile_cols))),
-          d_strip_(Strip::size(std::max(channels_, sizes.tile_cols))) {}
+          strip_(Strip::size(std::max(channels_, sizes.tile_cols))) {}
 
     void set_bases(const Matrix& y, const Matrix& gram) {
         y_rows_ = round_rows(y.data, rank_, channels_, y.row_stride, y_.get());
@@ -45,7 +44,7 @@ class Products {
     }
     void load(const Tile& t) {
         tile_ = t;
-        x_ = rows_of(features_, transpose_);
+        x_ = rows_of(features_);
     }
 
     void project(const Matrix& out) const { project(x_, out); }
@@ -86,7 +85,7 @@ class Products {
 
     void project_gradient(const Matrix* z, float s, const Output* upstream,
                           const Matrix& out) const {
-        if (!z) return project(rows_of(*upstream, transpose_), out);
+        if (!z) return project(rows_of(*upstream), out);
         const int64_t stride = even(x_.cols);
         const Pairs d_pairs{x_pairs_.get(), even(x_.rows) / 2, x_.cols};
         const Backward<true> epilogue{.x = x_.data,
@@ -107,7 +106,7 @@ class Products {
                                       .d_rows_stride = stride,
                                       .d_pairs_data = x_pairs_.get(),
                                       .d_pairs = d_pairs,
-                                      .d = d_strip_.get()};
+                                      .d = strip_.get()};
         const auto [left, right] = bases_and(*z);
         product_by_strips(left, right, strip_.get(), epilogue);
         if (transpose_) {
@@ -133,8 +132,8 @@ class Products {
         return f.at(tile_.image, transpose_ ? tile_.col : 0, transpose_ ? 0 : tile_.col);
     }
     // The tile as it lies in memory: (C, n) or (n, C).
-    Rows rows_of(const Features& f, bool transpose) const {
-        return {place(f), transpose ? tile_.n : channels_, transpose ? channels_ : tile_.n,
+    Rows rows_of(const Features& f) const {
+        return {place(f), transpose_ ? tile_.n : channels_, transpose_ ? channels_ : tile_.n,
                 f.row_stride};
     }
     Rows rounded(const Matrix& z) const {
@@ -168,7 +167,7 @@ class Products {
     Buffer<uint16_t> y_, gram_, z_rows_;
     Buffer<uint32_t> z_pairs_, x_pairs_, left_pairs_;
     Buffer<uint16_t> left_, d_rows_;
-    Buffer<float> e_, strip_, d_strip_;
+    Buffer<float> e_, strip_;
     Rows y_rows_{}, gram_rows_{}, x_{};
     Tile tile_{};
 };

@@ -79,11 +79,7 @@ Tensor nmf_backward_by(const std::optional<Tensor>& grad_x_hat,
     const Batch coefficients(z, false), slopes(slope, false);
     std::optional<typename Products::Output> upstream;
     if (grad_x_hat) upstream.emplace(*grad_x_hat, transpose);
-    float s = 0;
-    if (grad_mse) {
-        s = static_cast<float>(2.0 * *static_cast<const float*>(grad_mse->data_ptr()) /
-                               static_cast<double>(x.numel()));
-    }
+    const float s = error_scale(grad_mse, x.numel());
     for_each_tile<Products>(x, sizes, [&](const Tile& t, int64_t, Products& products) {
         products.set_bases(bases[t.image], Matrix{});
         products.load(t);

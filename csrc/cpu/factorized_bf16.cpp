@@ -93,13 +93,13 @@ Tensor forward(const Problem& problem, const Features* x_hat) {
                 t ? problem.coefficients(p, row, n_rows) : problem.bases(p, row, n_rows), t);
             const Pairs b = right.right(
                 t ? problem.bases(p, col, n_cols) : problem.coefficients(p, col, n_cols), t);
-            Reconstruct epilogue{problem.x.at(problem.first_image(p), row, col),
-                                 problem.x.row_stride,
-                                 problem.x.image_stride,
-                                 problem.images(),
-                                 x_hat ? x_hat->at(p, row, col) : nullptr,
-                                 x_hat ? x_hat->row_stride : 0,
-                                 0};
+            Reconstruct epilogue{.x = problem.x.at(problem.first_image(p), row, col),
+                                 .x_stride = problem.x.row_stride,
+                                 .image_stride = problem.x.image_stride,
+                                 .images = problem.images(),
+                                 .x_hat = x_hat ? x_hat->at(p, row, col) : nullptr,
+                                 .x_hat_stride = x_hat ? x_hat->row_stride : 0,
+                                 .error = 0};
             product(a, b, epilogue);
             errors[static_cast<size_t>(i)] = epilogue.error;
         }
@@ -180,9 +180,7 @@ struct Shares {
 
 std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z) {
     const Problem problem(x, y, z, kForwardTileCols, kForwardTileElements);
-    std::vector<int64_t> shape{x.size(1), x.size(2)};
-    if (y.dim() == 3 || z.dim() == 3) shape.insert(shape.begin(), x.size(0));
-    const Tensor x_hat = empty_features(shape, x.scalar_type(), problem.transpose);
+    const Tensor x_hat = empty_x_hat(x, y, z);
     const Features out(x_hat, problem.transpose);
     return {x_hat, forward(problem, &out)};
 }
@@ -216,25 +214,15 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
                    .x_hat_per_image = grad_x_hat && grad_x_hat->dim() == 3,
                    .x = std::nullopt,
                    .error = grad_mse.has_value(),
-                   .scale = 0};
+                   .scale = error_scale(grad_mse, problem.elements())};
     if (grad_x_hat) grad.x_hat.emplace(*grad_x_hat, transpose);
     if (need_x) grad.x.emplace(grad_x, transpose);
-    if (grad_mse) {
-        grad.scale = static_cast<float>(2.0 * *static_cast<const float*>(grad_mse->data_ptr()) /
-                                        static_cast<double>(problem.elements()));
-    }
 
-    const int64_t items = problem.products * groups.rows * groups.cols;
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, groups.items(), 1, [&](int64_t begin, int64_t end) {
         const Scratch scratch(problem);
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t p = item / (groups.rows * groups.cols);
-            const int64_t row_group = item / groups.cols % groups.rows;
-            const int64_t col_group = item % groups.cols;
-            const int64_t row_begin = problem.rows * row_group / groups.rows;
-            const int64_t row_end = problem.rows * (row_group + 1) / groups.rows;
-            const int64_t col_begin = problem.cols * col_group / groups.cols;
-            const int64_t col_end = problem.cols * (col_group + 1) / groups.cols;
+            const auto [p, row_group, col_group, row_begin, row_end, col_begin, col_end] =
+                groups.part(item);
 
             for (int64_t col = col_begin; col < col_end; col += problem.tile_cols) {
                 const int64_t n_cols = std::min(problem.tile_cols, col_end - col);

@@ -62,11 +62,35 @@ int64_t bounded_groups(int64_t groups, int64_t extent, int64_t rank) {
     return std::clamp<int64_t>(groups, 1, std::max<int64_t>(1, extent / (4 * rank)));
 }
 
-Groups::Groups(int64_t products, int64_t n_rows, int64_t n_cols, int64_t rank) {
+Groups::Groups(int64_t products_, int64_t n_rows_, int64_t n_cols_, int64_t rank)
+    : products(products_), n_rows(n_rows_), n_cols(n_cols_) {
     const int64_t wanted = groups_for_threads(products);
     // Rows first: threads that share rows share memory pages, and X's gradient is new memory.
     rows = bounded_groups(wanted, n_rows, rank);
     cols = bounded_groups(ceil_div(wanted, rows), n_cols, rank);
+}
+
+Groups::Part Groups::part(int64_t item) const {
+    const int64_t row = item / cols % rows, col = item % cols;
+    return {.product = item / (rows * cols),
+            .row_group = row,
+            .col_group = col,
+            .row_begin = n_rows * row / rows,
+            .row_end = n_rows * (row + 1) / rows,
+            .col_begin = n_cols * col / cols,
+            .col_end = n_cols * (col + 1) / cols};
+}
+
+float error_scale(const std::optional<Tensor>& grad_mse, int64_t elements) {
+    if (!grad_mse) return 0;
+    return static_cast<float>(2.0 * *static_cast<const float*>(grad_mse->data_ptr()) /
+                              static_cast<double>(elements));
+}
+
+Tensor empty_x_hat(const Tensor& x, const Tensor& y, const Tensor& z) {
+    std::vector<int64_t> shape{x.size(1), x.size(2)};
+    if (y.dim() == 3 || z.dim() == 3) shape.insert(shape.begin(), x.size(0));
+    return empty_features(shape, x.scalar_type(), channels_innermost(x));
 }
 
 Tensor add_shares(const Tensor& shares, const Tensor& factor, bool transpose) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace mfops::cpu {
@@ -44,9 +45,25 @@ int64_t bounded_groups(int64_t groups, int64_t extent, int64_t rank);
 // How the rows and columns of each of `products` X' = A B are dealt out to threads backward. Each
 // row group has its own share of B's gradient and each column group its own share of A's.
 struct Groups {
+    // What one item of work covers.
+    struct Part {
+        int64_t product, row_group, col_group;
+        int64_t row_begin, row_end, col_begin, col_end;
+    };
+
     Groups(int64_t products, int64_t n_rows, int64_t n_cols, int64_t rank);
-    int64_t rows, cols;
+    int64_t items() const { return products * rows * cols; }
+    Part part(int64_t item) const;
+
+    int64_t products, n_rows, n_cols;
+    int64_t rows, cols;  // how many groups of them
 };
+
+// 2 g / (B C N), what X - X' is multiplied by for dX; 0 without a gradient of the error.
+float error_scale(const std::optional<Tensor>& grad_mse, int64_t elements);
+
+// A place for X', of one image where both factors are shared.
+Tensor empty_x_hat(const Tensor& x, const Tensor& y, const Tensor& z);
 
 // A factor's gradient in its dtype, of float shares (products * groups, ..): those of a product
 // are added in order, over the batch too where the factor is shared. `transpose`: the shares are

@@ -103,7 +103,6 @@ def test_gradients_that_lie_otherwise(layout):
         check(run, case, run.operands(torch.bfloat16))
 
 
-@native_instruction
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_error_is_of_unrounded_features(layout):
     """X = Y Z to the last bit but one of X': an error of the rounded X' would be zero."""
