@@ -44,7 +44,7 @@ from benchmarks.questions import (
     TRITON,
 )
 from mfops import reference
-from mfops.functional import solve
+from mfops.functional import factorize_reconstruct
 from mfops.methods import METHODS
 
 STEPS = {"em": 3, "nmf": 6}
@@ -83,7 +83,7 @@ class Case(kernels.Case):
         return {"method": self.method, "steps": self.steps, **super().columns()}
 
     def floor_bytes(self, which: str) -> int:
-        """Backward needs X' no more than X: G', Y and the slope W of nmf's last update give dX."""
+        """Backward needs X' no more than X: G', Y and the scale W of nmf's last update give dX."""
         batch, channels, rank, pixels = self.shape
         x, mse = self.x_bytes(), 4
         start, y = self.bytes(channels * rank), self.bytes(batch * channels * rank)
@@ -166,8 +166,8 @@ def nmf_careful(x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(STEPS["nmf"]):
             z = (x.mT @ y).mul_(z).div_((z @ (y.mT @ y)).add_(EPS))
             y = (x @ z).mul_(y).div_((y @ (z.mT @ z)).add_(EPS))
-        slope = z.div_((z @ (y.mT @ y)).add_(EPS))
-    return product(x, y, (x.mT @ y) * slope), y
+        z_scale = z.div_((z @ (y.mT @ y)).add_(EPS))
+    return product(x, y, (x.mT @ y) * z_scale), y
 
 
 TEXTBOOK = {"em": em_textbook, "nmf": nmf_textbook}
@@ -177,7 +177,7 @@ CAREFUL = {"em": em_careful, "nmf": nmf_careful}
 def on_backend(name: str, method: str) -> Op:
     def op(x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with mfops.use_backend(name):
-            x_hat, mse, y = solve(x, y0, method, STEPS[method])
+            x_hat, mse, y = factorize_reconstruct(x, y0, method, STEPS[method])
         return x_hat, y, mse
 
     return op
@@ -233,11 +233,13 @@ class Inputs:
 
     def expected(self) -> dict[str, Tensor]:
         x, y0 = self.x.detach().float(), self.y0.float()
-        y, z, slope, x_hat, mse = reference.solve(x, y0, self.case.method, self.case.steps)
+        y, z, z_scale, x_hat, mse = reference.factorize_reconstruct(
+            x, y0, self.case.method, self.case.steps
+        )
         found = {"X'": x_hat, "Y": y, "mse": mse}
         if self.grad_x_hat is not None:
             upstream = self.grad_x_hat.float()
-            found["dX"] = reference.nmf_backward(upstream, None, x, y, z, slope)
+            found["dX"] = reference.nmf_backward(upstream, None, x, y, z, z_scale)
         return found
 
 

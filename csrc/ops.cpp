@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(mfops, CPU, m) {
     m.impl("reconstruct", TORCH_BOX(&mfops::cpu::reconstruct));
     m.impl("mse", TORCH_BOX(&mfops::cpu::mse));
     m.impl("reconstruct_backward", TORCH_BOX(&mfops::cpu::reconstruct_backward));
-    m.impl("iterate", TORCH_BOX(&mfops::cpu::iterate));
-    m.impl("solve", TORCH_BOX(&mfops::cpu::solve));
+    m.impl("factorize", TORCH_BOX(&mfops::cpu::factorize));
+    m.impl("factorize_reconstruct", TORCH_BOX(&mfops::cpu::factorize_reconstruct));
     m.impl("nmf_backward", TORCH_BOX(&mfops::cpu::nmf_backward));
 }
 
@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(mfops, CUDA, m) {
     m.impl("reconstruct", TORCH_BOX(&mfops::cuda::reconstruct));
     m.impl("mse", TORCH_BOX(&mfops::cuda::mse));
     m.impl("reconstruct_backward", TORCH_BOX(&mfops::cuda::reconstruct_backward));
-    m.impl("iterate", TORCH_BOX(&mfops::cuda::iterate));
-    m.impl("solve", TORCH_BOX(&mfops::cuda::solve));
+    m.impl("factorize", TORCH_BOX(&mfops::cuda::factorize));
+    m.impl("factorize_reconstruct", TORCH_BOX(&mfops::cuda::factorize_reconstruct));
     m.impl("nmf_backward", TORCH_BOX(&mfops::cuda::nmf_backward));
 }
 #endif

@@ -103,7 +103,7 @@ def reconstruction_error(x: Tensor, y: Tensor, z: Tensor, backend: str, tf32: bo
     return ReconstructionError.apply(x, y, z, backend, tf32)
 
 
-class Solve(torch.autograd.Function):
+class FactorizeReconstruct(torch.autograd.Function):
     """x (B, C, N), y0, method, steps, backend name, tf32 -> X', mse, Y.
 
     X' of nmf carries the one-step gradient to x, that of em none; Y never does.
@@ -117,8 +117,8 @@ class Solve(torch.autograd.Function):
         ctx.method = method
         ctx.tf32 = tf32
         ctx.set_materialize_grads(False)
-        y, z, slope, x_hat, mse = ctx.backend.solve(x, y0, method, steps, tf32)
-        ctx.save_for_backward(x, y, z, slope)
+        y, z, z_scale, x_hat, mse = ctx.backend.factorize_reconstruct(x, y0, method, steps, tf32)
+        ctx.save_for_backward(x, y, z, z_scale)
         if method == "em":
             ctx.mark_non_differentiable(x_hat, y)
         else:
@@ -129,7 +129,7 @@ class Solve(torch.autograd.Function):
     def backward(
         ctx: Any, grad_x_hat: Tensor | None, grad_mse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, y, z, slope = ctx.saved_tensors
+        x, y, z, z_scale = ctx.saved_tensors
         grad_x = None
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = reference if twice else ctx.backend
@@ -141,8 +141,8 @@ class Solve(torch.autograd.Function):
                 )[0]
         elif grad_x_hat is not None or grad_mse is not None:
             if twice:
-                z = slope * (y.mT @ x.to(y.dtype))  # not only its value: it depends on x
-            grad_x = run.nmf_backward(grad_x_hat, grad_mse, x, y, z, slope, ctx.tf32)
+                z = z_scale * (y.mT @ x.to(y.dtype))  # not only its value: it depends on x
+            grad_x = run.nmf_backward(grad_x_hat, grad_mse, x, y, z, z_scale, ctx.tf32)
         return grad_x, None, None, None, None, None
 
 

@@ -165,12 +165,19 @@ class Backend:
     reconstruct: Callable[..., tuple[Tensor, Tensor]]
     mse: Callable[..., Tensor]
     reconstruct_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    iterate: Callable[..., tuple[Tensor, Tensor]]
-    solve: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    factorize: Callable[..., tuple[Tensor, Tensor]]
+    factorize_reconstruct: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     nmf_backward: Callable[..., Tensor]
 
 
-OPERATORS = ("reconstruct", "mse", "reconstruct_backward", "iterate", "solve", "nmf_backward")
+OPERATORS = (
+    "reconstruct",
+    "mse",
+    "reconstruct_backward",
+    "factorize",
+    "factorize_reconstruct",
+    "nmf_backward",
+)
 
 
 def _backend(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mfops.checks import check_method, check_positive, check_temperature
 from mfops.dispatch import FUSED_METHODS, under_transform
 from mfops.exporting import is_exporting
-from mfops.functional import autocasts, factorize, product, reconstruct, solve
+from mfops.functional import autocasts, factorize, factorize_reconstruct, product, reconstruct
 from mfops.methods import METHODS, WITH_PARAMETERS
 from mfops.reference import accumulation_dtype
 from mfops.tracing import record_method
@@ -172,7 +172,7 @@ class ImageFactorizer(Factorizer):
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, start, steps = self._prepare(x)
         if self.method in FUSED_METHODS and not under_transform():
-            x_hat, mse, y = solve(x, start, self.method, steps)
+            x_hat, mse, y = factorize_reconstruct(x, start, self.method, steps)
         else:
             y, z = factorize(x, start, self.method, steps, self.inverse_temperature)
             x_hat, mse = reconstruct(x, y.to(z.dtype), z)

@@ -206,20 +206,24 @@ def factorize(
     final = with_temperature(METHODS[method], temperature).final_coefficients
     with without_autocast(rows.device.type):
         # Constants rather than a region without gradient, which torch.export.save cannot write.
-        y, z = backend.iterate(rows.detach(), start, method, steps, _tf32(rows), temperature)
+        y, z = backend.factorize(rows.detach(), start, method, steps, _tf32(rows), temperature)
         z = final(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
     return y.to(y0.dtype), z
 
 
-def solve(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def factorize_reconstruct(
+    x: Tensor, y0: Tensor, method: str, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """X' = Y Z, mse and Y of `factorize` with "em" or "nmf", from kernels for all of it."""
     rows, start = _prepare_bases(x, y0, method, steps)
     backend = select(rows, y0.shape[-1], method)
     with without_autocast(rows.device.type):
         if torch.jit.is_tracing():
-            y, _, _, x_hat, mse = backend.solve(rows, start, method, steps, _tf32(rows))
+            y, _, _, x_hat, mse = backend.factorize_reconstruct(
+                rows, start, method, steps, _tf32(rows)
+            )
         else:
-            x_hat, mse, y = autograd.Solve.apply(
+            x_hat, mse, y = autograd.FactorizeReconstruct.apply(
                 rows, start, method, steps, backend.name, _tf32(rows)
             )
     return _as_features(x_hat, x), mse, y

@@ -6,9 +6,10 @@ Shapes: x (B, C, N); y (C, K) or (B, C, K); z (K, N) or (B, K, N). X' is (C, N) 
 are shared, else (B, C, N). `tf32` allows products of float32 operands on a GPU to round those to
 TF32. Nothing is checked here: `mfops.checks` does that once, before dispatch.
 
-`iterate` and `solve` find the factors on each image: y0 (C, K) or (B, C, K), in the accumulation
-dtype (float32, float64 for float64 x), as is the y (B, C, K) they return; z and slope (B, K, N) in
-x's dtype, contiguous. `solve` and its gradient `nmf_backward` know "em" and "nmf" alone.
+`factorize` finds the factors on each image, `factorize_reconstruct` X' and the error too: y0 (C, K)
+or (B, C, K), in the accumulation dtype (float32, float64 for float64 x), as is the y (B, C, K) they
+return; z and z_scale (B, K, N) in x's dtype, contiguous. nmf's last update: z = z_scale * (Y^T X).
+`factorize_reconstruct` and its gradient `nmf_backward` know "em" and "nmf" alone.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _SCHEMAS = {
         "-> (Tensor grad_x, Tensor grad_y, Tensor grad_z)"
     ),
     # em and nmf have no temperature.
-    "iterate": (
+    "factorize": (
         "(Tensor x, Tensor y0, str method, int steps, bool tf32=False, "
         f"float inverse_temperature={INVERSE_TEMPERATURE}) -> (Tensor y, Tensor z)"
     ),
-    "solve": (
+    "factorize_reconstruct": (
         "(Tensor x, Tensor y0, str method, int steps, bool tf32=False) "
-        "-> (Tensor y, Tensor z, Tensor slope, Tensor x_hat, Tensor mse)"
+        "-> (Tensor y, Tensor z, Tensor z_scale, Tensor x_hat, Tensor mse)"
     ),
     "nmf_backward": (
-        "(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, Tensor slope, "
+        "(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, Tensor z_scale, "
         "bool tf32=False) -> Tensor"
     ),
 }
@@ -126,8 +127,8 @@ def _reconstruct_backward_fake(
     )
 
 
-@_register_fake("iterate")
-def _iterate_fake(
+@_register_fake("factorize")
+def _factorize_fake(
     x: torch.Tensor,
     y0: torch.Tensor,
     method: str,
@@ -141,13 +142,13 @@ def _iterate_fake(
     return y, x.new_empty((batch, rank, pixels))
 
 
-@_register_fake("solve")
-def _solve_fake(
+@_register_fake("factorize_reconstruct")
+def _factorize_reconstruct_fake(
     x: torch.Tensor, y0: torch.Tensor, method: str, steps: int, tf32: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, z = _iterate_fake(x, y0, method, steps)
-    slope = x.new_empty(z.shape if method == "nmf" else 0)
-    return y, z, slope, empty_like_x(x, list(x.shape)), _mse_fake(x, y, z)
+    y, z = _factorize_fake(x, y0, method, steps)
+    z_scale = x.new_empty(z.shape if method == "nmf" else 0)
+    return y, z, z_scale, empty_like_x(x, list(x.shape)), _mse_fake(x, y, z)
 
 
 @_register_fake("nmf_backward")
@@ -157,7 +158,7 @@ def _nmf_backward_fake(
     x: torch.Tensor,
     y: torch.Tensor,
     z: torch.Tensor,
-    slope: torch.Tensor,
+    z_scale: torch.Tensor,
     tf32: bool = False,
 ) -> torch.Tensor:
     return empty_like_x(x, list(x.shape))
@@ -206,8 +207,8 @@ def _gram_flops(x_shape: list[int], rank: int) -> int:
     return 2 * 2 * batch * rank * rank * (channels + pixels)
 
 
-@register_flop_formula([_OPS.iterate, _OPS.triton_iterate])
-def _iterate_flops(  # type: ignore[no-untyped-def]
+@register_flop_formula([_OPS.factorize, _OPS.triton_factorize])
+def _factorize_flops(  # type: ignore[no-untyped-def]
     x_shape, y0_shape, method, steps, *args, out_shape=None, **kwargs
 ) -> int:
     batch, channels, pixels = x_shape
@@ -219,14 +220,14 @@ def _iterate_flops(  # type: ignore[no-untyped-def]
     return steps * each + 2 * batch * channels * rank * pixels
 
 
-@register_flop_formula([_OPS.solve, _OPS.triton_solve])
-def _solve_flops(  # type: ignore[no-untyped-def]
+@register_flop_formula([_OPS.factorize_reconstruct, _OPS.triton_factorize_reconstruct])
+def _factorize_reconstruct_flops(  # type: ignore[no-untyped-def]
     x_shape, y0_shape, method, steps, tf32=False, *, out_shape=None, **kwargs
 ) -> int:
     batch, channels, pixels = x_shape
     rank = y0_shape[-1]
     product = 2 * batch * channels * rank * pixels
-    flops = _iterate_flops(x_shape, y0_shape, method, steps) + product
+    flops = _factorize_flops(x_shape, y0_shape, method, steps) + product
     if method == "nmf":
         flops += product + 2 * batch * rank * rank * (channels + pixels)
     return flops
@@ -239,7 +240,7 @@ def _nmf_backward_flops(  # type: ignore[no-untyped-def]
     x_shape,
     y_shape,
     z_shape,
-    slope_shape,
+    z_scale_shape,
     tf32=False,
     *,
     out_shape=None,
@@ -252,12 +253,12 @@ def _nmf_backward_flops(  # type: ignore[no-untyped-def]
 reconstruct = _OPS.reconstruct.default
 mse = _OPS.mse.default
 reconstruct_backward = _OPS.reconstruct_backward.default
-iterate = _OPS.iterate.default
-solve = _OPS.solve.default
+factorize = _OPS.factorize.default
+factorize_reconstruct = _OPS.factorize_reconstruct.default
 nmf_backward = _OPS.nmf_backward.default
 triton_reconstruct = _OPS.triton_reconstruct.default
 triton_mse = _OPS.triton_mse.default
 triton_reconstruct_backward = _OPS.triton_reconstruct_backward.default
-triton_iterate = _OPS.triton_iterate.default
-triton_solve = _OPS.triton_solve.default
+triton_factorize = _OPS.triton_factorize.default
+triton_factorize_reconstruct = _OPS.triton_factorize_reconstruct.default
 triton_nmf_backward = _OPS.triton_nmf_backward.default

@@ -103,7 +103,7 @@ def _rounds(x: Tensor, y0: Tensor, updates: Method, steps: int) -> tuple[Tensor,
     return y, z
 
 
-def iterate(
+def factorize(
     x: Tensor,
     y0: Tensor,
     method: str,
@@ -118,7 +118,7 @@ def iterate(
     return y.contiguous(), z.to(x.dtype).contiguous()
 
 
-def solve(
+def factorize_reconstruct(
     x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The rounds of "em" or "nmf" and what follows them: Y, final Z, W, X' = Y Z and mse.
@@ -130,14 +130,14 @@ def solve(
     exact = x.to(dtype)
     updates = METHODS[method]
     y, z = _rounds(exact, y0.to(dtype), updates, steps)
-    slope = x.new_empty(0)
+    z_scale = x.new_empty(0)
     if isinstance(updates, NMF):
-        slope = updates.slope(y, z)
-        z = slope * (y.mT @ exact)
+        z_scale = updates.z_scale(y, z)
+        z = z_scale * (y.mT @ exact)
     x_hat = product(x, y, z)
     error = (exact - x_hat).square().mean()
-    slope, z = slope.to(x.dtype).contiguous(), z.to(x.dtype).contiguous()
-    return y.contiguous(), z, slope, x_hat.to(x.dtype), error
+    z_scale, z = z_scale.to(x.dtype).contiguous(), z.to(x.dtype).contiguous()
+    return y.contiguous(), z, z_scale, x_hat.to(x.dtype), error
 
 
 def nmf_backward(
@@ -146,14 +146,14 @@ def nmf_backward(
     x: Tensor,
     y: Tensor,
     z: Tensor,
-    slope: Tensor,
+    z_scale: Tensor,
     tf32: bool = False,
 ) -> Tensor:
-    """dX of `solve` with nmf: with E = s (X - X') and D = G' - E it is E + Y (W * (Y^T D))."""
+    """dX of nmf's X': with E = s (X - X') and D = G' - E it is E + Y (W * (Y^T D))."""
     dtype = accumulation_dtype(x)
     y, z = y.to(dtype), z.to(dtype)
     grad_x = torch.zeros_like(x, dtype=dtype)
     if grad_mse is not None:
         grad_x = (x.to(dtype) - product(x, y, z)) * (grad_mse * (2.0 / x.numel()))
     d = -grad_x if grad_x_hat is None else grad_x_hat - grad_x
-    return (grad_x + product(x, y, slope.to(dtype) * (y.mT @ d))).to(x.dtype)
+    return (grad_x + product(x, y, z_scale.to(dtype) * (y.mT @ d))).to(x.dtype)

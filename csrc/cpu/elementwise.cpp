@@ -146,10 +146,10 @@ void multiplicative_update(float* z, const float* numerator, const float* denomi
 }
 
 MFOPS_VECTORIZE
-void update_with_slope(float* z, float* slope, const float* numerator, float eps, int64_t n) {
+void update_with_z_scale(float* z, float* z_scale, const float* numerator, float eps, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-        slope[i] = z[i] / (slope[i] + eps);
-        z[i] = slope[i] * numerator[i];
+        z_scale[i] = z[i] / (z_scale[i] + eps);
+        z[i] = z_scale[i] * numerator[i];
     }
 }
 

@@ -34,8 +34,9 @@ void inverse_root(float* a, float factor, float floor, int64_t n);
 void multiplicative_update(float* z, const float* numerator, const float* denominator, float eps,
                            int64_t n);
 
-// slope_i = z_i / (slope_i + eps), z_i = slope_i * numerator_i: the same update, with its slope
-void update_with_slope(float* z, float* slope, const float* numerator, float eps, int64_t n);
+// z_scale_i = z_i / (z_scale_i + eps), z_i = z_scale_i * numerator_i: the same update, with its
+// z_scale
+void update_with_z_scale(float* z, float* z_scale, const float* numerator, float eps, int64_t n);
 
 // e_i = s (x_i - p_i), p_i = g_i - e_i; g may be null, for zeros
 void split_error(const float* x, const float* g, float s, float* p, float* e, int64_t n);

@@ -16,10 +16,10 @@ struct ResidentParams {
     FactorProblem problem;
     int span;  // columns that a block has room for, whole 16s
     int steps;
-    bool solve;       // not the rounds alone
-    Lines start;      // y0 in float32: lines are channels
-    float* y;         // (B, C, K)
-    void *z, *slope;  // (B, K, N)
+    bool reconstruct;   // not the rounds alone
+    Lines start;        // y0 in float32: lines are channels
+    float* y;           // (B, C, K)
+    void *z, *z_scale;  // (B, K, N)
     void* x_hat;
     double* errors;  // one for each block
 };

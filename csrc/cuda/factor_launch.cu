@@ -181,26 +181,26 @@ int resident_span(const FactorProblem& p, const Limits& limits, Method method) {
 }  // namespace
 
 FactorPlan plan_factors(const FactorProblem& p, const Limits& limits, Method method, int steps,
-                        bool solve) {
+                        bool reconstruct) {
     const FactorVariants variants = factor_variants(p);
     const bool nmf = method == Method::kNmf;
     const int64_t padded = padded_16(p.rank);
     FactorPlan plan;
     plan.method = method;
     plan.steps = steps;
-    plan.solve = solve;
+    plan.reconstruct = reconstruct;
     plan.padded = static_cast<int>(padded);
     plan.span = resident_span(p, limits, method);
     if (plan.span) {
         plan.shared_bytes = resident_bytes(p, plan.span);
-        plan.features = solve;
-        if (solve) plan.workspace_bytes = p.batch * kCluster * sizeof(double);
+        plan.features = reconstruct;
+        if (reconstruct) plan.workspace_bytes = p.batch * kCluster * sizeof(double);
         return plan;
     }
     const int64_t share_bytes = sizeof(float) * p.batch * p.channels * padded;
     const FamilyVariants& family = nmf ? variants.nmf : variants.means;
     plan_rounds(p, limits, family, nmf, plan);
-    plan.features = nmf && solve && !plan.split;
+    plan.features = nmf && reconstruct && !plan.split;
     if (plan.features) {  // takes as much room as a round
         plan.last = plan.round;
         plan.last.work = deal(p, limits, family.last[plan.last.shape].shape, 1, false);
@@ -240,9 +240,9 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
         const unsigned blocks = checked_blocks(p.batch * kCluster);
         (nmf ? variants.resident_nmf : variants.resident_em)(
             blocks, plan.shared_bytes, stream,
-            ResidentParams{p, plan.span, plan.steps, plan.solve, y0, factors.y, factors.z,
-                           factors.slope, factors.x_hat, errors});
-        if (plan.solve) mean_of(errors, blocks, elements, factors.mse, stream);
+            ResidentParams{p, plan.span, plan.steps, plan.reconstruct, y0, factors.y, factors.z,
+                           factors.z_scale, factors.x_hat, errors});
+        if (plan.reconstruct) mean_of(errors, blocks, elements, factors.mse, stream);
         return;
     }
     const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
@@ -271,7 +271,7 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
     const FamilyVariants& family = nmf ? variants.nmf : variants.means;
     const auto run = [&](const RoundVariant& variant, const ColumnPlan& columns, int step) {
         const bool last = step == plan.steps;  // beyond the rounds
-        const bool want_z = step == plan.steps - !(nmf && plan.solve);
+        const bool want_z = step == plan.steps - !(nmf && plan.reconstruct);
         if (nmf) gram(p, variants, bases, memory + plan.gram, stream);
         RoundParams params{};
         params.problem = p;
@@ -291,7 +291,7 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
         params.sums = floats(plan.sums);
         params.z = want_z ? factors.z : nullptr;
         if (last) {
-            params.slope = factors.slope;
+            params.z_scale = factors.z_scale;
             params.x_hat = factors.x_hat;
             params.errors = reinterpret_cast<double*>(memory + plan.errors);
         }
@@ -319,7 +319,7 @@ void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y
     if (plan.method == Method::kEm || plan.method == Method::kCd) {
         update<Update::kDivide>(p, next, stream);
     }
-    if (!nmf || !plan.solve) return;
+    if (!nmf || !plan.reconstruct) return;
     if (!plan.features) return run(round, plan.round, plan.steps);
     run(family.last[plan.last.shape], plan.last, plan.steps);
     mean_of(reinterpret_cast<const double*>(memory + plan.errors), plan.last.work.blocks(p.batch),
@@ -369,12 +369,12 @@ void nmf_gradient(const FactorProblem& p, const NmfGradientPlan& plan, const Nmf
     round_bases.start = grad.y;
     round_bases.bases = workspace;
     update<Update::kStart>(p, round_bases, stream);
-    variant.launch(checked_blocks(plan.columns.work.blocks(p.batch)), plan.columns.shared_bytes,
-                   stream,
-                   NmfBackwardParams{p, plan.columns.work, plan.columns.stages, plan.columns.whole,
-                                     workspace, grad.z, grad.slope, grad.grad_x_hat, grad.grad_mse,
-                                     2.0 / (static_cast<double>(p.batch) * p.channels * p.pixels),
-                                     grad.grad_x});
+    variant.launch(
+        checked_blocks(plan.columns.work.blocks(p.batch)), plan.columns.shared_bytes, stream,
+        NmfBackwardParams{p, plan.columns.work, plan.columns.stages, plan.columns.whole, workspace,
+                          grad.z, grad.z_scale, grad.grad_x_hat, grad.grad_mse,
+                          2.0 / (static_cast<double>(p.batch) * p.channels * p.pixels),
+                          grad.grad_x});
 }
 
 }  // namespace mfops::cuda

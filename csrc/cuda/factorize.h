@@ -43,7 +43,7 @@ struct FactorPlan {
     Method method = Method::kEm;
     int steps = 0;
     float inverse_temperature = 0;  // of vq and cd
-    bool solve = false;             // not the rounds alone
+    bool reconstruct = false;       // not the rounds alone
     int padded = 0;                 // K in whole 16s
     int span = 0;  // > 0: one launch for all rounds, a block keeping so many columns of X
     size_t shared_bytes = 0;
@@ -59,19 +59,19 @@ struct FactorPlan {
     size_t workspace_bytes = 0;
 };
 
-// Dense results. z, slope (B, K, N); y (B, C, K) in float32; null: not wanted.
+// Dense results. z, z_scale (B, K, N); y (B, C, K) in float32; null: not wanted.
 struct Factors {
     float* y = nullptr;
     void* bases = nullptr;  // Y in X's type, (B, C, padded)
-    void *z = nullptr, *slope = nullptr;
+    void *z = nullptr, *z_scale = nullptr;
     void* x_hat = nullptr;  // in X's memory order
     float* mse = nullptr;
 };
 
-FactorPlan plan_factors(const FactorProblem&, const Limits&, Method, int steps, bool solve);
+FactorPlan plan_factors(const FactorProblem&, const Limits&, Method, int steps, bool reconstruct);
 
-// `y0` in float32: lines are channels. The rounds, and with `solve` what follows them; X' and its
-// error only where plan.features is set: else the caller computes them from z and `bases`.
+// `y0` in float32: lines are channels. The rounds, and with `reconstruct` what follows them; X' and
+// its error only where plan.features is set: else the caller computes them from z and `bases`.
 void find_factors(const FactorProblem&, const FactorPlan&, const Lines& y0, const Factors&,
                   void* workspace, void* stream);
 
@@ -79,7 +79,7 @@ struct NmfGradients {
     Lines grad_x_hat;                 // lines as X's; data null: none
     const float* grad_mse = nullptr;  // on the device; null: none
     Lines y;                          // float32; lines are channels
-    Lines z, slope;                   // lines are bases
+    Lines z, z_scale;                 // lines are bases
     void* grad_x = nullptr;           // dense, in X's memory order
 };
 

@@ -52,8 +52,8 @@ Tensor empty_coefficients(const FactorProblem& p, const Tensor& x) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> iterate(const Tensor& x, const Tensor& y0, std::string method,
-                                   int64_t steps, bool tf32, double inverse_temperature) {
+std::tuple<Tensor, Tensor> factorize(const Tensor& x, const Tensor& y0, std::string method,
+                                     int64_t steps, bool tf32, double inverse_temperature) {
     const DeviceScope device(x);
     const FactorProblem p = factor_problem_of(x, y0.size(y0.dim() - 1), tf32);
     const Tensor y = empty_bases(p, x), z = empty_coefficients(p, x);
@@ -72,18 +72,19 @@ std::tuple<Tensor, Tensor> iterate(const Tensor& x, const Tensor& y0, std::strin
     return {y, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(const Tensor& x, const Tensor& y0,
-                                                         std::string method, int64_t steps,
-                                                         bool tf32) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> factorize_reconstruct(const Tensor& x,
+                                                                         const Tensor& y0,
+                                                                         std::string method,
+                                                                         int64_t steps, bool tf32) {
     const DeviceScope device(x);
     const FactorProblem p = factor_problem_of(x, y0.size(y0.dim() - 1), tf32);
     const Method which = method_of(method);
     if (which != Method::kEm && which != Method::kNmf) {
-        throw std::runtime_error("mfops: solve knows em and nmf, got " + method);
+        throw std::runtime_error("mfops: factorize_reconstruct knows em and nmf, got " + method);
     }
     const bool nmf = which == Method::kNmf;
     const Tensor y = empty_bases(p, x), z = empty_coefficients(p, x);
-    const Tensor slope = nmf ? empty_coefficients(p, x) : torch::stable::new_empty(x, {0});
+    const Tensor z_scale = nmf ? empty_coefficients(p, x) : torch::stable::new_empty(x, {0});
     const FactorPlan plan = plan_factors(p, device.limits(), which, static_cast<int>(steps), true);
     const Tensor workspace = bytes(x, plan.workspace_bytes);
     Tensor bases = empty_rounded_bases(p, plan, x);
@@ -91,22 +92,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(const Tensor& x, const 
     factors.y = static_cast<float*>(y.data_ptr());
     factors.bases = bases.data_ptr();
     factors.z = z.data_ptr();
-    factors.slope = slope.data_ptr();
+    factors.z_scale = z_scale.data_ptr();
     if (!plan.features) {
         find_factors(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
         const Tensor rounded = torch::stable::narrow(bases, 2, 0, p.rank);
         const auto [x_hat, mse] = reconstruct(x, rounded, z, tf32);
-        return {y, z, slope, x_hat, mse};
+        return {y, z, z_scale, x_hat, mse};
     }
     const Tensor x_hat = like_x(p, x), mse = torch::stable::new_empty(x, {}, ScalarType::Float);
     factors.x_hat = x_hat.data_ptr();
     factors.mse = static_cast<float*>(mse.data_ptr());
     find_factors(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
-    return {y, z, slope, x_hat, mse};
+    return {y, z, z_scale, x_hat, mse};
 }
 
 Tensor nmf_backward(const std::optional<Tensor>& grad_x_hat, const std::optional<Tensor>& grad_mse,
-                    const Tensor& x, const Tensor& y, const Tensor& z, const Tensor& slope,
+                    const Tensor& x, const Tensor& y, const Tensor& z, const Tensor& z_scale,
                     bool tf32) {
     const DeviceScope device(x);
     const FactorProblem p = factor_problem_of(x, y.size(2), tf32);
@@ -115,7 +116,7 @@ Tensor nmf_backward(const std::optional<Tensor>& grad_x_hat, const std::optional
     if (grad_x_hat) grad.grad_x_hat = lines_of(*grad_x_hat, p.transposed);
     if (grad_mse) grad.grad_mse = static_cast<const float*>(grad_mse->data_ptr());
     if (!grad_x_hat && !grad_mse) return torch::stable::zero_(grad_x), grad_x;
-    grad.y = lines_of(y), grad.z = lines_of(z), grad.slope = lines_of(slope);
+    grad.y = lines_of(y), grad.z = lines_of(z), grad.z_scale = lines_of(z_scale);
     grad.grad_x = grad_x.data_ptr();
     const NmfGradientPlan plan = plan_nmf_gradient(p, device.limits(), grad);
     const Tensor workspace = bytes(x, plan.workspace_bytes);

@@ -12,15 +12,16 @@ namespace mfops::cuda {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> iterate(const Tensor& x, const Tensor& y0, std::string method,
-                                   int64_t steps, bool tf32, double inverse_temperature);
+std::tuple<Tensor, Tensor> factorize(const Tensor& x, const Tensor& y0, std::string method,
+                                     int64_t steps, bool tf32, double inverse_temperature);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(const Tensor& x, const Tensor& y0,
-                                                         std::string method, int64_t steps,
-                                                         bool tf32);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> factorize_reconstruct(const Tensor& x,
+                                                                         const Tensor& y0,
+                                                                         std::string method,
+                                                                         int64_t steps, bool tf32);
 
 Tensor nmf_backward(const std::optional<Tensor>& grad_x_hat, const std::optional<Tensor>& grad_mse,
-                    const Tensor& x, const Tensor& y, const Tensor& z, const Tensor& slope,
+                    const Tensor& x, const Tensor& y, const Tensor& z, const Tensor& z_scale,
                     bool tf32);
 
 }  // namespace mfops::cuda

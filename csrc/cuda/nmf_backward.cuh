@@ -17,7 +17,7 @@ struct NmfBackwardParams {
     int stages;
     bool whole;
     const void* bases;  // (B, C, padded)
-    Lines z, slope;     // lines are bases
+    Lines z, z_scale;   // lines are bases
     Lines grad_x_hat;   // data null: none
     const float* grad_mse;
     double two_over_elements;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     constexpr int kLines = kTransposed ? kPixels : kOwn, kLength = kTransposed ? kOwn : kPixels;
     Accumulators<kType, kLines, kLength, kWarps> features;
-    Accumulators<kType, kPixels, kRank, kWarps> scores, slope;
+    Accumulators<kType, kPixels, kRank, kWarps> scores, z_scale;
 
     const auto compute = [&](int step, int slot) {
         const NmfBackwardStep c = step_of(step);
@@ -141,11 +141,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto z = Z::tile(at.z(z_slot));
         const auto y = bases_tile(slot, c);
         if (c.last) {  // on its way while the products are computed
-            const T* const from = origin_of<T>(params.slope, item.image, 0, c.pixel);
-            slope.for_each_pair([&](int n, int k, float& v, float& w) {
-                const T* const at = from + k * params.slope.line + n * params.slope.step;
+            const T* const from = origin_of<T>(params.z_scale, item.image, 0, c.pixel);
+            z_scale.for_each_pair([&](int n, int k, float& v, float& w) {
+                const T* const at = from + k * params.z_scale.line + n * params.z_scale.step;
                 v = n < pixels && k < p.rank ? to_float(*at) : 0;
-                w = n < pixels && k + 1 < p.rank ? to_float(at[params.slope.line]) : 0;
+                w = n < pixels && k + 1 < p.rank ? to_float(at[params.z_scale.line]) : 0;
             });
         }
         features.zero();
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (!c.last) return;
 
         const Tile<T> weighted{at.z(z_slot), at.pitch()};
-        scores.for_each_pair_with(slope, [&](int n, int k, float& v, float& w, float a, float b) {
+        scores.for_each_pair_with(z_scale, [&](int n, int k, float& v, float& w, float a, float b) {
             if (k < padded)
                 write_pair(weighted, n, k, n < pixels ? v * a : 0, n < pixels ? w * b : 0);
         });

@@ -360,16 +360,16 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         cluster_sync();
     }
 
-    if (kNmf && params.solve) {
+    if (kNmf && params.reconstruct) {
         Scores scores;
         if (has_pixels) score(scores);
         place_gram();
-        T* const slopes = static_cast<T*>(params.slope) + image * p.rank * p.pixels + pixel;
+        T* const z_scales = static_cast<T*>(params.z_scale) + image * p.rank * p.pixels + pixel;
         const int pixels_of_line = static_cast<int>(p.pixels);
         if (has_pixels) {
             update(scores, [&](int n, int k, float below) {
                 if (n >= pixels || k >= p.rank) return;
-                slopes[k * pixels_of_line + n] =
+                z_scales[k * pixels_of_line + n] =
                     from_float<T>(quotient(to_float(*z.at(n, k)), below));
             });
         }
@@ -384,7 +384,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         __syncthreads();
     }
     store_z(params.z);
-    if (!params.solve) return;
+    if (!params.reconstruct) return;
 
     // X' in the place of X, 16 pixels at a time. A warp has 32 channels; beyond the valid lines and
     // elements X and X' are zeros.

@@ -47,7 +47,7 @@ struct RoundParams {
     void* z_after;         // (B, N, padded); null: not wanted
     float* shares;         // (B, ranges, C, padded)
     float* sums;           // (B, ranges, padded), nmf: (B, ranges, padded, padded)
-    void *z, *slope;       // (B, K, N); null: not wanted
+    void *z, *z_scale;     // (B, K, N); null: not wanted
     void* x_hat;
     double* errors;  // one for each block
 };
@@ -397,9 +397,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                                           d = to_float(pair.first) / (d + kEps);
                                           e = to_float(pair.second) / (e + kEps);
                                       });
-            if (!kRound && params.slope) {
+            if (!kRound && params.z_scale) {
                 write_z(s, pixels, [](float, float d) { return d; });
-                store_z(s, params.slope, pixels);
+                store_z(s, params.z_scale, pixels);
                 __syncthreads();
             }
             write_z(s, pixels, [](float v, float d) { return d * v; });

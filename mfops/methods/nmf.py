@@ -39,13 +39,13 @@ class NMF(Method):
         return torch.softmax(y.mT @ x, dim=-2)
 
     def update_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return self.slope(y, z) * (y.mT @ x)
+        return self.z_scale(y, z) * (y.mT @ x)
 
     def update_bases(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return y * (x @ z.mT) / (y @ (z @ z.mT) + EPS)
 
-    def slope(self, y: Tensor, z: Tensor) -> Tensor:
-        """W in the update Z = W * (Y^T X), and so the slope of its gradient."""
+    def z_scale(self, y: Tensor, z: Tensor) -> Tensor:
+        """W in the update Z = W * (Y^T X), and so the z_scale of its gradient."""
         return z / (y.mT @ y @ z + EPS)
 
     def final_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def reconstruct_backward(
     return grad_x, grad_y, grad_z
 
 
-def iterate(
+def factorize(
     x: Tensor,
     y0: Tensor,
     method: str,
@@ -64,7 +64,7 @@ def iterate(
     return find(x, y0, method, steps, z, tf32, inverse_temperature).y, z
 
 
-def solve(
+def factorize_reconstruct(
     x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = x.new_empty(x.shape[0], y0.shape[-1], x.shape[2])
@@ -75,10 +75,10 @@ def solve(
         return found.y, z, x.new_empty(0), x_hat, mse
     last = torch.empty_like(z, dtype=torch.float32)  # before the update that has a gradient
     found = find(x, y0, method, steps, last, tf32)
-    slope = torch.empty_like(z)
+    z_scale = torch.empty_like(z)
     problem = Problem.of(x, found.rounded, z, tf32)
-    mse = launch_finish(problem, found.gram, last, slope, x_hat)
-    return found.y, z, slope, x_hat, mse
+    mse = launch_finish(problem, found.gram, last, z_scale, x_hat)
+    return found.y, z, z_scale, x_hat, mse
 
 
 def nmf_backward(
@@ -87,10 +87,10 @@ def nmf_backward(
     x: Tensor,
     y: Tensor,
     z: Tensor,
-    slope: Tensor,
+    z_scale: Tensor,
     tf32: bool = False,
 ) -> Tensor:
     grad_x = ops.empty_like_x(x, list(x.shape))
     problem = Problem.of(x, y.to(x.dtype), z, tf32)
-    launch_nmf_backward(problem, grad_x_hat, grad_mse, slope, grad_x)
+    launch_nmf_backward(problem, grad_x_hat, grad_mse, z_scale, grad_x)
     return grad_x

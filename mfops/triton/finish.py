@@ -33,7 +33,7 @@ _EPS = tl.constexpr(EPS)
 
 @triton.jit
 def _last_update(
-    x, y, gram, old, slope, z, image, rows, k0, rank, col0, cols,
+    x, y, gram, old, z_scale, z, image, rows, k0, rank, col0, cols,
     PRECISION: tl.constexpr, GRAM_PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _last_update(
         False, PRECISION, GRAM_PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
     )  # fmt: skip
     w = load_tile(old, image, k0, rank, col0, cols, BLOCK_K, COLS) / (below + _EPS)
-    store_tile(w, slope, image, k0, rank, col0, cols, BLOCK_K, COLS)
+    store_tile(w, z_scale, image, k0, rank, col0, cols, BLOCK_K, COLS)
     store_tile(w * s, z, image, k0, rank, col0, cols, BLOCK_K, COLS)
     return w * s
 
@@ -55,7 +55,7 @@ def _last_update(
 def finish_kernel(
     x, x_batch, x_row, x_col, y, y_batch, y_row, y_k,
     gram, gram_batch, gram_row, gram_k, old, old_batch, old_k, old_col,
-    slope, slope_batch, slope_k, slope_col, z, z_batch, z_k, z_col,
+    z_scale, z_scale_batch, z_scale_k, z_scale_col, z, z_batch, z_k, z_col,
     x_hat, out_batch, out_row, out_col, errors, per_element, rows, cols, rank, col_tiles,
     PRECISION: tl.constexpr, GRAM_PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -64,21 +64,21 @@ def finish_kernel(
     """The last update of Z, X' = Y Z and the tile's share of the error."""
     x, y = (x, x_batch, x_row, x_col), (y, y_batch, y_row, y_k)
     gram, old = (gram, gram_batch, gram_row, gram_k), (old, old_batch, old_k, old_col)
-    slope, z = (slope, slope_batch, slope_k, slope_col), (z, z_batch, z_k, z_col)
+    z_scale, z = (z_scale, z_scale_batch, z_scale_k, z_scale_col), (z, z_batch, z_k, z_col)
     x_hat = (x_hat, out_batch, out_row, out_col)
     program = tl.program_id(0).to(tl.int64)
     image, col0 = program // col_tiles, program % col_tiles * COLS
     zero = tl.full((), 0, tl.int64)
     if WHOLE_K:
         values = _last_update(
-            x, y, gram, old, slope, z, image, rows, zero, rank, col0, cols,
+            x, y, gram, old, z_scale, z, image, rows, zero, rank, col0, cols,
             PRECISION, GRAM_PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
         )  # fmt: skip
         right = operand(to_dtype(values, y[0].dtype.element_ty), PRECISION)
     else:
         for k0 in range(zero, rank, BLOCK_K):
             _last_update(
-                x, y, gram, old, slope, z, image, rows, k0, rank, col0, cols,
+                x, y, gram, old, z_scale, z, image, rows, k0, rank, col0, cols,
                 PRECISION, GRAM_PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
             )  # fmt: skip
         tl.debug_barrier()  # the program reads what its threads have written
@@ -98,7 +98,7 @@ def finish_kernel(
 
 
 def launch_finish(
-    problem: Problem, gram: Tensor, old: Tensor, slope: Tensor, x_hat: Tensor
+    problem: Problem, gram: Tensor, old: Tensor, z_scale: Tensor, x_hat: Tensor
 ) -> Tensor:
     """Writes problem.z, W and X' from the last round's Z; returns the mean squared error."""
     x, y, z = problem.x, problem.y, problem.z
@@ -109,7 +109,7 @@ def launch_finish(
         errors = torch.empty(batch * col_tiles, dtype=torch.float32, device=x.device)
         finish_kernel[(batch * col_tiles,)](
             x, *x.stride(), y, *strides(y), gram, *strides(gram), old, *old.stride(),
-            slope, *slope.stride(), z, *z.stride(), x_hat, *x_hat.stride(),
+            z_scale, *z_scale.stride(), z, *z.stride(), x_hat, *x_hat.stride(),
             errors, 1.0 / x.numel(), rows, cols, problem.rank, col_tiles,
             PRECISION=problem.precision, GRAM_PRECISION=problem.gram_precision,
             WHOLE_K=problem.rank <= config.block_k, CHUNK=problem.chunk, ROWS=config.block_m,
@@ -139,8 +139,8 @@ def _error(
 
 
 @triton.jit
-def _slope_product(
-    x, y, z, g, slope, s, image, rows, k0, rank, col0, cols,
+def _z_scale_product(
+    x, y, z, g, z_scale, s, image, rows, k0, rank, col0, cols,
     ERROR: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -159,14 +159,14 @@ def _slope_product(
             d = tl.where(inside(row0, rows, col0, cols, ROWS, COLS), d, 0.0)
         left = load_tile(y, image, row0, rows, k0, rank, ROWS, BLOCK_K)
         total = dot_values(tl.trans(left), d, total, PRECISION)
-    w = load_tile(slope, image, k0, rank, col0, cols, BLOCK_K, COLS)
+    w = load_tile(z_scale, image, k0, rank, col0, cols, BLOCK_K, COLS)
     return w.to(tl.float32) * total
 
 
 @triton.jit(do_not_specialize=["col_tiles"])
 def nmf_backward_kernel(
     x, x_batch, x_row, x_col, y, y_batch, y_row, y_k, z, z_batch, z_k, z_col,
-    g, g_batch, g_row, g_col, slope, slope_batch, slope_k, slope_col,
+    g, g_batch, g_row, g_col, z_scale, z_scale_batch, z_scale_k, z_scale_col,
     v, v_batch, v_k, v_col, dx, dx_batch, dx_row, dx_col,
     grad_mse, two_over_elements, rows, cols, rank, col_tiles,
     ERROR: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
@@ -174,7 +174,7 @@ def nmf_backward_kernel(
 ):  # fmt: skip
     """dX = E + Y V of a tile of columns."""
     x, y, z = (x, x_batch, x_row, x_col), (y, y_batch, y_row, y_k), (z, z_batch, z_k, z_col)
-    g, slope = (g, g_batch, g_row, g_col), (slope, slope_batch, slope_k, slope_col)
+    g, z_scale = (g, g_batch, g_row, g_col), (z_scale, z_scale_batch, z_scale_k, z_scale_col)
     v, dx = (v, v_batch, v_k, v_col), (dx, dx_batch, dx_row, dx_col)
     program = tl.program_id(0).to(tl.int64)
     image, col0 = program // col_tiles, program % col_tiles * COLS
@@ -183,14 +183,14 @@ def nmf_backward_kernel(
     if ERROR:
         s = tl.load(grad_mse).to(tl.float32) * two_over_elements
     if WHOLE_K:
-        values = _slope_product(
-            x, y, z, g, slope, s, image, rows, zero, rank, col0, cols,
+        values = _z_scale_product(
+            x, y, z, g, z_scale, s, image, rows, zero, rank, col0, cols,
             ERROR, GRAD, PRECISION, WHOLE_K, ROWS, COLS, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         for k0 in range(zero, rank, BLOCK_K):
-            values = _slope_product(
-                x, y, z, g, slope, s, image, rows, k0, rank, col0, cols,
+            values = _z_scale_product(
+                x, y, z, g, z_scale, s, image, rows, k0, rank, col0, cols,
                 ERROR, GRAD, PRECISION, WHOLE_K, ROWS, COLS, BLOCK_K, STAGES,
             )  # fmt: skip
             store_tile(values, v, image, k0, rank, col0, cols, BLOCK_K, COLS)
@@ -217,7 +217,7 @@ def launch_nmf_backward(
     problem: Problem,
     grad_x_hat: Tensor | None,
     grad_mse: Tensor | None,
-    slope: Tensor,
+    z_scale: Tensor,
     grad_x: Tensor,
 ) -> None:
     """Writes dX."""
@@ -228,11 +228,11 @@ def launch_nmf_backward(
     def launch(config: Config) -> None:
         whole_k = problem.rank <= config.block_k
         # V, where it is more than a program holds.
-        v = slope if whole_k else torch.empty_like(slope, dtype=torch.float32)
+        v = z_scale if whole_k else torch.empty_like(z_scale, dtype=torch.float32)
         col_tiles = ceil_div(cols, config.block_n)
         nmf_backward_kernel[(batch * col_tiles,)](
             x, *x.stride(), y, *strides(y), z, *z.stride(), g, *g.stride(),
-            slope, *slope.stride(), v, *v.stride(), grad_x, *grad_x.stride(),
+            z_scale, *z_scale.stride(), v, *v.stride(), grad_x, *grad_x.stride(),
             grad_mse, 2.0 / x.numel(), rows, cols, problem.rank, col_tiles,
             ERROR=grad_mse is not None, GRAD=grad_x_hat is not None, PRECISION=problem.precision,
             WHOLE_K=whole_k, ROWS=config.block_m, COLS=config.block_n, BLOCK_K=config.block_k,

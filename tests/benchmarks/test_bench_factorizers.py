@@ -39,7 +39,7 @@ def case(method: str, dtype: str = "float32", layout: str = "contiguous") -> Cas
 
 def test_bytes_by_hand():
     assert case("em").floor_bytes(FORWARD) == (X + Y0) + (X + Y + MSE)
-    # nmf's slope W is left for the backward pass, which takes G', Y and W to dX
+    # nmf's z_scale W is left for the backward pass, which takes G', Y and W to dX
     forward = (X + Y0) + (X + Y + Z + MSE)
     assert case("nmf").floor_bytes(FORWARD) == forward
     assert case("nmf").floor_bytes(BOTH) == forward + (X + Y + Z) + X
@@ -68,7 +68,7 @@ def test_rows_hold_what_was_counted_and_timed(bench, monkeypatch, method, which)
 def test_flops_of_the_lines_are_those_of_the_operators(method):
     inputs = bench_factorizers.make_inputs(case(method), "cpu")
     x, y0, steps = inputs.x.detach(), inputs.y0, STEPS[method]
-    own = count_flops(lambda: ops.solve(x, y0, method, steps))
+    own = count_flops(lambda: ops.factorize_reconstruct(x, y0, method, steps))
     for lines in (TEXTBOOK[method], CAREFUL[method]):
         assert count_flops(lambda lines=lines: lines(x, y0)) == own
     big, rank = 2 * 2 * 60 * 5 * 200, 2 * 2 * 5 * 5 * (60 + 200)
@@ -81,8 +81,8 @@ def test_flops_of_the_lines_are_those_of_the_operators(method):
 
 def test_flops_of_the_gradient_are_those_of_the_operator():
     inputs = bench_factorizers.make_inputs(case("nmf"), "cpu")
-    y, z, slope, *_ = ops.solve(inputs.x.detach(), inputs.y0, "nmf", STEPS["nmf"])
-    gradient = inputs.grad_x_hat, None, inputs.x.detach(), y, z, slope
+    y, z, z_scale, *_ = ops.factorize_reconstruct(inputs.x.detach(), inputs.y0, "nmf", STEPS["nmf"])
+    gradient = inputs.grad_x_hat, None, inputs.x.detach(), y, z, z_scale
     own = count_flops(lambda: ops.nmf_backward(*gradient))
     for lines in (TEXTBOOK["nmf"], CAREFUL["nmf"]):
         outputs = lines(*inputs.leaves)

@@ -145,38 +145,38 @@ def check(
     steps: int = STEPS,
     temperature: float = INVERSE_TEMPERATURE,
 ) -> None:
-    """Asserts that run.iterate and, of em and nmf, run.solve and the gradients are right."""
+    """Asserts that `run` factorizes and, with em and nmf, reconstructs and differentiates right."""
     c, tf32, dtype = case.double(), operands == "tf32", case.x.dtype
-    actual = run.iterate(case.x, case.y0, method, steps, tf32, temperature)
+    actual = run.factorize(case.x, case.y0, method, steps, tf32, temperature)
     assert actual[0].dtype == torch.float32
     assert actual[1].dtype == dtype
     _check(
         ("y", "z"),
         actual,
-        lambda: reference.iterate(c.x, c.y0, method, steps, False, temperature),
+        lambda: reference.factorize(c.x, c.y0, method, steps, False, temperature),
         operands,
-        f"iterate {method}",
+        f"factorize {method}",
     )
     if method not in ("em", "nmf"):
         return
-    actual = run.solve(case.x, case.y0, method, steps, tf32)
+    actual = run.factorize_reconstruct(case.x, case.y0, method, steps, tf32)
     assert [t.dtype for t in actual] == [torch.float32, dtype, dtype, dtype, torch.float32]
     _check(
-        ("y", "z", "slope", "X'", "mse"),
+        ("y", "z", "z_scale", "X'", "mse"),
         actual,
-        lambda: reference.solve(c.x, c.y0, method, steps),
+        lambda: reference.factorize_reconstruct(c.x, c.y0, method, steps),
         operands,
-        f"solve {method}",
+        f"factorize_reconstruct {method}",
     )
     if method != "nmf":
         return
-    y, z, slope = actual[:3]
+    y, z, z_scale = actual[:3]
     for grad_x_hat, grad_mse in [
         (case.grad_x_hat, case.grad_mse),
         (None, case.grad_mse),
         (case.grad_x_hat, None),
     ]:
-        arguments = (grad_x_hat, grad_mse, case.x, y, z, slope)
+        arguments = (grad_x_hat, grad_mse, case.x, y, z, z_scale)
         doubles = [None if t is None else t.double() for t in arguments]
         grad_x = run.nmf_backward(*arguments, tf32)
         assert grad_x.dtype == dtype

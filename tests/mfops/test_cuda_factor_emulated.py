@@ -47,13 +47,13 @@ def guarded(case: Case) -> Case:
 
 
 def results(run: Any, case: Case, method: str) -> list[torch.Tensor]:
-    found = list(run.iterate(case.x, case.y0, method, 2, False))
+    found = list(run.factorize(case.x, case.y0, method, 2, False))
     if method in ("em", "nmf"):
-        found += run.solve(case.x, case.y0, method, 2, False)
+        found += run.factorize_reconstruct(case.x, case.y0, method, 2, False)
     if method == "nmf":
-        y, z, slope = found[2:5]
+        y, z, z_scale = found[2:5]
         for gradients in [(case.grad_x_hat, case.grad_mse), (None, case.grad_mse)]:
-            found.append(run.nmf_backward(*gradients, case.x, y, z, slope, False))
+            found.append(run.nmf_backward(*gradients, case.x, y, z, z_scale, False))
     return found
 
 
@@ -171,9 +171,9 @@ def test_resident_same_bits_in_any_order_of_blocks(run, clusters, monkeypatch, l
 def test_resident_is_taken_where_an_image_fits(run, clusters, monkeypatch, pixels, fits):
     """It computes with other tiles, so its last bits are others."""
     case = make((1, 64, 16, pixels), "contiguous", torch.bfloat16, "em")
-    found = run.iterate(case.x, case.y0, "em", 2, False)[0]
+    found = run.factorize(case.x, case.y0, "em", 2, False)[0]
     monkeypatch.delenv("MFOPS_EMULATOR_CLUSTERS")
-    streamed = run.iterate(case.x, case.y0, "em", 2, False)[0]
+    streamed = run.factorize(case.x, case.y0, "em", 2, False)[0]
     torch.testing.assert_close(found, streamed, rtol=0.02, atol=0.01)
     assert torch.equal(found, streamed) == (not fits)
 
@@ -199,7 +199,7 @@ def test_base_far_from_every_pixel_lives_in_float16(run, clusters, layout):
     near, aside = torch.eye(24)[:2]
     case.x.mul_(0.1).add_((40 * near).half()[:, None])
     case.y0.copy_(torch.stack([near, 0.55 * near + 0.7 * aside], dim=1))
-    assert run.iterate(case.x, case.y0, "em", 1, False)[0].norm(dim=1).min() > 0.9
+    assert run.factorize(case.x, case.y0, "em", 1, False)[0].norm(dim=1).min() > 0.9
     check(run, case, "em", torch.float16, steps=1)
 
 
@@ -211,7 +211,7 @@ CHANNELS = [6, 300]  # all of a tile at once, chunk by chunk
 def test_constant_and_zero_features_give_finite_factors(run, channels, method):
     y0 = METHODS[method].noise(channels, 3)
     for value in (0.0, 1.0, 3e4):
-        for result in run.iterate(torch.full((2, channels, 20), value), y0, method, 3, False):
+        for result in run.factorize(torch.full((2, channels, 20), value), y0, method, 3, False):
             assert result.isfinite().all(), value
 
 
@@ -222,7 +222,7 @@ def test_nan_and_inf_stay_in_their_image(run, channels, method, value):
     case = make((3, channels, 4, 20), "contiguous", torch.float32, method)
     x = case.x.clone()
     x[1, 2, 3] = value
-    clean, spoilt = (run.iterate(t, case.y0, method, 2, False) for t in (case.x, x))
+    clean, spoilt = (run.factorize(t, case.y0, method, 2, False) for t in (case.x, x))
     for a, b in zip(clean, spoilt, strict=True):
         assert b[1].isnan().any()
         assert torch.equal(a[[0, 2]], b[[0, 2]])
@@ -230,15 +230,15 @@ def test_nan_and_inf_stay_in_their_image(run, channels, method, value):
 
 def test_small_gradients_do_not_vanish_in_float16(run):
     case = make((2, 40, 4, 300), "contiguous", torch.float16, "nmf")
-    y, z, slope = run.solve(case.x, case.y0, "nmf", 3, False)[:3]
-    one = run.nmf_backward(None, torch.tensor(24000.0), case.x, y, z, slope, False)
-    tiny = run.nmf_backward(None, torch.tensor(24.0), case.x, y, z, slope, False)
+    y, z, z_scale = run.factorize_reconstruct(case.x, case.y0, "nmf", 3, False)[:3]
+    one = run.nmf_backward(None, torch.tensor(24000.0), case.x, y, z, z_scale, False)
+    tiny = run.nmf_backward(None, torch.tensor(24.0), case.x, y, z, z_scale, False)
     torch.testing.assert_close(1000 * tiny.float(), one.float(), rtol=1e-2, atol=1e-3)
 
 
 def test_gradients_that_are_expanded_or_laid_out_otherwise(run):
     case = make((2, 40, 4, 70), "channels_last", torch.float32, "nmf")
-    factors = run.solve(case.x, case.y0, "nmf", 2, False)[:3]
+    factors = run.factorize_reconstruct(case.x, case.y0, "nmf", 2, False)[:3]
     one = torch.ones(())
     for upstream in (one.expand(2, 40, 70), torch.randn(2, 40, 70)):
         dense = upstream.mT.contiguous().mT
@@ -250,4 +250,4 @@ def test_gradients_that_are_expanded_or_laid_out_otherwise(run):
 
 def test_more_bases_than_the_kernels_take(run):
     with pytest.raises(RuntimeError, match="K <= 256, got 257"):
-        run.iterate(torch.zeros(1, 3, 5), torch.zeros(3, 257), "em", 1, False)
+        run.factorize(torch.zeros(1, 3, 5), torch.zeros(3, 257), "em", 1, False)

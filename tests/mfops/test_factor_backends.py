@@ -128,12 +128,12 @@ def test_same_bits_every_run(run, method, layout):
     case = make(shape, layout, torch.bfloat16, method, True, run.device)
 
     def results() -> list[torch.Tensor]:
-        found = list(run.iterate(case.x, case.y0, method, 2))
+        found = list(run.factorize(case.x, case.y0, method, 2))
         if method in ("em", "nmf"):
-            found += run.solve(case.x, case.y0, method, 2)
+            found += run.factorize_reconstruct(case.x, case.y0, method, 2)
         if method == "nmf":
-            y, z, slope = found[2:5]
-            found.append(run.nmf_backward(case.grad_x_hat, case.grad_mse, case.x, y, z, slope))
+            y, z, z_scale = found[2:5]
+            found.append(run.nmf_backward(case.grad_x_hat, case.grad_mse, case.x, y, z, z_scale))
         return found
 
     first = results()
@@ -148,7 +148,7 @@ def test_constant_and_zero_features_give_finite_factors(run, method):
     y0 = METHODS[method].noise(6, 3).to(run.device)
     for value in (0.0, 1.0, 3e4):
         x = torch.full((2, 6, 20), value, device=run.device)
-        for result in run.iterate(x, y0, method, 3):
+        for result in run.factorize(x, y0, method, 3):
             assert result.isfinite().all(), (method, value)
 
 
@@ -159,7 +159,7 @@ def test_a_nan_stays_in_its_image(run, method):
     case = make((3, 6, 4, 20), "contiguous", torch.float32, method, True, run.device)
     x = case.x.clone()
     x[1, 2, 3] = float("nan")
-    clean, spoilt = (run.iterate(t, case.y0, method, 2) for t in (case.x, x))
+    clean, spoilt = (run.factorize(t, case.y0, method, 2) for t in (case.x, x))
     for a, b in zip(clean, spoilt, strict=True):
         assert b[1].isnan().any()
         assert torch.equal(a[[0, 2]], b[[0, 2]])

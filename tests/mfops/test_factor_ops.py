@@ -28,13 +28,13 @@ needs_extension = pytest.mark.skipif(
 def test_opcheck(method, layout, dtype):
     for shared in (True, False):
         case = make((2, 6, 3, 20), layout, dtype, method, shared)
-        torch.library.opcheck(OPS.iterate.default, (case.x, case.y0, method, 2))
-        torch.library.opcheck(OPS.iterate.default, (case.x, case.y0, method, 2, False, 7.0))
+        torch.library.opcheck(OPS.factorize.default, (case.x, case.y0, method, 2))
+        torch.library.opcheck(OPS.factorize.default, (case.x, case.y0, method, 2, False, 7.0))
         if method in FUSED_METHODS:
-            torch.library.opcheck(OPS.solve.default, (case.x, case.y0, method, 2))
+            torch.library.opcheck(OPS.factorize_reconstruct.default, (case.x, case.y0, method, 2))
     if method != "nmf":
         return
-    factors = OPS.solve(case.x, case.y0, method, 2)[:3]
+    factors = OPS.factorize_reconstruct(case.x, case.y0, method, 2)[:3]
     for upstream in [
         (case.grad_x_hat, case.grad_mse),
         (None, case.grad_mse),
@@ -54,13 +54,17 @@ def test_flops_are_those_of_the_products_in_the_reference(method):
 
     for steps in (1, 4):
         arguments = case.x, case.y0, method, steps
-        expected = flops(reference.iterate, *arguments)
-        assert flops(OPS.iterate, *arguments) == expected > 0
+        expected = flops(reference.factorize, *arguments)
+        assert flops(OPS.factorize, *arguments) == expected > 0
         if method in FUSED_METHODS:
-            assert flops(OPS.solve, *arguments) == flops(reference.solve, *arguments) > expected
+            assert (
+                flops(OPS.factorize_reconstruct, *arguments)
+                == flops(reference.factorize_reconstruct, *arguments)
+                > expected
+            )
     if method != "nmf":
         return
-    factors = reference.solve(case.x, case.y0, method, 2)[:3]
+    factors = reference.factorize_reconstruct(case.x, case.y0, method, 2)[:3]
     for upstream in [
         (case.grad_x_hat, case.grad_mse),
         (None, case.grad_mse),
@@ -90,9 +94,9 @@ def test_any_number_of_threads(method, shape, threads):
 @pytest.mark.parametrize("method", FUSED_METHODS)
 def test_same_bits_every_run_with_tiles_and_threads(method, threads):
     case = make((3, 2500, 3, 400), "contiguous", torch.float32, method)
-    first = NATIVE.solve(case.x, case.y0, method, 3)
+    first = NATIVE.factorize_reconstruct(case.x, case.y0, method, 3)
     for _ in range(10):
-        again = NATIVE.solve(case.x, case.y0, method, 3)
+        again = NATIVE.factorize_reconstruct(case.x, case.y0, method, 3)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -100,7 +104,7 @@ def test_same_bits_every_run_with_tiles_and_threads(method, threads):
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_gradients_in_other_layouts(layout):
     case = make((2, 6, 3, 20), layout, torch.float32, "nmf")
-    factors = NATIVE.solve(case.x, case.y0, "nmf", 2)[:3]
+    factors = NATIVE.factorize_reconstruct(case.x, case.y0, "nmf", 2)[:3]
     other = case.grad_x_hat.mT.contiguous().mT if layout == "contiguous" else case.grad_x_hat
     for upstream in (
         other.contiguous() if layout == "channels_last" else other,
@@ -118,19 +122,19 @@ def test_gradients_in_other_layouts(layout):
 @pytest.mark.parametrize("method", METHODS)
 def test_bases_of_any_strides(method):
     case = make((2, 6, 3, 20), "contiguous", torch.float32, method)
-    expected = NATIVE.iterate(case.x, case.y0, method, 2)
+    expected = NATIVE.factorize(case.x, case.y0, method, 2)
     for y0 in (
         case.y0.mT.contiguous().mT,
         case.y0.expand(2, -1, -1),
         torch.stack([case.y0, case.y0], -1)[..., 0],
     ):
-        torch.testing.assert_close(NATIVE.iterate(case.x, y0, method, 2), expected)
+        torch.testing.assert_close(NATIVE.factorize(case.x, y0, method, 2), expected)
 
 
 @needs_extension
 def test_a_method_without_kernels_is_refused_by_name():
     x, y0 = torch.rand(1, 4, 5), torch.rand(4, 2)
     with pytest.raises(RuntimeError, match="expected em, nmf, vq or cd, got pca"):
-        OPS.iterate(x, y0, "pca", 1)
+        OPS.factorize(x, y0, "pca", 1)
     with pytest.raises(RuntimeError, match="expected em or nmf, got vq"):
-        OPS.solve(x, y0, "vq", 1)
+        OPS.factorize_reconstruct(x, y0, "vq", 1)

@@ -45,12 +45,12 @@ def bases(channels: int, rank: int, method: str) -> Tensor:
 
 def results(x: Tensor, y0: Tensor, method: str, steps: int = 3) -> list[Tensor]:
     """Everything the method's operators compute."""
-    found = list(NATIVE.iterate(x, y0, method, steps))
+    found = list(NATIVE.factorize(x, y0, method, steps))
     if method in ("em", "nmf"):
-        found += NATIVE.solve(x, y0, method, steps)
+        found += NATIVE.factorize_reconstruct(x, y0, method, steps)
     if method == "nmf":
-        y, z, slope, x_hat, mse = found[2:]
-        found.append(NATIVE.nmf_backward(x_hat, mse, x, y, z, slope))
+        y, z, z_scale, x_hat, mse = found[2:]
+        found.append(NATIVE.nmf_backward(x_hat, mse, x, y, z, z_scale))
     return found
 
 
@@ -94,8 +94,8 @@ def test_a_size_that_stays_in_a_cluster_and_one_that_does_not(layout, method):
     twice = torch.cat([x, x], dim=-1)
     if layout == "channels_last":
         twice = twice.mT.contiguous().mT
-    y, z, _, x_hat, mse = NATIVE.solve(x, y0, method, 3)
-    y_twice, z_twice, _, x_hat_twice, mse_twice = NATIVE.solve(twice, y0, method, 3)
+    y, z, _, x_hat, mse = NATIVE.factorize_reconstruct(x, y0, method, 3)
+    y_twice, z_twice, _, x_hat_twice, mse_twice = NATIVE.factorize_reconstruct(twice, y0, method, 3)
     torch.testing.assert_close(y_twice, y, rtol=0.05, atol=0.01)
     torch.testing.assert_close(z_twice[..., :1089], z, rtol=0.05, atol=0.02)
     torch.testing.assert_close(x_hat_twice[..., 1089:], x_hat, rtol=0.05, atol=0.05)
@@ -144,8 +144,8 @@ def test_more_than_2_to_the_31_elements(layout, method):
     needs_memory(40)
     x, y0 = features((3, 683, 2**20 + 1), torch.bfloat16, layout), bases(683, 8, method)
     assert x.numel() > 2**31
-    y, z, *_ = NATIVE.solve(x, y0, method, 2)
-    expected = reference.iterate(x[2:].float(), y0, method, 2)[0]
+    y, z, *_ = NATIVE.factorize_reconstruct(x, y0, method, 2)
+    expected = reference.factorize(x[2:].float(), y0, method, 2)[0]
     torch.testing.assert_close(y[2:], expected, rtol=2e-2, atol=2e-3)
     assert z[2].isfinite().all()
 

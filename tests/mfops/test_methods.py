@@ -165,7 +165,7 @@ def test_bad_inverse_temperatures(method, t, message):
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_reference_is_the_published_iteration(method, shape, steps):
     x, y0 = make(shape, method)
-    y, z = reference.iterate(x, y0, method, steps)
+    y, z = reference.factorize(x, y0, method, steps)
     public_y, public_z = mfops.factorize(x, y0, method, steps)
     for b, image in enumerate(x.numpy()):
         expected_y, expected_z = NUMPY[method].rounds(image, y0.numpy(), steps)
@@ -174,7 +174,7 @@ def test_reference_is_the_published_iteration(method, shape, steps):
         for actual, expected in pairs:
             np.testing.assert_allclose(actual[b].numpy(), expected, rtol=1e-6, atol=1e-12)
     if method in ("em", "nmf"):
-        solved_y, solved_z, _, x_hat, mse = reference.solve(x, y0, method, steps)
+        solved_y, solved_z, _, x_hat, mse = reference.factorize_reconstruct(x, y0, method, steps)
         torch.testing.assert_close(solved_y, public_y)
         torch.testing.assert_close(solved_z, public_z)
         torch.testing.assert_close(x_hat, public_y @ public_z)
@@ -223,8 +223,8 @@ def test_gradients_by_finite_differences(method, loss):
         up, down = image.copy(), image.copy()
         up[at] += step
         down[at] -= step
-        slope = (value_of(up) - value_of(down)) / (2 * step)
-        np.testing.assert_allclose(grad[0][at].item(), slope, rtol=1e-5, atol=1e-7)
+        z_scale = (value_of(up) - value_of(down)) / (2 * step)
+        np.testing.assert_allclose(grad[0][at].item(), z_scale, rtol=1e-5, atol=1e-7)
 
 
 def test_nmf_can_be_differentiated_twice():
@@ -240,7 +240,7 @@ def test_nmf_can_be_differentiated_twice():
 
     y, z = mfops.factorize(x, y0, "nmf", 2)
     expected = curvature(*mfops.factorized_reconstruction(x, y, z))
-    solved = mfops.functional.solve(x, y0, "nmf", 2)
+    solved = mfops.functional.factorize_reconstruct(x, y0, "nmf", 2)
     torch.testing.assert_close(curvature(*solved[:2]), expected)
 
 

@@ -140,10 +140,10 @@ class AheadOfTime:
         self.compiled.clear()
         tf32 = kind == "tf32"
         if method == "nmf":
-            y, z, slope, *_ = mfops.triton.solve(x, y0, method, 3, tf32)
-            mfops.triton.nmf_backward(torch.empty_like(x), grad_mse, x, y, z, slope, tf32)
+            y, z, z_scale, *_ = mfops.triton.factorize_reconstruct(x, y0, method, 3, tf32)
+            mfops.triton.nmf_backward(torch.empty_like(x), grad_mse, x, y, z, z_scale, tf32)
         else:
-            mfops.triton.iterate(x, y0, method, 3, tf32)
+            mfops.triton.factorize(x, y0, method, 3, tf32)
         return list({kernel.hash: kernel for kernel in self.compiled}.values())
 
     def empty(self, kind):

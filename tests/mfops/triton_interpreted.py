@@ -67,19 +67,21 @@ def test_gradients_through_the_public_function_compiled_and_not(layout, shared):
 def test_opcheck_of_the_methods(layout, method):
     case = make_factor_case((2, 6, 3, 20), layout, torch.float32, method)
     arguments = case.x, case.y0, method, 2
-    torch.library.opcheck(OPS.triton_iterate.default, arguments)
+    torch.library.opcheck(OPS.triton_factorize.default, arguments)
     if method not in ("em", "nmf"):
         return
-    torch.library.opcheck(OPS.triton_solve.default, (*arguments, True))
+    torch.library.opcheck(OPS.triton_factorize_reconstruct.default, (*arguments, True))
     if method == "em":
         return
-    y, z, slope, *_ = OPS.triton_solve(*arguments)
+    y, z, z_scale, *_ = OPS.triton_factorize_reconstruct(*arguments)
     for upstream, mse in [
         (case.grad_x_hat, case.grad_mse),
         (None, case.grad_mse),
         (case.grad_x_hat, None),
     ]:
-        torch.library.opcheck(OPS.triton_nmf_backward.default, (upstream, mse, case.x, y, z, slope))
+        torch.library.opcheck(
+            OPS.triton_nmf_backward.default, (upstream, mse, case.x, y, z, z_scale)
+        )
 
 
 @pytest.mark.parametrize("method", ["em", "nmf"])

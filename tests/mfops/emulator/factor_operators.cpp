@@ -25,20 +25,20 @@ bool is_resident(const Tensor& x, int64_t rank, std::string method) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
     m.def(
-        "iterate(Tensor x, Tensor y0, str method, int steps, bool tf32, "
+        "factorize(Tensor x, Tensor y0, str method, int steps, bool tf32, "
         "float inverse_temperature=100.0) -> (Tensor, Tensor)");
     m.def(
-        "solve(Tensor x, Tensor y0, str method, int steps, bool tf32) "
+        "factorize_reconstruct(Tensor x, Tensor y0, str method, int steps, bool tf32) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "nmf_backward(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, "
-        "Tensor slope, bool tf32) -> Tensor");
+        "Tensor z_scale, bool tf32) -> Tensor");
     m.def("is_resident(Tensor x, int rank, str method) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfops_emulated, CPU, m) {
-    m.impl("iterate", TORCH_BOX(&mfops::cuda::iterate));
-    m.impl("solve", TORCH_BOX(&mfops::cuda::solve));
+    m.impl("factorize", TORCH_BOX(&mfops::cuda::factorize));
+    m.impl("factorize_reconstruct", TORCH_BOX(&mfops::cuda::factorize_reconstruct));
     m.impl("nmf_backward", TORCH_BOX(&mfops::cuda::nmf_backward));
     m.impl("is_resident", TORCH_BOX(&mfops::cuda::is_resident));
 }

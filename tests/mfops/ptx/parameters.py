@@ -102,7 +102,7 @@ class Round(ctypes.Structure):
         ("shares", POINTER),
         ("sums", POINTER),
         ("z", POINTER),
-        ("slope", POINTER),
+        ("z_scale", POINTER),
         ("x_hat", POINTER),
         ("errors", POINTER),
     ]
@@ -113,11 +113,11 @@ class Resident(ctypes.Structure):
         ("problem", FactorProblem),
         ("span", INT),
         ("steps", INT),
-        ("solve", BOOL),
+        ("reconstruct", BOOL),
         ("start", Lines),
         ("y", POINTER),
         ("z", POINTER),
-        ("slope", POINTER),
+        ("z_scale", POINTER),
         ("x_hat", POINTER),
         ("errors", POINTER),
     ]
