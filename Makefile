@@ -10,16 +10,18 @@ EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfo
 
 # Of make gpu, in this order.
 GPU_PARTS := gpu-build gpu-test gpu-test-triton gpu-bench gpu-bench-op gpu-bench-factorizers gpu-sanitize
-.PHONY: help install demo test bench bench-check lint format clean gpu gpu-first $(GPU_PARTS)
+.PHONY: help install demo test lowest bench bench-check docs lint format clean gpu gpu-first $(GPU_PARTS)
 
 help:
 	@echo "make demo    train MFNet on generated images, print its metrics, draw its predictions"
 	@echo "make test    the test suite"
+	@echo "make lowest  the test suite on the oldest versions that pyproject.toml allows"
 	@echo "make bench   measure on this machine: rows for benchmarks/results (benchmarks/README.md)"
 	@echo "make bench-check  a short run: have the op and the factorizers become slower?"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build for it, test, measure (docs/gpu.md);"
 	@echo "             make gpu-first: the same in short, to begin with"
 	@echo "make lint    ruff, mypy, clang-format; make format repairs what can be repaired"
+	@echo "make docs    the pages and the API reference, as a web site in site/"
 	@echo "make install only the virtual environment, $(VENV)"
 	@echo "make clean   remove the environment and everything built"
 
@@ -32,6 +34,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m timed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not timed" -n 2 --dist loadfile --no-loadscope-reorder
+
+# The suite on the oldest versions that pyproject.toml allows, in an environment of its own.
+lowest: $(INSTALLED)
+	$(BIN)/python -m venv .venv-lowest
+	$(BIN)/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not timed" -n 2 --dist loadfile
 
 # BENCH: further options of the suite, for instance make bench BENCH='--data DIR'.
 BENCH ?=
@@ -100,6 +108,10 @@ gpu-sanitize:
 	        || status=1; \
 	done; exit $$status
 
+# The pages and the API reference, as a web site in site/.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -112,7 +124,7 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(SOURCES) $(EMULATOR)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mfops/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lowest build dist site *.egg-info mfops/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ensurepip is what Debian's python3 lacks without its python3-venv package.

@@ -1,12 +1,13 @@
 """Builds mfops._C; all that is not a decision about compilers is in pyproject.toml.
 
 The C++ sources are always compiled, the CUDA sources where nvcc and a CUDA build of torch are
-there, whether or not a GPU is visible. Where a tool is missing the build goes on without it and
-says so in one line; an error in our own sources always fails it.
+there, whether or not a GPU is visible, unless MFOPS_CUDA=0 declines them. Where a tool is missing
+the build goes on without it and says so in one line; an error in our own sources always fails it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)  # oldest torch whose stable ABI the extension needs
@@ -31,7 +33,21 @@ METADATA_COMMANDS = {"egg_info", "dist_info", "sdist"}  # commands that compile 
 
 
 def notice(message: str) -> None:
-    print(f"mfops: NOTICE: {message}", file=sys.stderr, flush=True)
+    """One line to stderr and, as pip hides a build's stderr, to the terminal that pip runs in."""
+    line = f"mfops: NOTICE: {message}"
+    print(line, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"\n{line}", file=terminal)
+
+
+class CleanBuildPy(build_py):
+    """Copies into an empty folder: modules of an earlier build would go into the wheel, too."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -83,12 +99,14 @@ def find_cxx() -> tuple[str, None] | tuple[None, str]:
     return cxx, None
 
 
-def find_nvcc() -> str | None:
-    """nvcc by the conventions of torch: $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which("nvcc", path=f"{home}/bin")
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+def find_nvcc() -> tuple[str, None] | tuple[None, str]:
+    """nvcc where torch looks: CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda; or why there is none."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            nvcc = shutil.which("nvcc", path=f"{home}/bin")
+            return (nvcc, None) if nvcc else (None, f"no nvcc in {home}/bin ({variable})")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return (nvcc, None) if nvcc else (None, "no nvcc on PATH or in /usr/local/cuda/bin")
 
 
 def cuda_home_of(nvcc: str) -> Path:
@@ -101,11 +119,13 @@ def cuda_home_of(nvcc: str) -> Path:
 
 def find_cuda(torch_cuda: str | None, cxx: str) -> tuple[Path, None] | tuple[None, str]:
     """Root of a CUDA toolkit that fits torch, built for CUDA `torch_cuda`, or why there is none."""
+    if os.environ.get("MFOPS_CUDA") == "0":
+        return None, "declined by MFOPS_CUDA=0"
     if torch_cuda is None:
         return None, "the torch it was built with has no CUDA support"
-    nvcc = find_nvcc()
+    nvcc, missing = find_nvcc()
     if nvcc is None:
-        return None, "no nvcc in $CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin"
+        return None, missing
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+\.\d+)", version)
     if release is None:
@@ -158,7 +178,9 @@ def extension(cxx: str, cuda_home: Path | None, cuda_missing: str | None) -> Ext
         # and never mixes with the runtime that torch brings along.
         link += ["-lcudart_static", "-ldl", "-lpthread", "-lrt", "-Wl,--exclude-libs,ALL"]
     else:
-        macros.append(("MFOPS_CUDA_MISSING", json.dumps(cuda_missing)))
+        # As octal: ninja would take $name for a variable of its own.
+        text = json.dumps(cuda_missing).replace("$", r"\044")
+        macros.append(("MFOPS_CUDA_MISSING", text))
     return Extension(
         "mfops._C",
         files,
@@ -179,7 +201,7 @@ def build_arguments() -> dict:
             f"{problem}: installing WITHOUT native kernels, as pure Python. Install g++ and"
             " Python's development headers, then install again."
         )
-        return {}
+        return {"cmdclass": {"build_py": CleanBuildPy}}
     os.environ["CXX"] = cxx  # compile and link with the compiler that was tried
     import torch
 
@@ -194,7 +216,7 @@ def build_arguments() -> dict:
 
     return {
         "ext_modules": [extension(cxx, cuda_home, cuda_missing)],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": BuildExtension, "build_py": CleanBuildPy},
     }
 
 

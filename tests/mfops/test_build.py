@@ -75,7 +75,7 @@ esac""",
 def test_no_compiler_is_one_notice_and_no_extension(
     bin_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert setup.build_arguments() == {}
+    assert "ext_modules" not in setup.build_arguments()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("mfops: NOTICE: no C++ compiler (c++ or g++ or clang++) on PATH:")
@@ -115,7 +115,18 @@ def test_no_cuda_without_a_cuda_torch(bin_folder: Path) -> None:
 def test_no_cuda_without_nvcc(bin_folder: Path) -> None:
     home, reason = setup.find_cuda("13.2", "c++")
     assert home is None
-    assert reason.startswith("no nvcc in $CUDA_HOME/bin")
+    assert reason == f"no nvcc in {bin_folder} (CUDA_HOME)"
+
+
+def test_cuda_can_be_declined(bin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvcc(bin_folder, "13.0")
+    monkeypatch.setenv("MFOPS_CUDA", "0")
+    assert setup.find_cuda("13.2", "c++") == (None, "declined by MFOPS_CUDA=0")
+
+
+def test_the_reason_for_no_cuda_reaches_the_extension_as_it_is() -> None:
+    built = setup.extension("c++", None, "no nvcc in $HOME/bin")
+    assert dict(built.define_macros)["MFOPS_CUDA_MISSING"] == r'"no nvcc in \044HOME/bin"'
 
 
 @pytest.mark.parametrize("release", ["12.9", "14.0"])
@@ -207,7 +218,7 @@ def test_an_error_in_our_sources_fails_the_build(tmp_path: Path) -> None:
     done = run_setup(tree, "build_ext", CUDA_HOME=str(tree))
     assert done.returncode != 0
     assert "broken.cpp:1" in done.stdout + done.stderr
-    assert "NOTICE: no nvcc in $CUDA_HOME/bin" in done.stderr
+    assert f"NOTICE: no nvcc in {tree}/bin (CUDA_HOME)" in done.stderr
 
 
 def test_without_a_compiler_the_pure_python_packages_are_built(
@@ -222,6 +233,36 @@ def test_without_a_compiler_the_pure_python_packages_are_built(
     built = {path.name for path in (tmp_path / "build" / "lib").iterdir()}
     assert built == {"mfops", "mfnet"}
     assert not list((tmp_path / "build").rglob("*.so"))
+
+
+def test_modules_of_an_earlier_build_do_not_come_back(tmp_path: Path, bin_folder: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    source_tree(tree)
+    (tree / "mfops" / "deleted.py").touch()
+    assert run_setup(tree, "build").returncode == 0
+    (tree / "mfops" / "deleted.py").unlink()
+    assert run_setup(tree, "build").returncode == 0
+    assert {path.name for path in (tree / "build" / "lib" / "mfops").iterdir()} == {"__init__.py"}
+
+
+def test_a_notice_reaches_the_terminal_that_pip_runs_in(tmp_path: Path, bin_folder: Path) -> None:
+    """pip keeps a build's output to itself."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    source_tree(tree)
+    in_a_terminal = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))"
+    build = f"{sys.executable} setup.py build > build.log 2>&1"
+    done = subprocess.run(
+        [sys.executable, "-c", in_a_terminal, "/bin/sh", "-c", build],
+        cwd=tree,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (tree / "build.log").read_text()
+    assert done.stdout.strip().startswith("mfops: NOTICE: no C++ compiler")
 
 
 def test_configurations_and_trained_networks_are_packed(tmp_path: Path, bin_folder: Path) -> None:
