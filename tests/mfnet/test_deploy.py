@@ -13,7 +13,7 @@ from test_docs import blocks
 
 import mfnet
 from mfnet import export as module
-from mfnet.cli import main
+from mfnet.__main__ import main
 from mfnet.export import FORMATS, export
 from mfnet.pretrained import TrainedNetwork
 
