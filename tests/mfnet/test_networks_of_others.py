@@ -19,8 +19,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from mfnet import create_model
 from mfnet.__main__ import main
-from mfnet.callbacks import count_flops
 from mfnet.data import synthetic
+from mfnet.flops import count_flops
 from mfnet.normalisation import IMAGENET
 from mfnet.outputs import read_output
 from mfnet.task import SegmentationTask
