@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 from tqdm import tqdm
 
 from mfnet.data import as_rgb, denormalise
 from mfnet.files import written_whole
+from mfnet.flops import count_flops
 from mfnet.models import evaluation_parameters, unwrapped
 from mfnet.normalisation import IMAGENET
 from mfnet.scores import CONFUSION, class_table, write_class_scores, write_confusion
@@ -26,38 +26,13 @@ SUMMARY = "summary.json"
 SAMPLES = "samples.npz"
 
 
-def count_flops(network: nn.Module, size: tuple[int, int], channels: int = 3) -> int:
-    """FLOPs of one forward pass of one image of ``size`` (H, W), 2 per multiply-add.
-
-    Convolutions and matrix products are counted (``torch.utils.flop_counter``). The network runs
-    in evaluation mode on stand-ins of its parameters and buffers on the meta device, so nothing
-    is computed, and no buffer and no random state changes.
-    """
-    stand_ins = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in [*network.named_parameters(), *network.named_buffers()]
-    }
-    dtypes = [t.dtype for t in stand_ins.values() if t.is_floating_point()]
-    dtype = dtypes[0] if dtypes else torch.float32
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as flops:
-            image = torch.empty(1, channels, *size, device="meta", dtype=dtype)
-            torch.func.functional_call(network, stand_ins, (image,))
-    finally:
-        for module, training in modes:
-            module.training = training
-    return flops.get_total_flops()
-
-
 class RunRecord(Callback):
     """Write ``summary.json``, ``samples.npz`` and ``confusion.csv`` into the run's folder.
 
     ``summary.json``: model, backbone, parameters, trainable_parameters (both without those of an
-    auxiliary head, which only trains), gflops (see
-    :func:`count_flops`, at the validation images' size; null where it cannot be counted),
-    input_size, class_names, palette; written at the first validation.
+    auxiliary head, which only trains), gflops
+    (:func:`mfnet.flops.count_flops`, at the validation images' size; null where it cannot be
+    counted), input_size, class_names, palette; written at the first validation.
     ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
     a few validation images, always the same, and ``epoch``; refreshed at every validation.
     ``confusion.csv``: see :func:`mfnet.scores.write_confusion`; of the last validation, where the

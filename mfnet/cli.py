@@ -1,15 +1,13 @@
-"""``mfnet fit|validate|test|predict``, on Lightning's CLI, and the door to the other commands."""
+"""``mfnet fit|validate|test|predict``, on Lightning's CLI."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import ClassScores, RunRecord
@@ -29,7 +26,6 @@ from mfnet.checkpoint import (
     RECORD,
     find_checkpoint,
     read_checkpoint,
-    shipped_networks,
 )
 from mfnet.config import (
     ConfigAction,
@@ -37,7 +33,6 @@ from mfnet.config import (
     expand_all,
     plain,
     shipped_configs,
-    with_image_list,
 )
 from mfnet.data import SegmentationDataModule
 from mfnet.data.datamodule import CHANNELS
@@ -55,17 +50,6 @@ from mfnet.prediction_writer import PredictionWriter
 from mfnet.pretrained import forget_starting_weights
 from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
-
-SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
-
-# Lightning's own use of torch, and what is meant to be when a run is resumed.
-NOISE = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"Checkpoint directory .* exists and is not empty",
-)
-
-# Commands that are not Lightning's: modules of their names, imported where they are called.
-_COMMANDS = ("demo", "report", "export", "video")
 
 MAX_EPOCHS = 50  # the paper's; Lightning's own default is 1000
 
@@ -307,55 +291,6 @@ class MFNetCLI(LightningCLI):
             rank_zero_warn(f"{error}")
             return
         print(f"best val/mIoU {score:.3f} in epoch {epoch}: {best}")
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. User errors end in one line on stderr; MFNET_TRACEBACK=1 shows where from."""
-    arguments = sys.argv[1:] if args is None else list(args)
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    try:
-        _dispatch(arguments)
-    except SIGTERMException:
-        _say("stopped by SIGTERM; --ckpt_path last continues")
-        sys.exit(SIGTERM_EXIT)
-    except Exception as error:
-        message = user_error(error)
-        if os.environ.get("MFNET_TRACEBACK") or message is None:
-            raise
-        _say(f"error: {message}")
-        sys.exit(2 if isinstance(error, ArgumentError) else 1)
-
-
-def _dispatch(arguments: list[str]) -> None:
-    command, *rest = arguments or ["--help"]
-    text = _information(command, rest)
-    rest = ["--help" if argument == "--help_all" else argument for argument in rest]
-    if text is not None:
-        print(text)
-        sys.exit(0)
-    if command.startswith("-"):
-        raise CommandLineError(f"expected a command first, got {command}: mfnet fit {command} ...")
-    if command in _COMMANDS:
-        import_module(f"mfnet.{command}").main(rest)
-    else:
-        MFNetCLI([command, *with_image_list(rest)])
-
-
-def _information(command: str, rest: Sequence[str]) -> str | None:
-    if command in ("-h", "--help"):
-        return help.COMMANDS
-    if command == "--version":
-        return help.versions()
-    if command in help.SUMMARIES and not {"-h", "--help"}.isdisjoint(rest):
-        return help.screen(command, [*shipped_configs()], [*shipped_networks()], MAX_EPOCHS)
-    if command in help.SUMMARIES and rest[-1:] == ["--model.network.help"]:
-        return help.network_options()
-    return None
-
-
-def _say(message: str) -> None:
-    tqdm.write(f"mfnet: {message}", file=sys.stderr)  # on a line of its own, bars or not
 
 
 def _set_run_defaults(config: Namespace) -> None:

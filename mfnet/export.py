@@ -130,7 +130,8 @@ def export(
 
     Raises:
         FileNotFoundError, ValueError: as :func:`mfnet.load`; an unknown format, a package that it
-            needs is missing, or what was written differs by more than 1e-3.
+            needs is missing, torch cannot export the network, or what was written differs by more
+            than 1e-3.
     """
     if to not in (*FORMATS, "weights"):
         raise ValueError(f"to: expected {', '.join(FORMATS)} or weights, got {to!r}")
@@ -152,7 +153,14 @@ def export(
     model = Normalised(network) if normalise else network
     metadata = json.dumps(_metadata(network, normalise))
     with written_whole(path) as partial:
-        FORMATS[to].write(model.eval(), partial, metadata)
+        try:
+            FORMATS[to].write(model.eval(), partial, metadata)
+        except OSError:
+            raise
+        except Exception as error:  # exporters and compilers have errors of many classes
+            kind = type(network.network).__name__
+            reason = error.__cause__ or error  # ONNX's exporter says little beside it
+            raise ValueError(f"{to}: torch cannot export {kind}: {reason}") from error
         return path, _compare(model, FORMATS[to].run(partial))
 
 

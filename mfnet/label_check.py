@@ -12,8 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from mfnet.constants import IGNORE_INDEX
 from mfnet.data.dataset import SegmentationDataset
-from mfnet.data.files import IGNORE_INDEX, DataError
+from mfnet.data.files import DataError
 from mfnet.data.label_record import check_palettes
 
 # For the remedy: what most masks with a single class are.

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mfnet.constants import IGNORE_INDEX
 from mfnet.data.dataset import SegmentationDataset
-from mfnet.data.files import IGNORE_INDEX, read_mask
+from mfnet.data.files import read_mask
 from mfnet.data.labels import to_labels
 
 _EMPTY = 1e-6  # in place of no pixel at all: the loss is then 0, and so is its gradient

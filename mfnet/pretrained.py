@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from mfnet.checkpoint import RECORD, find_checkpoint, misfit, named_as, read_checkpoint
+from mfnet.checkpoint import RECORD, WEIGHTS, find_checkpoint, misfit, named_as, read_checkpoint
 from mfnet.data import voc
 from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
@@ -121,7 +122,8 @@ class TrainedNetwork(
         inference = Inference(**{"tile": TILE, **options})
         pixels = _pixels(image, self.channels)
         shown = pixels if self.resize is None else resized(pixels, self.resize)
-        device = next(self.parameters()).device
+        # A network may have neither parameters nor buffers.
+        device = next(chain(self.parameters(), self.buffers()), pixels).device
         training = self.training
         self.eval()
         try:
@@ -129,6 +131,13 @@ class TrainedNetwork(
             return inference.predict(self, shown, self.normalisation, device, size, **keep)
         finally:
             self.train(training)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        file = save_directory / WEIGHTS
+        file.touch()
+        mode = file.stat().st_mode  # by the umask, as other files; safetensors' are 0600
+        super()._save_pretrained(save_directory)
+        file.chmod(mode)
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> TrainedNetwork:

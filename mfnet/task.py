@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfnet import losses, optimizers, resume
 from mfnet.checkpoint import RECORD, misfit, named_as, read_checkpoint
-from mfnet.data.files import IGNORE_INDEX
+from mfnet.constants import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
 from mfnet.fine_tuning import Freeze, frozen_modules, initialise
 from mfnet.inference import Inference, Prediction

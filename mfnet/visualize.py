@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from mfnet.constants import IGNORE_INDEX
 from mfnet.files import written_whole
 
 Colour = tuple[int, int, int]
@@ -27,49 +28,43 @@ LINE_STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def colourise(mask: Array, palette: Sequence[Colour], ignore_index: int = 255) -> Array:
+def colourise(mask: Array, palette: Sequence[Colour]) -> Array:
     """Paint a mask of class indices (H, W) with ``palette``: uint8 RGB (H, W, 3).
 
-    Pixels of ``ignore_index`` become light grey. Raises ``ValueError`` for another rank and for
-    a label that is neither a class nor ``ignore_index``.
+    Ignored pixels (255) become light grey. Raises ``ValueError`` for another rank and for a label
+    that is neither a class nor 255.
     """
-    mask = np.asarray(mask)
+    return np.array(_painted(np.asarray(mask), palette))
+
+
+def _painted(mask: Array, palette: Sequence[Colour]) -> Image.Image:
     if mask.ndim != 2:
         raise ValueError(f"mask: expected shape (H, W), got {mask.shape}")
-    ignored = mask == ignore_index
-    classes = np.where(ignored, 0, mask).astype(np.int64)
-    if classes.size and (classes.min() < 0 or classes.max() >= len(palette)):
-        wrong = int(classes.min() if classes.min() < 0 else classes.max())
+    wrong = mask[((mask < 0) | (mask >= len(palette))) & (mask != IGNORE_INDEX)]
+    if wrong.size:
         raise ValueError(
-            f"mask: expected labels 0 to {len(palette) - 1} or {ignore_index}, got {wrong}"
+            f"mask: expected labels 0 to {len(palette) - 1} or {IGNORE_INDEX}, got "
+            f"{wrong.min() if wrong.min() < 0 else wrong.max()}"
         )
-    painted = np.asarray(palette, dtype=np.uint8)[classes]
-    painted[ignored] = IGNORE_COLOUR
-    return painted
+    colours = np.full((IGNORE_INDEX + 1, 3), IGNORE_COLOUR, np.uint8)
+    colours[: len(palette)] = palette
+    picture = Image.fromarray(np.ascontiguousarray(mask, np.uint8))
+    picture.putpalette(colours.tobytes())
+    return picture.convert("RGB")
 
 
-def overlay(
-    image: Array,
-    mask: Array,
-    palette: Sequence[Colour],
-    opacity: float = 0.55,
-    ignore_index: int = 255,
-) -> Array:
+def overlay(image: Array, mask: Array, palette: Sequence[Colour], opacity: float = 0.55) -> Array:
     """Blend the painted mask (H, W) over a uint8 RGB image (H, W, 3) of the same size.
 
-    Pixels of ``ignore_index`` show the image alone. Raises ``ValueError`` when the shapes differ.
+    Ignored pixels (255) show the image alone. Raises ``ValueError`` when the shapes differ.
     """
     image, mask = np.asarray(image), np.asarray(mask)
     if image.shape != (*mask.shape, 3):
         raise ValueError(f"image: expected shape {(*mask.shape, 3)} as the mask, got {image.shape}")
-    result = np.empty(image.shape, np.uint8)
-    for top in range(0, len(mask), 256):  # the numbers in between are ten times as large
-        rows = slice(top, top + 256)
-        painted = colourise(mask[rows], palette, ignore_index)
-        blended = (1 - opacity) * image[rows] + opacity * painted
-        ignored = (mask[rows] == ignore_index)[..., None]
-        result[rows] = np.where(ignored, image[rows], blended.round())
-    return result
+    # Pillow works on bytes, where torchvision's draw_segmentation_masks takes ten times the memory.
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    blended = Image.blend(picture, _painted(mask, palette), opacity)
+    return np.array(Image.composite(blended, picture, Image.fromarray(mask != IGNORE_INDEX)))
 
 
 def save_image(image: Array, path: Path) -> None:
@@ -104,7 +99,6 @@ def draw_grid(
     predictions: Mapping[str, Sequence[Array]],
     class_names: Sequence[str],
     palette: Sequence[Colour],
-    ignore_index: int = 255,
 ) -> Figure:
     """One row per image: the image, the truth, one column per entry of ``predictions``.
 
@@ -115,14 +109,14 @@ def draw_grid(
     for title, masks in {"truth": truths, **predictions}.items():
         if len(masks) != len(images):
             raise ValueError(f"{title}: expected {len(images)} masks, got {len(masks)}")
-        columns[title] = [colourise(mask, palette, ignore_index) for mask in masks]
+        columns[title] = [colourise(mask, palette) for mask in masks]
     if not images:
         raise ValueError("images: expected at least one, got none")
 
     shown = [*truths, *(mask for masks in predictions.values() for mask in masks)]
     labels = np.unique(np.concatenate([np.unique(mask) for mask in shown]))
-    entries = [(class_names[i], palette[i]) for i in labels if i != ignore_index]
-    if ignore_index in labels:
+    entries = [(class_names[i], palette[i]) for i in labels if i != IGNORE_INDEX]
+    if IGNORE_INDEX in labels:
         entries.append(("ignored", IGNORE_COLOUR))
     handles = [
         Patch(facecolor=np.divide(colour, 255), edgecolor="#555555", label=name)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torchvision.ops import Conv2dNormActivation
 
+from mfnet.constants import IGNORE_INDEX
 from mfnet.contexts.base import LossContext
 from mfops.checks import check_positive
 from mfops.functional import without_autocast
 from mfops.tracing import record_module
 
 CHANNELS = 512
-IGNORE_INDEX = 255
 
 
 class Encoding(nn.Module):

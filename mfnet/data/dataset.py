@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from mfnet.data.files import IGNORE_INDEX, read_pair
+from mfnet.constants import IGNORE_INDEX
+from mfnet.data.files import read_pair
 from mfnet.data.label_record import LabelRecord
 from mfnet.data.labels import LabelMap, to_labels
 from mfnet.data.voc import Sample

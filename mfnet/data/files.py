@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import tv_tensors
 
-IGNORE_INDEX = 255
 LARGEST = 2**30  # pixels of an image
 
 _SUBFILE_TYPE = 254  # TIFF's tag; bit 0: a smaller copy of another picture in the file

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from mfnet.data.files import IGNORE_INDEX, DataError, StoredMask, packed_colours
+from mfnet.constants import IGNORE_INDEX
+from mfnet.data.files import DataError, StoredMask, packed_colours
 
 # One for the process itself and one for each of its loader's workers, so that none waits for
 # another; more workers than that share rows.

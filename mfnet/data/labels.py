@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from mfnet.data.files import IGNORE_INDEX, DataError, StoredMask, packed_colours
+from mfnet.constants import IGNORE_INDEX
+from mfnet.data.files import DataError, StoredMask, packed_colours
 from mfnet.data.voc import Palette, pascal_palette
 
 IGNORE = "ignore"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mfnet.data.files import IGNORE_INDEX
+from mfnet.constants import IGNORE_INDEX
 from mfnet.data.voc import pascal_palette
 
 CLASSES = ("background", "disc", "square", "triangle", "ring")

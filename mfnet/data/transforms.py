@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from mfnet.data.files import IGNORE_INDEX
+from mfnet.constants import IGNORE_INDEX
 from mfnet.normalisation import IMAGENET, Normalisation
 
 Recipe = Literal["paper", "modern"]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mfnet import backbone as backbone_module
 from mfnet.backbone import Backbone, same_padding
-from mfnet.callbacks import count_flops
+from mfnet.flops import count_flops
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mfnet import create_model
-from mfnet.callbacks import RunRecord, count_flops
+from mfnet.callbacks import RunRecord
+from mfnet.flops import count_flops
 from mfnet.report import report
 
 PALETTE = [(0, 0, 0), (200, 10, 30), (0, 0, 250)]

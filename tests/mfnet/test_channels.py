@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from mfnet import create_model
+from mfnet.__main__ import main
 from mfnet.backbone import Backbone
-from mfnet.cli import MFNetCLI, main
+from mfnet.cli import MFNetCLI
 from mfnet.data import DataError, VOCFolder, as_rgb, denormalise, synthetic
 from mfnet.data.files import image_size, read_image, read_pair
 from mfnet.data.transforms import train_transform

@@ -18,7 +18,10 @@ import yaml
 from jsonargparse import Namespace
 from PIL import Image
 
-from mfnet.cli import SIGTERM_EXIT, _network_names, main, shipped_configs
+from mfnet.__main__ import main
+from mfnet.cli import _network_names
+from mfnet.commands import SIGTERM_EXIT
+from mfnet.config import shipped_configs
 from mfnet.contexts import CONTEXTS
 from mfnet.data import synthetic
 from mfnet.task import SegmentationTask

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mfnet import help
-from mfnet.cli import main
+from mfnet.__main__ import main
 from mfnet.data import synthetic
 from mfnet.errors import explain
 

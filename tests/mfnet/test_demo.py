@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfnet.cli import main
+from mfnet.__main__ import main
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from test_docs import blocks
+from torch import Tensor, nn
 
 import mfnet
 from mfnet import export as module
-from mfnet.cli import main
+from mfnet.__main__ import main
 from mfnet.export import FORMATS, export
 from mfnet.pretrained import TrainedNetwork
 
@@ -82,6 +84,29 @@ def test_what_differs_is_not_left_in_place(run, monkeypatch, capsys):
     assert good.read_bytes() == before
     assert {p.name for p in run.iterdir()} >= {"network.pt2", "config.json"}
     assert not list(run.glob(".*"))
+
+
+class Branching(nn.Module):
+    """Has neither parameters nor a program: which way it goes depends on the image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images if images.sum() > 0 else -images
+
+
+def test_what_torch_cannot_export_ends_in_one_line(run, capsys):
+    told = json.loads((run / "config.json").read_text())
+    network = TrainedNetwork(**{**told, "network": {"class_path": f"{__name__}.Branching"}})
+    network.save_pretrained("branching")
+    assert mfnet.load("branching").predict("photo.jpg").shape == (40, 50)
+    with pytest.raises(SystemExit):
+        main(["export", "branching", "--to", "pt2"])
+    said = capsys.readouterr().err.splitlines()[-1]  # torch logs before
+    assert said.startswith("mfnet: error: pt2: torch cannot export Branching: Could not guard")
+    assert {p.name for p in Path("branching").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_weights_into_a_folder_that_is_there(run, capsys):

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mfnet
-from mfnet.cli import MFNetCLI, main
+from mfnet.__main__ import main
+from mfnet.cli import MFNetCLI
 from mfnet.data import synthetic
 from mfnet.fine_tuning import initialise
 from mfnet.pretrained import TrainedNetwork

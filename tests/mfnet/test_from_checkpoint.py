@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import mfnet
+from mfnet.__main__ import main
 from mfnet.checkpoint import RECORD
-from mfnet.cli import MFNetCLI, main
+from mfnet.cli import MFNetCLI
 from mfnet.data import synthetic
 from mfnet.task import SegmentationTask
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from mfnet import create_model
-from mfnet.callbacks import count_flops
+from mfnet.flops import count_flops
 from mfnet.light import FactorizedDecoder, Projection, PyramidContext
 
 

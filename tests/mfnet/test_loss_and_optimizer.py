@@ -21,7 +21,8 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader
 
-from mfnet.cli import MFNetCLI, main
+from mfnet.__main__ import main
+from mfnet.cli import MFNetCLI
 from mfnet.data import synthetic
 from mfnet.data.dataset import SegmentationDataset
 from mfnet.data.voc import list_folder

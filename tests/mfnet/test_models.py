@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mfnet
 from mfnet import SegmentationNetwork, create_model
-from mfnet.callbacks import count_flops
 from mfnet.contexts import CONTEXTS
+from mfnet.flops import count_flops
 
 MODELS = mfnet.list_models()
 

@@ -18,9 +18,9 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.transforms.v2 import functional as tv
 
 from mfnet import create_model
-from mfnet.callbacks import count_flops
-from mfnet.cli import main
+from mfnet.__main__ import main
 from mfnet.data import synthetic
+from mfnet.flops import count_flops
 from mfnet.normalisation import IMAGENET
 from mfnet.outputs import read_output
 from mfnet.task import SegmentationTask

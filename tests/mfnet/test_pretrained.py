@@ -98,6 +98,7 @@ def test_a_folder_without_a_line_of_code_in_it(network, photo, tmp_path):
         assert not loaded.training
         assert loaded.palette == [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
     file = tmp_path / "weights" / "model.safetensors"
+    assert file.stat().st_mode == (tmp_path / "weights" / "config.json").stat().st_mode
     tensors = load_file(file)
     del tensors[next(iter(tensors))]
     save_file(tensors, file)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from jsonargparse import Namespace
 
-from mfnet.cli import MAX_EPOCHS, _set_run_defaults, main
+from mfnet.__main__ import main
+from mfnet.cli import MAX_EPOCHS, _set_run_defaults
 from mfnet.config import expand_all, expand_home
 from mfnet.data import synthetic
 

@@ -19,7 +19,7 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from mfnet.cli import main
+from mfnet.__main__ import main
 from mfnet.data import synthetic
 from mfnet.report import report
 from mfnet.run_directory import folder_of

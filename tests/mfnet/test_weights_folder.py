@@ -14,7 +14,7 @@ from torch import nn
 
 import mfnet
 from mfnet import checkpoint
-from mfnet.cli import main
+from mfnet.__main__ import main
 from mfnet.data import synthetic
 from mfnet.fine_tuning import initialise
 from mfnet.pretrained import TrainedNetwork
