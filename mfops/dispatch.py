@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mfops import ops, reference
-from mfops.exporting import is_exporting_onnx
+from mfops.exporting import constant_for_the_compiler, is_exporting_onnx
 
 logger = logging.getLogger("mfops")
 
@@ -73,7 +73,7 @@ def _ask_gpu(index: int) -> str | None:
     return f"needs compute capability {needed} or later, {name} (cuda:{index}) has {found}"
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it, cached or not
+@constant_for_the_compiler  # torch.compile cannot trace it, cached or not
 def _gpu_obstacle(index: int) -> str | None:
     """None, or why Triton's kernels do not run on this GPU."""
     return _ask_gpu(index)
@@ -89,7 +89,7 @@ def _ask_build(index: int) -> str | None:
     return f"the extension has no code for {name} (cuda:{index}): {words}" if words else None
 
 
-@torch.compiler.assume_constant_result
+@constant_for_the_compiler
 def _native_gpu_obstacle(index: int) -> str | None:
     """None, or why the native CUDA kernels do not run on this GPU."""
     return _ask_build(index)

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_for_the_compiler(function: F) -> F:
+    """What torch.compile calls while it traces, to keep the result as a constant of the graph.
+
+    The mark of `torch.compiler.assume_constant_result`, which would import all of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_exporting() -> bool:
@@ -14,7 +28,7 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-@torch.compiler.assume_constant_result  # torch.compile takes it for False
+@constant_for_the_compiler  # torch.compile takes it for False
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 

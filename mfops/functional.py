@@ -17,12 +17,13 @@ from mfops.checks import (
     check_temperature,
 )
 from mfops.dispatch import select
+from mfops.exporting import constant_for_the_compiler
 from mfops.methods import METHODS, with_temperature
 from mfops.methods.base import INVERSE_TEMPERATURE
 from mfops.tracing import record_function
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+@constant_for_the_compiler  # torch 2.11 cannot trace it
 def _has_autocast(device: str) -> bool:
     """False for devices such as "meta", which refuse to be asked whether autocast is on."""
     return torch.amp.is_autocast_available(device)
@@ -55,7 +56,7 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if _autocast_is_on(device) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled anew when the setting changes
+@constant_for_the_compiler  # a graph is compiled anew when the setting changes
 def _matmul_in_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
