@@ -5,10 +5,10 @@
 
 #include <string>
 
-#include "cpu/bf16.h"
+#include "cpu/common/bf16.h"
 
 #ifdef MFOPS_WITH_CUDA
-#include "cuda/probe.h"
+#include "cuda/common/probe.h"
 #endif
 
 namespace py = pybind11;

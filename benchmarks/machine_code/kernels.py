@@ -1,7 +1,8 @@
 """The kernels of the table, and the work that each does on a tile inside the matrix.
 
 Counts are of a warp, of the busiest one where warps differ. They follow from the shapes of tiles
-in csrc/cuda (strip.cuh, columns.cuh), at (C, K) = (512, 64) in bfloat16, contiguous.
+(csrc/cuda: reconstruct/strip.cuh, factorize/columns.cuh) at (C, K) = (512, 64) in bfloat16,
+contiguous.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from benchmarks.machine_code.kernels import ARCH, KERNELS
 from benchmarks.machine_code.table import DOCUMENT, ceilings, compiler, measured
 
 ROOT = Path(__file__).parents[2]
-TYPES = ["float32", "tf32", "bf16", "f16"]  # in the order of csrc/cuda/problem.h
+TYPES = ["float32", "tf32", "bf16", "f16"]  # in the order of csrc/cuda/reconstruct/problem.h
 TENSOR_CORE = {
     "tf32": "HMMA.1688.F32.TF32",
     "bf16": "HMMA.16816.F32.BF16",

@@ -2,13 +2,13 @@
 #include <torch/csrc/stable/library.h>
 
 // clang-format off: the emulator's primitives first
-#include "cuda/primitives.cuh"
-#include "cuda/factors.cpp"
-#include "cuda/factor_launch.cu"
-#include "cuda/factor_float32.cu"
-#include "cuda/factor_tf32.cu"
-#include "cuda/factor_bf16.cu"
-#include "cuda/factor_f16.cu"
+#include "cuda/common/primitives.cuh"
+#include "cuda/factorize/op.cpp"
+#include "cuda/factorize/launch.cu"
+#include "cuda/instantiations/factorize_float32.cu"
+#include "cuda/instantiations/factorize_tf32.cu"
+#include "cuda/instantiations/factorize_bf16.cu"
+#include "cuda/instantiations/factorize_f16.cu"
 // clang-format on
 
 namespace mfops::cuda {

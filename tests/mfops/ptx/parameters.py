@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-BF16 = 2  # of csrc/cuda/problem.h
+BF16 = 2  # of csrc/cuda/reconstruct/problem.h
 POINTER, LONG, INT, BOOL = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_bool
 
 
