@@ -1,7 +1,7 @@
 // Products of bfloat16 matrices with float32 sums, by the processor's own instruction (vdpbf16ps).
 //
 // The instruction multiplies pairs: 16 lanes each add a_0 b_0 + a_1 b_1 to a float. Of a product
-// A B the pairs are neighbours along the sum, so A is taken by rows (`Rows`), where they lie side
+// A B the pairs are neighbors along the sum, so A is taken by rows (`Rows`), where they lie side
 // by side already, and B with pairs of its rows interleaved (`Pairs`).
 #pragma once
 

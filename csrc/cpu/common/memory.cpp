@@ -43,14 +43,10 @@ Tensor scalar(double value) {
     return t;
 }
 
-bool channels_innermost(const Tensor& x) { return x.stride(2) != 1 && x.stride(1) == 1; }
-
-Tensor empty_features(std::vector<int64_t> shape, ScalarType dtype, bool transpose) {
-    const size_t d = shape.size() - 2;
-    if (transpose) std::swap(shape[d], shape[d + 1]);
-    Tensor memory = torch::stable::empty(shape, dtype);
-    advise_huge_pages(memory);
-    return transpose ? torch::stable::transpose(memory, -1, -2) : memory;
+Tensor new_features(const Tensor& x, bool batched) {
+    const Tensor features = empty_features(x, batched);
+    advise_huge_pages(features);
+    return features;
 }
 
 int64_t groups_for_threads(int64_t products) {
@@ -87,17 +83,11 @@ float error_scale(const std::optional<Tensor>& grad_mse, int64_t elements) {
                               static_cast<double>(elements));
 }
 
-Tensor empty_x_hat(const Tensor& x, const Tensor& y, const Tensor& z) {
-    std::vector<int64_t> shape{x.size(1), x.size(2)};
-    if (y.dim() == 3 || z.dim() == 3) shape.insert(shape.begin(), x.size(0));
-    return empty_features(shape, x.scalar_type(), channels_innermost(x));
-}
-
-Tensor add_shares(const Tensor& shares, const Tensor& factor, bool transpose) {
+Tensor add_partials(const Tensor& partials, const Tensor& factor, bool transpose) {
     const int64_t images = factor.dim() == 3 ? factor.size(0) : 1;
-    const int64_t count = shares.size(0) / images;
+    const int64_t count = partials.size(0) / images;
     const Tensor by_factor =
-        torch::stable::view(shares, {images, count, shares.size(1), shares.size(2)});
+        torch::stable::view(partials, {images, count, partials.size(1), partials.size(2)});
     const std::vector<int64_t> dims{1};
     Tensor sum = count == 1 ? by_factor : torch::stable::sum(by_factor, dims);
     if (transpose) sum = torch::stable::contiguous(torch::stable::transpose(sum, -1, -2));

@@ -10,6 +10,8 @@
 #include <optional>
 #include <vector>
 
+#include "feature_memory.h"
+
 namespace mfops::cpu {
 
 using torch::headeronly::ScalarType;
@@ -23,11 +25,8 @@ Tensor as_float(const Tensor& t);
 
 Tensor scalar(double value);
 
-// Whether x (B, C, N) lies in memory as channels_last images do.
-bool channels_innermost(const Tensor& x);
-
-// New memory of the given shape (.., C, N): pixels innermost or, transposed, channels.
-Tensor empty_features(std::vector<int64_t> shape, ScalarType dtype, bool transpose);
+// `empty_features`, in huge pages where the system has them.
+Tensor new_features(const Tensor& x, bool batched = true);
 
 // How many items, of so many multiply-adds each, a thread gets at least: with less to do than some
 // ten microseconds it is not worth waking.
@@ -38,12 +37,12 @@ inline int64_t grain(int64_t multiply_adds) {
 // Into how many groups to split each of `products` so that all threads have as much to do.
 int64_t groups_for_threads(int64_t products);
 
-// As many of `groups` as `extent` rows or columns of X allow: each has a share of its own of a
+// As many of `groups` as `extent` rows or columns of X allow: each has a partial sum of a
 // factor's gradient or update, and all of them take at most a quarter of X's memory.
 int64_t bounded_groups(int64_t groups, int64_t extent, int64_t rank);
 
 // How the rows and columns of each of `products` X' = A B are dealt out to threads backward. Each
-// row group has its own share of B's gradient and each column group its own share of A's.
+// row group has its own partial sum of B's gradient, each column group its own of A's.
 struct Groups {
     // What one item of work covers.
     struct Part {
@@ -62,12 +61,9 @@ struct Groups {
 // 2 g / (B C N), what X - X' is multiplied by for dX; 0 without a gradient of the error.
 float error_scale(const std::optional<Tensor>& grad_mse, int64_t elements);
 
-// A place for X', of one image where both factors are shared.
-Tensor empty_x_hat(const Tensor& x, const Tensor& y, const Tensor& z);
-
-// A factor's gradient in its dtype, of float shares (products * groups, ..): those of a product
-// are added in order, over the batch too where the factor is shared. `transpose`: the shares are
+// A factor's gradient in its dtype, of its float partial sums (products * groups, ..): those of a
+// product are added in order, over the batch too where the factor is shared. `transpose`: they are
 // those of the factor's transpose.
-Tensor add_shares(const Tensor& shares, const Tensor& factor, bool transpose);
+Tensor add_partials(const Tensor& partials, const Tensor& factor, bool transpose);
 
 }  // namespace mfops::cpu

@@ -17,15 +17,10 @@ namespace mfops::cpu {
 
 namespace {
 
-// X' or a gradient, laid out as x is.
-Tensor empty_like_features(const Tensor& x) {
-    return empty_features({x.size(0), x.size(1), x.size(2)}, x.scalar_type(),
-                          channels_innermost(x));
-}
-
 template <class Products>
-std::tuple<Tensor, Tensor> iterate_by(const Tensor& x, const Tensor& y0, const std::string& method,
-                                      int64_t steps, double inverse_temperature) {
+std::tuple<Tensor, Tensor> factorize_by(const Tensor& x, const Tensor& y0,
+                                        const std::string& method, int64_t steps,
+                                        double inverse_temperature) {
     const Rounds<Products> rounds(x, y0, method, steps, inverse_temperature);
     return {rounds.bases(), torch::stable::to(rounds.z.memory, x.scalar_type())};
 }
@@ -37,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> factorize_reconstruct_by(
     const Rounds<Products> rounds(x, y0, method, steps);
     const Sizes& sizes = rounds.sizes;
     const Matrices z_scale(nmf ? sizes.batch : 0, sizes.rank, sizes.pixels);
-    const Tensor x_hat = empty_like_features(x);
+    const Tensor x_hat = new_features(x);
     const typename Products::Output out(x_hat, channels_innermost(x));
     // One entry per tile, added in order, whichever thread computed it.
     std::vector<double> errors(static_cast<size_t>(sizes.batch * sizes.tiles));
@@ -72,7 +67,7 @@ Tensor nmf_backward_by(const std::optional<Tensor>& grad_x_hat,
                        const Tensor& z, const Tensor& z_scale) {
     const Sizes sizes(x, y.size(2), Products::kBackwardTileElements);
     const bool transpose = channels_innermost(x);
-    const Tensor grad_x = empty_like_features(x);
+    const Tensor grad_x = new_features(x);
     const typename Products::Output out(grad_x, transpose);
     const Matrices bases(sizes.batch, sizes.rank, sizes.channels);
     Tensor rows = bases.memory;
@@ -107,10 +102,10 @@ std::tuple<Tensor, Tensor> factorize(const Tensor& x, const Tensor& y0, std::str
                                      int64_t steps, bool /*tf32*/, double inverse_temperature) {
 #ifdef MFOPS_WITH_BF16
     if (bf16::takes(x)) {
-        return iterate_by<bf16::Products>(x, y0, method, steps, inverse_temperature);
+        return factorize_by<bf16::Products>(x, y0, method, steps, inverse_temperature);
     }
 #endif
-    return iterate_by<FloatProducts>(x, y0, method, steps, inverse_temperature);
+    return factorize_by<FloatProducts>(x, y0, method, steps, inverse_temperature);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> factorize_reconstruct(

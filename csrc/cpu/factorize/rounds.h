@@ -65,10 +65,10 @@ struct Matrices {
 struct Sizes {
     Sizes(const Tensor& x, int64_t rank_, int64_t tile_elements)
         : batch(x.size(0)), channels(x.size(1)), pixels(x.size(2)), rank(rank_) {
-        const int64_t most = tile_elements / (channels + rank);
+        const int64_t max_cols = tile_elements / (channels + rank);
         // At least as many tiles as keep every thread busy.
         const int64_t wanted =
-            std::max(ceil_div(pixels, std::max(most, kMinTileCols)), groups_for_threads(batch));
+            std::max(ceil_div(pixels, std::max(max_cols, kMinTileCols)), groups_for_threads(batch));
         // Whole blocks of a product's columns, but for an image's last tile.
         const int64_t even = ceil_div(pixels, wanted);
         tile_cols = std::min(pixels, ceil_div(even, kMinTileCols) * kMinTileCols);
@@ -151,7 +151,7 @@ class Rounds {
     bool has_cosines() const { return method_ == Method::kVQ || method_ == Method::kCD; }
 
     // The one pass over X: the next Z and, of each group of columns, Z X^T with Z Z^T or the sums
-    // of Z's rows. The groups' shares are added in order, whichever thread computed them.
+    // of Z's rows. The groups' sums are added in order, whichever thread computed them.
     void update_coefficients(bool first_round) const {
         const int64_t items = sizes.batch * groups_;
         const int64_t work = 2 * sizes.channels * sizes.rank * ceil_div(sizes.pixels, groups_);
@@ -261,11 +261,11 @@ class Rounds {
         }
     }
 
-    // An image's shares, added up in the first of them.
-    Matrix total(const Matrices& shares, int64_t image) const {
-        const Matrix first = shares[image * groups_];
+    // An image's partial sums, added up in the first of them.
+    Matrix total(const Matrices& partials, int64_t image) const {
+        const Matrix first = partials[image * groups_];
         for (int64_t g = 1; g < groups_; ++g) {
-            add(first.data, shares[image * groups_ + g].data, first.rows * first.cols);
+            add(first.data, partials[image * groups_ + g].data, first.rows * first.cols);
         }
         return first;
     }

@@ -167,8 +167,8 @@ void backward_tile(const Problem& problem, const Gradients& grad, const Tile& t,
     }
 }
 
-// Shares of A's and B's gradient, (products * groups, rows, rank) and (.., rank, cols).
-struct Shares {
+// Partial sums of A's and B's gradient, (products * groups, rows, rank) and (.., rank, cols).
+struct Partials {
     Tensor memory;
     float* at(int64_t matrix, int64_t row, int64_t col) const {
         return static_cast<float*>(memory.data_ptr()) + matrix * memory.stride(0) +
@@ -180,7 +180,7 @@ struct Shares {
 
 std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z) {
     const Problem problem(x, y, z, kForwardTileCols, kForwardTileElements);
-    const Tensor x_hat = empty_x_hat(x, y, z);
+    const Tensor x_hat = new_features(x, y.dim() == 3 || z.dim() == 3);
     const Features out(x_hat, problem.transpose);
     return {x_hat, forward(problem, &out)};
 }
@@ -199,14 +199,12 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
     const bool need_a = transpose ? need_z : need_y, need_b = transpose ? need_y : need_z;
     // An operator's outputs may not share memory, empty or not.
     const auto none = [&] { return torch::stable::empty({0}, x.scalar_type()); };
-    const Tensor grad_x =
-        need_x ? empty_features({x.size(0), x.size(1), x.size(2)}, x.scalar_type(), transpose)
-               : none();
+    const Tensor grad_x = need_x ? new_features(x) : none();
     const Groups groups(problem.products, problem.rows, problem.cols, problem.rank);
-    const Shares grad_a{torch::stable::empty(
+    const Partials grad_a{torch::stable::empty(
         {need_a ? problem.products * groups.cols : 0, problem.rows, problem.rank},
         ScalarType::Float)};
-    const Shares grad_b{torch::stable::empty(
+    const Partials grad_b{torch::stable::empty(
         {need_b ? problem.products * groups.rows : 0, problem.rank, problem.cols},
         ScalarType::Float)};
 
@@ -256,8 +254,8 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
             }
         }
     });
-    const auto total = [&](const Shares& shares, const Tensor& factor, bool needed) {
-        return needed ? add_shares(shares.memory, factor, transpose) : none();
+    const auto total = [&](const Partials& partials, const Tensor& factor, bool needed) {
+        return needed ? add_partials(partials.memory, factor, transpose) : none();
     };
     return {grad_x, total(transpose ? grad_b : grad_a, y, need_y),
             total(transpose ? grad_a : grad_b, z, need_z)};

@@ -96,9 +96,10 @@ Tensor forward(const Problem& problem, const Batch* x_hat) {
                   static_cast<double>(problem.elements()));
 }
 
-// Shares of one factor's gradient, (products, groups) matrices in the factor's own memory order.
-struct Shares {
-    Shares(const Tensor& factor, const Problem& problem, int64_t groups_, bool wanted)
+// Partial sums of one factor's gradient, (products, groups) matrices in the factor's own memory
+// order.
+struct Partials {
+    Partials(const Tensor& factor, const Problem& problem, int64_t groups_, bool wanted)
         : groups(groups_),
           memory(
               torch::stable::empty({wanted ? problem.products * groups : 0,
@@ -188,7 +189,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const T
     if (bf16::takes(x)) return bf16::reconstruct(x, y, z);
 #endif
     const Problem problem(x, y, z, kForwardTileCols);
-    const Tensor x_hat = empty_x_hat(x, y, z);
+    const Tensor x_hat = new_features(x, y.dim() == 3 || z.dim() == 3);
     const Batch out(x_hat, problem.transpose);
     return {x_hat, forward(problem, &out)};
 }
@@ -214,15 +215,13 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
     const bool need_b = problem.transpose ? need_y : need_z;
     // An operator's outputs may not share memory, empty or not.
     const auto none = [&] { return torch::stable::empty({0}, x.scalar_type()); };
-    const Tensor grad_x = need_x ? empty_features({x.size(0), x.size(1), x.size(2)},
-                                                  x.scalar_type(), problem.transpose)
-                                 : none();
+    const Tensor grad_x = need_x ? new_features(x) : none();
 
     const Groups groups(problem.products, problem.rows, problem.cols, problem.rank);
-    const Shares grad_y(y, problem, problem.transpose ? groups.rows : groups.cols, need_y);
-    const Shares grad_z(z, problem, problem.transpose ? groups.cols : groups.rows, need_z);
-    const Shares& grad_a = problem.transpose ? grad_z : grad_y;
-    const Shares& grad_b = problem.transpose ? grad_y : grad_z;
+    const Partials grad_y(y, problem, problem.transpose ? groups.rows : groups.cols, need_y);
+    const Partials grad_z(z, problem, problem.transpose ? groups.cols : groups.rows, need_z);
+    const Partials& grad_a = problem.transpose ? grad_z : grad_y;
+    const Partials& grad_b = problem.transpose ? grad_y : grad_z;
 
     Gradients grad{.x_hat = std::nullopt,
                    .x_hat_per_image = grad_x_hat && grad_x_hat->dim() == 3,
@@ -267,8 +266,8 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
             }
         }
     });
-    return {grad_x, need_y ? add_shares(grad_y.memory, y, false) : none(),
-            need_z ? add_shares(grad_z.memory, z, false) : none()};
+    return {grad_x, need_y ? add_partials(grad_y.memory, y, false) : none(),
+            need_z ? add_partials(grad_z.memory, z, false) : none()};
 }
 
 }  // namespace mfops::cpu

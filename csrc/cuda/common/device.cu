@@ -3,7 +3,6 @@
 
 #include "cuda/common/check.cuh"
 #include "cuda/common/device.h"
-#include "cuda/factorize/cluster.cuh"
 
 namespace mfops::cuda {
 namespace {
@@ -20,11 +19,11 @@ int clusters_side_by_side(int major, int shared_bytes) {
                                           shared_bytes));
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kCluster;
+    attribute.val.clusterDim.x = kClusterBlocks;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = kCluster;
-    config.blockDim = kResidentThreads;
+    config.gridDim = kClusterBlocks;
+    config.blockDim = kClusterThreads;
     config.dynamicSmemBytes = shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -52,9 +51,11 @@ Limits device_limits(int device_index) {
     };
     const int shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     const Limits limits{
-        attribute(cudaDevAttrMultiProcessorCount), shared_per_block,
-        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-        clusters_side_by_side(attribute(cudaDevAttrComputeCapabilityMajor), shared_per_block)};
+        .multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
+        .shared_per_block = shared_per_block,
+        .shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+        .clusters =
+            clusters_side_by_side(attribute(cudaDevAttrComputeCapabilityMajor), shared_per_block)};
     known.emplace(device_index, limits);
     return limits;
 }

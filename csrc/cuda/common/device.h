@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cuda/reconstruct/problem.h"
+#include "cuda/common/types.h"
 
 // Lives in torch's CUDA half, which a CPU-only torch lacks; this extension loads there too.
 extern "C" __attribute__((weak)) AOTITorchError

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/common/types.h"
+
 namespace mfops::cuda {
 
 // What a block takes of shared memory besides what it asks for.
@@ -19,6 +21,12 @@ inline unsigned checked_blocks(int64_t blocks) {
                                  " blocks, more than the 2^31 - 1 of a launch");
     }
     return static_cast<unsigned>(blocks);
+}
+
+[[noreturn]] inline void no_room(int rank, const Limits& limits) {
+    throw std::runtime_error("mfops: rank " + std::to_string(rank) + " needs more than the " +
+                             std::to_string(limits.shared_per_block) +
+                             " bytes of shared memory that a block has on this GPU");
 }
 
 // The mean of a sum in `count` parts over `elements` elements, into `mse`.

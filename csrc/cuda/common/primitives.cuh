@@ -51,15 +51,15 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
 
 // `v`, but what is computed from it stays where it is used: of a path that is seldom taken nothing
 // is computed ahead, which would take registers from all others.
-__device__ __forceinline__ int here(int v) {
+__device__ __forceinline__ int no_hoist(int v) {
     asm volatile("" : "+r"(v));
     return v;
 }
-__device__ __forceinline__ unsigned here(unsigned v) {
+__device__ __forceinline__ unsigned no_hoist(unsigned v) {
     asm volatile("" : "+r"(v));
     return v;
 }
-__device__ __forceinline__ int64_t here(int64_t v) {
+__device__ __forceinline__ int64_t no_hoist(int64_t v) {
     asm volatile("" : "+l"(v));
     return v;
 }

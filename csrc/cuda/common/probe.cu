@@ -36,7 +36,7 @@ std::vector<int> cuda_archs() {
     return archs;
 }
 
-std::string cuda_obstacle(int device_index) {
+std::string cuda_unavailable_reason(int device_index) {
     const DeviceGuard guard(device_index);
     cudaFuncAttributes attributes;
     const cudaError_t status = cudaFuncGetAttributes(&attributes, write_arch);

@@ -13,7 +13,7 @@ int cuda_toolkit_version();
 std::vector<int> cuda_archs();
 
 // Why this build has no code for the device, in CUDA's own words, or nothing. Launches nothing.
-std::string cuda_obstacle(int device_index);
+std::string cuda_unavailable_reason(int device_index);
 
 // Launches a kernel on the device and returns the architecture whose code ran, e.g. 90. A smaller
 // number than the GPU's own means that its driver compiled our PTX. Throws std::runtime_error with

@@ -9,6 +9,9 @@
 
 namespace mfops::cuda {
 
+// Contracted indices, and the bases of factors, come in whole 16s.
+__host__ __device__ constexpr int padded_16(int n) { return (n + 15) / 16 * 16; }
+
 template <Type kType>
 struct ElementOf {
     using T = float;
@@ -179,7 +182,7 @@ class Accumulators {
         if constexpr (kTwoSteps) {
             add_ahead<kAByK, kBByK>(a, b, contraction);
         } else {
-            add_in_turn<true, kAByK, kBByK>(a, b, contraction, 16 * kM, 8 * kN);
+            add_step_by_step<true, kAByK, kBByK>(a, b, contraction, 16 * kM, 8 * kN);
         }
     }
 
@@ -192,7 +195,7 @@ class Accumulators {
         if (kType != Type::kFloat32 && rows >= 16 * kM && cols >= 8 * kN) {
             add<kAByK, kBByK>(a, b, contraction);
         } else if (!kRoomy || ((kM > 1 || kN > 2) && rows > 0 && cols > 0)) {
-            add_in_turn<false, kAByK, kBByK>(a, b, contraction, rows, cols);
+            add_step_by_step<false, kAByK, kBByK>(a, b, contraction, rows, cols);
         }
     }
 
@@ -272,7 +275,7 @@ class Accumulators {
     template <bool kAByK, bool kBByK, class TileA, class TileB>
     __device__ __forceinline__ void add_ahead(const TileA& a, const TileB& b, int contraction) {
         Step step, next;
-        const int row = here(first_row()), col = here(first_col());
+        const int row = no_hoist(first_row()), col = no_hoist(first_col());
         load<kAByK, kBByK>(step, a, b, 0, row, col);
 #pragma unroll 2
         for (int k = F::kStep; k < contraction; k += F::kStep) {
@@ -286,9 +289,9 @@ class Accumulators {
     // Step by step, where one alone takes many registers; in what order a step's loads and products
     // are issued the compiler decides. kAll: no limits, and so no branches.
     template <bool kAll, bool kAByK, bool kBByK, class TileA, class TileB>
-    __device__ __forceinline__ void add_in_turn(const TileA& a, const TileB& b, int contraction,
-                                                int rows, int cols) {
-        const int row = here(first_row()), col = here(first_col());
+    __device__ __forceinline__ void add_step_by_step(const TileA& a, const TileB& b,
+                                                     int contraction, int rows, int cols) {
+        const int row = no_hoist(first_row()), col = no_hoist(first_col());
 #pragma unroll 1
         for (int k = 0; k < contraction; k += F::kStep) {
             typename F::A fa[kM];

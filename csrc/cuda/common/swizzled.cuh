@@ -1,7 +1,7 @@
 // Matrices in shared memory without padding, for where there is no room for any.
 #pragma once
 
-#include "cuda/factorize/columns.cuh"
+#include "cuda/common/tile.cuh"
 
 namespace mfops::cuda {
 
@@ -31,7 +31,7 @@ struct Swizzled {
     __device__ __forceinline__ T* at(int line, int element) const {
         return reinterpret_cast<T*>(shared_memory()) + offset(line, element);
     }
-    // A pair of neighbours as a tile of its own.
+    // A pair of neighbors as a tile of its own.
     __device__ __forceinline__ Tile<T> pair(int line, int element) const {
         return {offset(line, element), 0};
     }

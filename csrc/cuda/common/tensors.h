@@ -7,7 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/reconstruct/problem.h"
+#include "cuda/common/types.h"
+#include "feature_memory.h"
 
 namespace mfops::cuda {
 
@@ -41,9 +42,6 @@ inline int checked_rank(int64_t rank) {
     }
     return static_cast<int>(rank);
 }
-
-// Whether x (B, C, N) lies in memory with its channels innermost.
-inline bool channels_innermost(const Tensor& x) { return x.stride(2) != 1 && x.stride(1) == 1; }
 
 inline Tensor bytes(const Tensor& x, size_t count) {
     return torch::stable::new_empty(x, {static_cast<int64_t>(count)}, ScalarType::Byte);

@@ -1,14 +1,14 @@
 // Tiles in shared memory: filled from global memory, and written back, 16 bytes at a time.
 //
 // Lines of odd length (N = 33 * 33) start anywhere within 16 bytes. `fill` brings the aligned
-// granules, 16 bytes each, that cover a line, `settle` then moves the line to the beginning of the
-// first of them, and `write_back` takes results from there to wherever lines start.
+// granules, 16 bytes each, that cover a line, `align_lines` then moves the line to the beginning of
+// the first of them, and `write_back` takes results from there to wherever lines start.
 #pragma once
 
 #include <cstring>
 
 #include "cuda/common/primitives.cuh"
-#include "cuda/reconstruct/problem.h"
+#include "cuda/common/types.h"
 
 namespace mfops::cuda {
 
@@ -103,7 +103,7 @@ struct Walk {
 
     __device__ __forceinline__ Walk(const Tile<T>& tile, Global* origin, int64_t stride,
                                     int per_line)
-        : Walk(tile, origin, here(stride), per_line, here(threadIdx.x)) {}
+        : Walk(tile, origin, no_hoist(stride), per_line, no_hoist(threadIdx.x)) {}
     __device__ __forceinline__ Walk(const Tile<T>& tile, Global* origin, int64_t stride,
                                     int per_line, int thread)
         : per_line(per_line),
@@ -133,9 +133,9 @@ template <int kThreads, class T>
 __device__ __forceinline__ void fill_by_element(const Tile<T>& tile, const Lines& from,
                                                 const T* origin, int lines, int length,
                                                 int line_end, int end) {
-    const bool lines_innermost = here(from.line) < from.step;
+    const bool lines_innermost = no_hoist(from.line) < from.step;
 #pragma unroll 1
-    for (int i = here(threadIdx.x); i < lines * length; i += kThreads) {
+    for (int i = no_hoist(threadIdx.x); i < lines * length; i += kThreads) {
         const int line = lines_innermost ? i % lines : i / length;
         const int element = lines_innermost ? i / lines : i % length;
         const bool inside = line < line_end && element < end;
@@ -161,8 +161,9 @@ __device__ __forceinline__ void fill(const Tile<T>& tile, const Lines& from, con
                              [](T* to, const T* from, int, bool) { cp_async_16(to, from); })) {
         if (aligned) return;
 #pragma unroll 1
-        for (int line = here(threadIdx.x); line < lines; line += kThreads) {  // their last granules
-            const T* const line_end = origin + line * here(from.line) + length;
+        for (int line = no_hoist(threadIdx.x); line < lines;
+             line += kThreads) {  // their last granules
+            const T* const line_end = origin + line * no_hoist(from.line) + length;
             const int left = misalignment(line_end);
             cp_async_16(tile.granule(line, length / kG), line_end - left, left * kSize);
         }
@@ -196,18 +197,18 @@ __device__ __forceinline__ uint4 load_anywhere(const T* at) {
 // Moves lines that `fill` brought, and that have arrived, to where they start on 16 bytes. Whether
 // there was anything to do: the same for all threads, which then have to meet.
 template <int kThreads, class T>
-__device__ __forceinline__ bool settle(const Tile<T>& tile, const Lines& from, const T* origin,
-                                       int lines, int length) {
+__device__ __forceinline__ bool align_lines(const Tile<T>& tile, const Lines& from, const T* origin,
+                                            int lines, int length) {
     if (from.step != 1 || on_granules(origin, from.line)) return false;
     // A warp takes several lines at once or one part by part; all lanes read before one writes.
-    const int whole = length / kGranule<T>, thread = here(threadIdx.x), lane = thread % 32;
+    const int whole = length / kGranule<T>, thread = no_hoist(threadIdx.x), lane = thread % 32;
     const int at_once = whole < 32 ? 32 / whole : 1, own_line = whole < 32 ? lane / whole : 0;
     const int own_granule = whole < 32 ? lane % whole : lane;
     // All of a thread's lines lie at the same place within 16 bytes.
     constexpr int kWarpsOfBlock = kThreads / 32;
     static_assert(kWarpsOfBlock % kGranule<T> == 0);
     int line = thread / 32 * at_once + own_line;
-    const int offset = misalignment(origin + line * here(from.line));
+    const int offset = misalignment(origin + line * no_hoist(from.line));
     const T* from_line = tile.at(line, offset);
     const bool takes_part = own_line < at_once;
 #pragma unroll 1
@@ -246,7 +247,7 @@ __device__ __forceinline__ void write_back(const Tile<T>& tile, T* origin, int64
     }
     // The granules of memory that are the tile's alone, then what is left at the lines' ends.
     if (aligned || !full ||
-        !in_columns<kThreads>(tile, origin, here(stride), false, lines, length,
+        !in_columns<kThreads>(tile, origin, no_hoist(stride), false, lines, length,
                               [](const T* from, T* to, int before, bool first) {
                                   if (first && before) return;
                                   store_global(to, load_anywhere(from - before));
@@ -260,9 +261,9 @@ __device__ __forceinline__ void write_back(const Tile<T>& tile, T* origin, int64
         }
     }
     if (aligned && end % kG == 0) return;
-    for (int i = here(threadIdx.x); i < 2 * line_end; i += kThreads) {
+    for (int i = no_hoist(threadIdx.x); i < 2 * line_end; i += kThreads) {
         const int line = i / 2;
-        T* const to = origin + line * here(stride);
+        T* const to = origin + line * no_hoist(stride);
         const int before = misalignment(to), left = min((kG - before) % kG, end);
         const int right = max(end - (end + before) % kG, left);
         const int begin = i % 2 ? right : 0, stop = i % 2 ? end : left;
@@ -273,7 +274,7 @@ __device__ __forceinline__ void write_back(const Tile<T>& tile, T* origin, int64
     }
 }
 
-// Neighbours on a line, (line, element) and (line, element + 1), element even.
+// Neighbors on a line, (line, element) and (line, element + 1), element even.
 template <class T>
 struct Pair {
     T first, second;

@@ -1,18 +1,18 @@
-// What the resident kernel (persistent.cuh) is made of: what lies where in the shared memory of a
+// What the persistent kernel (persistent.cuh) is made of: what lies where in the shared memory of a
 // cluster's blocks, values of four floats, and what passes from block to block.
 #pragma once
 
 #include "cuda/common/swizzled.cuh"
-#include "cuda/factorize/stream_round.cuh"
+#include "cuda/factorize/methods.cuh"
 
 namespace mfops::cuda {
 
-inline constexpr int kCluster = 8, kResidentWarps = 16, kResidentThreads = 32 * kResidentWarps;
-inline constexpr int kMostChannels = 512, kMostRank = 64, kMostSpan = 256;
+inline constexpr int kMaxPersistentChannels = 512, kMaxPersistentRank = 64,
+                     kMaxPersistentSpan = 256;
 
 __host__ __device__ constexpr int padded_32(int n) { return (n + 31) / 32 * 32; }
 
-struct ResidentParams {
+struct PersistentParams {
     FactorProblem problem;
     int span;  // columns that a block has room for, whole 16s
     int steps;
@@ -24,14 +24,16 @@ struct ResidentParams {
     double* errors;  // one for each block
 };
 
-// Places in shared memory, in bytes.
-struct ResidentPlaces {
+// Layout in shared memory, in bytes.
+struct PersistentLayout {
     static constexpr int kElement = 2;
     int channels, padded, span;  // channels in whole 32s, bases in whole 16s
 
     __host__ __device__ constexpr int half() const { return channels / 2; }
     // Channels of each half that a block owns.
-    __host__ __device__ constexpr int owned() const { return (half() + kCluster - 1) / kCluster; }
+    __host__ __device__ constexpr int owned() const {
+        return (half() + kClusterBlocks - 1) / kClusterBlocks;
+    }
     __host__ __device__ constexpr int x() const { return 0; }
     __host__ __device__ constexpr int y() const { return channels * span * kElement; }
     // Y, or sums of half the channels, or those of Z Z^T and the block's own part of Y.
@@ -75,12 +77,12 @@ __device__ __forceinline__ void store_four(float* to, const Four& four) {
 }
 // Four floats of every block of the cluster, all on their way at a time, added in order.
 __device__ __forceinline__ Four sum_of_blocks(const float* from) {
-    uint4 parts[kCluster];
+    uint4 parts[kClusterBlocks];
 #pragma unroll
-    for (unsigned rank = 0; rank < kCluster; ++rank) load_cluster(parts[rank], from, rank);
+    for (unsigned rank = 0; rank < kClusterBlocks; ++rank) load_cluster(parts[rank], from, rank);
     Four sum{};
 #pragma unroll
-    for (unsigned rank = 0; rank < kCluster; ++rank) {
+    for (unsigned rank = 0; rank < kClusterBlocks; ++rank) {
         const Four part = four_of(parts[rank]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum.v[i] += part.v[i];
@@ -98,12 +100,12 @@ template <class T>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
     return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
-// Four neighbouring elements to the same place in every block of the cluster.
+// Four neighboring elements to the same place in every block of the cluster.
 template <class T>
 __device__ __forceinline__ void store_in_blocks(T* to, const Four& four) {
     const uint2 bits{packed<T>(four.v[0], four.v[1]), packed<T>(four.v[2], four.v[3])};
 #pragma unroll
-    for (unsigned rank = 0; rank < kCluster; ++rank) {
+    for (unsigned rank = 0; rank < kClusterBlocks; ++rank) {
         store_cluster(to, rank, bits);
     }
 }
@@ -112,7 +114,7 @@ __device__ __forceinline__ void store_in_blocks(float* to, const Four& four) {
     const uint2 low{as_bits(four.v[0]), as_bits(four.v[1])};
     const uint2 high{as_bits(four.v[2]), as_bits(four.v[3])};
 #pragma unroll
-    for (unsigned rank = 0; rank < kCluster; ++rank) {
+    for (unsigned rank = 0; rank < kClusterBlocks; ++rank) {
         store_cluster(to, rank, low);
         store_cluster(to + 2, rank, high);
     }

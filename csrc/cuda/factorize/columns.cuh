@@ -2,8 +2,9 @@
 // tile of X, and the work of a block.
 #pragma once
 
+#include "cuda/common/pipeline.cuh"
+#include "cuda/common/product.cuh"
 #include "cuda/factorize/problem.h"
-#include "cuda/reconstruct/strip.cuh"
 
 namespace mfops::cuda {
 
@@ -17,29 +18,27 @@ struct ColumnShape {
 // kRound: all channels of a tile at once, whose X Z^T takes own x rank accumulators, 128 registers
 // of a thread at most.
 // kCoefficients: Y passes by with each tile, rank / pixels of its bytes for each of X's.
-// kShares: X passes by once for every 64 bases, Z once for every `own` channels; Z Z^T is computed
-// as if Z were channels, up to kMaxRank of them.
-// kBackward: every group computes Y^T D anew, but a second stage counts for more than large groups.
-// Small ones last, for GPUs with 99 KiB for a block.
+// kPartials: X passes by once for every 64 bases, Z once for every `own` channels; Z Z^T is
+// computed as if Z were channels, up to kMaxRank of them. kBackward: every group computes Y^T D
+// anew, but a second stage counts for more than large groups. Small ones last, for GPUs with 99 KiB
+// for a block.
 template <size_t kElementBytes>
 struct ColumnShapes;
 template <>
 struct ColumnShapes<2> {
     static constexpr ColumnShape kRound[] = {{256, 64, 32}, {512, 64, 32}};
     static constexpr ColumnShape kCoefficients[] = {{128, 64, 64}, {32, 256, 32}};
-    static constexpr ColumnShape kShares[] = {{256, 64, 64}};
-    static constexpr ColumnShape kWideShares[] = {{256, 64, 32}};  // Z in float32
+    static constexpr ColumnShape kPartials[] = {{256, 64, 64}};
+    static constexpr ColumnShape kWidePartials[] = {{256, 64, 32}};  // Z in float32
     static constexpr ColumnShape kBackward[] = {{256, 64, 32}, {128, 64, 32}, {128, 256, 16}};
 };
 template <>
 struct ColumnShapes<4> {
     static constexpr ColumnShape kRound[] = {{128, 64, 32}, {256, 64, 32}};
     static constexpr ColumnShape kCoefficients[] = {{64, 64, 64}, {16, 256, 32}};
-    static constexpr ColumnShape kShares[] = {{256, 64, 32}};
+    static constexpr ColumnShape kPartials[] = {{256, 64, 32}};
     static constexpr ColumnShape kBackward[] = {{128, 64, 32}, {64, 64, 32}, {64, 256, 16}};
 };
-
-__host__ __device__ constexpr int padded_16(int n) { return (n + 15) / 16 * 16; }
 
 // `own` channels of a tile of X, or of what is as large.
 template <class T, bool kTransposed, int kOwn, int kPixels>
@@ -64,12 +63,13 @@ struct ChunkTile {
                        kTransposed ? padded : kPixels, kTransposed ? pixels - pixel : channels,
                        kTransposed ? channels : pixels - pixel);
     }
-    __device__ __forceinline__ static bool settle(int start, const Lines& from, int64_t image,
-                                                  int64_t channel, int channels, int64_t pixel) {
+    __device__ __forceinline__ static bool align_lines(int start, const Lines& from, int64_t image,
+                                                       int64_t channel, int channels,
+                                                       int64_t pixel) {
         const int padded = padded_16(channels);
-        return cuda::settle<kThreads>(tile(start), from, origin(from, image, channel, pixel),
-                                      kTransposed ? kPixels : padded,
-                                      kTransposed ? padded : kPixels);
+        return cuda::align_lines<kThreads>(tile(start), from, origin(from, image, channel, pixel),
+                                           kTransposed ? kPixels : padded,
+                                           kTransposed ? padded : kPixels);
     }
     // Writes the tile to the dense result `to` in X's memory order.
     __device__ __forceinline__ static void store(int start, void* to, const FactorProblem& p,
@@ -108,7 +108,7 @@ __host__ __device__ constexpr int base_pitch(int padded) {
     return padded + 16 / static_cast<int>(sizeof(T));
 }
 
-// A block's share.
+// What one block does of the work.
 struct ColumnItem {
     int group, range, first_tile, tiles;
     int64_t image;

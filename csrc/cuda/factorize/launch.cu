@@ -1,8 +1,7 @@
 // Plans and launches of the kernels that find factors.
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
+#include <optional>
 
 #include "cuda/common/plan.h"
 #include "cuda/factorize/variants.h"
@@ -11,10 +10,10 @@ namespace mfops::cuda {
 namespace {
 
 // Bytes of Y's part that is kept at most; what is larger fits no GPU.
-constexpr int64_t kMostShared = 1 << 20;
+constexpr int64_t kMaxSharedBases = 1 << 20;
 
-// About how many shares of a block's result are added in the time that a tile takes.
-constexpr double kSharesPerTile = 8;
+// About how many partial sums of a block's result are added in the time that a tile takes.
+constexpr double kPartialsPerTile = 8;
 
 FactorVariants factor_variants(const FactorProblem& p) {
     switch (p.type) {
@@ -27,10 +26,6 @@ FactorVariants factor_variants(const FactorProblem& p) {
         default:
             return f16_factor_variants(p.transposed);
     }
-}
-
-int64_t element_bytes(const FactorProblem& p) {
-    return p.type == Type::kBf16 || p.type == Type::kF16 ? 2 : 4;
 }
 
 // The first shape that suits and that fits in `least` stages or more, in the most that fit.
@@ -50,17 +45,17 @@ ColumnPlan choose(size_t shapes, const Limits& limits, int least, Suits suits, B
     return plan;
 }
 
-// As many blocks as the GPU has room for at once. With `shares`, that every range leaves and that
-// are added up, only as long as fewer tiles for each save more than further shares cost.
+// As many blocks as the GPU has room for at once. With `partials`, sums
+// that every range leaves, only as long as fewer tiles for each save more than further sums cost.
 ColumnWork deal(const FactorProblem& p, const Limits& limits, const ColumnShape& shape,
-                int64_t groups, bool shares) {
+                int64_t groups, bool partials) {
     ColumnWork work;
     work.tiles = static_cast<int>(ceil_div(p.pixels, shape.pixels));
     work.chunks = static_cast<int>(ceil_div(p.channels, shape.own));
     work.groups = static_cast<int>(groups);
     int64_t ranges = std::min<int64_t>(limits.multiprocessors / (p.batch * groups), work.tiles);
-    if (shares) {
-        ranges = std::min(ranges, static_cast<int64_t>(std::sqrt(kSharesPerTile * work.tiles)));
+    if (partials) {
+        ranges = std::min(ranges, static_cast<int64_t>(std::sqrt(kPartialsPerTile * work.tiles)));
     }
     // No more than it takes for the longest to be that short.
     const int64_t longest = ceil_div(work.tiles, std::max<int64_t>(ranges, 1));
@@ -68,16 +63,11 @@ ColumnWork deal(const FactorProblem& p, const Limits& limits, const ColumnShape&
     return work;
 }
 
-[[noreturn]] void no_room(const FactorProblem& p, const Limits& limits) {
-    throw std::runtime_error("mfops: rank " + std::to_string(p.rank) + " needs more than the " +
-                             std::to_string(limits.shared_per_block) +
-                             " bytes of shared memory that a block has on this GPU");
-}
-
 // How a round is computed: a load that is on its way while a tile is worked on counts for more than
 // one kernel that reads X once.
 void plan_rounds(const FactorProblem& p, const Limits& limits, const FamilyVariants& variants,
-                 bool with_gram, FactorPlan& plan) {
+                 bool nmf, StreamPlan& plan) {
+    const int padded = padded_16(p.rank);
     const auto round_of = [&](std::span<const RoundVariant> rounds, bool all_channels, int least) {
         return choose(
             rounds.size(), limits, least,
@@ -96,46 +86,41 @@ void plan_rounds(const FactorProblem& p, const Limits& limits, const FamilyVaria
             plan.round.work = deal(p, limits, shape, 1, true);
             return;
         }
-        const auto& shares = variants.shares;
-        const auto set = [&](size_t i) { return set_of(plan.padded, shares[i].shape.rank); };
+        const auto& partials = variants.partials;
+        const auto set = [&](size_t i) { return set_of(padded, partials[i].shape.rank); };
         plan.round = round_of(variants.coefficients, false, least);
-        plan.shares = choose(
-            shares.size(), limits, least, [](size_t) { return true; },
-            [&](size_t i, int stages) { return shares[i].shared_bytes(set(i), stages); });
-        if (!plan.round.stages || !plan.shares.stages) continue;
-        plan.split = true;
-        plan.set = set(plan.shares.shape);
+        ColumnPlan columns = choose(
+            partials.size(), limits, least, [](size_t) { return true; },
+            [&](size_t i, int stages) { return partials[i].shared_bytes(set(i), stages); });
+        if (!plan.round.stages || !columns.stages) continue;
         plan.round.work = deal(p, limits, variants.coefficients[plan.round.shape].shape, 1, false);
-        const ColumnShape& shape = shares[plan.shares.shape].shape;
-        const int sets = sets_of(plan.padded, plan.set);
-        plan.shares.work = deal(p, limits, shape, ceil_div(p.channels, shape.own) * sets, true);
-        if (with_gram) plan.shares.work.groups += sets;  // short ones, that start last
+        const ColumnShape& shape = partials[columns.shape].shape;
+        const int sets = sets_of(padded, set(columns.shape));
+        columns.work = deal(p, limits, shape, ceil_div(p.channels, shape.own) * sets, true);
+        if (nmf) columns.work.groups += sets;  // Z Z^T: short ones, that start last
+        plan.partials = {.columns = columns, .set = set(columns.shape)};
         return;
     }
-    no_room(p, limits);
+    no_room(p.rank, limits);
 }
 
 template <Update kUpdate>
 void update(const FactorProblem& p, const UpdateParams& params, void* stream) {
     const unsigned blocks = checked_blocks(p.batch * params.slices);
-    const size_t bytes = update_shared_bytes(padded_16(p.rank));
-    switch (p.type) {
-        case Type::kBf16:
-            return launch<update_kernel<bf16, kUpdate>>(blocks, kThreads, bytes, stream, params);
-        case Type::kF16:
-            return launch<update_kernel<f16, kUpdate>>(blocks, kThreads, bytes, stream, params);
-        default:
-            return launch<update_kernel<float, kUpdate>>(blocks, kThreads, bytes, stream, params);
-    }
+    with_element(p.type, [&](auto element) {
+        launch<update_kernel<decltype(element), kUpdate>>(
+            blocks, kThreads, update_shared_bytes(padded_16(p.rank)), stream, params);
+    });
 }
 
 void gram(const FactorProblem& p, const FactorVariants& variants, const void* bases, void* result,
           void* stream) {
     const int padded = padded_16(p.rank);
-    const size_t bytes =
-        element_bytes(p) == 2 ? gram_shared_bytes<bf16>(padded) : gram_shared_bytes<float>(padded);
-    variants.gram(checked_blocks(p.batch * (padded / 16)), bytes, stream,
-                  GramParams{p.channels, padded, bases, result});
+    const size_t bytes = element_bytes(p.type) == 2 ? gram_shared_bytes<bf16>(padded)
+                                                    : gram_shared_bytes<float>(padded);
+    variants.gram(
+        checked_blocks(p.batch * (padded / 16)), bytes, stream,
+        GramParams{.channels = p.channels, .padded = padded, .bases = bases, .gram = result});
 }
 
 // What the columns of a round's Y are still to be divided by; y0's: whether they are at all.
@@ -152,8 +137,8 @@ Division division_of(Method method, bool start) {
     }
 }
 
-size_t resident_bytes(const FactorProblem& p, int span) {
-    const ResidentPlaces at{padded_32(static_cast<int>(p.channels)), padded_16(p.rank), span};
+size_t persistent_bytes(const FactorProblem& p, int span) {
+    const PersistentLayout at{padded_32(static_cast<int>(p.channels)), padded_16(p.rank), span};
     return at.bytes();
 }
 
@@ -165,172 +150,231 @@ bool fills_waves(int64_t images, int clusters) {
     return waves == 1 || 6 * images >= 5 * waves * clusters;
 }
 
-// The columns that a block of a cluster keeps, where all of them have room; else 0.
-int resident_span(const FactorProblem& p, const Limits& limits, Method method) {
+// None where the blocks of a cluster have no room for an image.
+std::optional<PersistentPlan> plan_persistent(const FactorProblem& p, const Limits& limits,
+                                              Method method) {
     // It keeps Z in X's type, and em's coefficients leave float16's range.
     const bool knows = (method == Method::kEm && p.type == Type::kBf16) ||
-                       (method == Method::kNmf && element_bytes(p) == 2);
-    if (!limits.clusters || !knows || p.channels > kMostChannels || p.rank > kMostRank ||
-        p.pixels > kCluster * kMostSpan || !fills_waves(p.batch, limits.clusters)) {
-        return 0;
+                       (method == Method::kNmf && element_bytes(p.type) == 2);
+    if (!limits.clusters || !knows || p.channels > kMaxPersistentChannels ||
+        p.rank > kMaxPersistentRank || p.pixels > kClusterBlocks * kMaxPersistentSpan ||
+        !fills_waves(p.batch, limits.clusters)) {
+        return std::nullopt;
     }
-    const int span = static_cast<int>(ceil_div(ceil_div(p.pixels, 16), kCluster)) * 16;
-    return resident_bytes(p, span) <= static_cast<size_t>(limits.shared_per_block) ? span : 0;
+    const int span = static_cast<int>(ceil_div(ceil_div(p.pixels, 16), kClusterBlocks)) * 16;
+    const PersistentLayout at{padded_32(static_cast<int>(p.channels)), padded_16(p.rank), span};
+    if (at.bytes() > limits.shared_per_block) return std::nullopt;
+    return PersistentPlan{.span = span, .shared_bytes = static_cast<size_t>(at.bytes())};
 }
 
-}  // namespace
-
-FactorPlan plan_factors(const FactorProblem& p, const Limits& limits, Method method, int steps,
-                        bool reconstruct) {
-    const FactorVariants variants = factor_variants(p);
-    const bool nmf = method == Method::kNmf;
-    const int64_t padded = padded_16(p.rank);
-    FactorPlan plan;
-    plan.method = method;
-    plan.steps = steps;
-    plan.reconstruct = reconstruct;
-    plan.padded = static_cast<int>(padded);
-    plan.span = resident_span(p, limits, method);
-    if (plan.span) {
-        plan.shared_bytes = resident_bytes(p, plan.span);
-        plan.features = reconstruct;
-        if (reconstruct) plan.workspace_bytes = p.batch * kCluster * sizeof(double);
-        return plan;
-    }
-    const int64_t share_bytes = sizeof(float) * p.batch * p.channels * padded;
-    const FamilyVariants& family = nmf ? variants.nmf : variants.means;
-    plan_rounds(p, limits, family, nmf, plan);
-    plan.features = nmf && reconstruct && !plan.split;
-    if (plan.features) {  // takes as much room as a round
-        plan.last = plan.round;
-        plan.last.work = deal(p, limits, family.last[plan.last.shape].shape, 1, false);
-    }
-    plan.slice = slice_of(static_cast<int>(padded));
-    plan.slices = static_cast<int>(ceil_div(p.channels, plan.slice));
-
+// Gives everything that passes between the kernels of a round its place in the workspace.
+void plan_workspace(const FactorProblem& p, FactorizePlan& plan) {
+    StreamPlan& stream = plan.stream;
+    const bool nmf = plan.method == Method::kNmf;
     const auto take = [&](int64_t bytes) {
         const size_t at = plan.workspace_bytes;
         plan.workspace_bytes += ceil_div(bytes, 16) * 16;
         return at;
     };
-    const int64_t ranges = (plan.split ? plan.shares : plan.round).work.ranges;
-    plan.squares = take(p.batch * plan.slices * padded * sizeof(float));
-    plan.factors = take(p.batch * padded * sizeof(float));
-    plan.shares_at = take(ranges * share_bytes);
-    plan.sums = take(p.batch * ranges * padded * (nmf ? padded : 1) * sizeof(float));
+    const int64_t padded = plan.padded;
+    const int64_t partials =
+        p.batch * (stream.partials ? stream.partials->columns : stream.round).work.ranges;
+    stream.squares = take(p.batch * stream.slices * padded * sizeof(float));
+    stream.factors = take(p.batch * padded * sizeof(float));
+    stream.partial_sums = take(partials * p.channels * padded * sizeof(float));
+    stream.sums = take(partials * padded * (nmf ? padded : 1) * sizeof(float));
     if (nmf) {
-        plan.gram = take(p.batch * padded * padded * element_bytes(p));
-        plan.coefficients = take(2 * p.batch * p.pixels * padded * element_bytes(p));
-        if (plan.features) plan.errors = take(plan.last.work.blocks(p.batch) * sizeof(double));
-    } else if (plan.split) {
-        const int64_t bytes = p.type == Type::kF16 ? sizeof(float) : element_bytes(p);
-        plan.coefficients = take(p.batch * p.pixels * padded * bytes);
+        stream.gram = take(p.batch * padded * padded * element_bytes(p.type));
+        stream.coefficients = take(2 * p.batch * p.pixels * padded * element_bytes(p.type));
+        if (plan.features) stream.errors = take(stream.last.work.blocks(p.batch) * sizeof(double));
+    } else if (stream.partials) {
+        const int64_t bytes = p.type == Type::kF16 ? sizeof(float) : element_bytes(p.type);
+        stream.coefficients = take(p.batch * p.pixels * padded * bytes);
     }
+}
+
+void launch_persistent(const FactorProblem& p, const FactorizePlan& plan, const Lines& y0,
+                       const Factors& factors, void* workspace, void* stream) {
+    const FactorVariants variants = factor_variants(p);
+    const bool nmf = plan.method == Method::kNmf;
+    double* const errors = static_cast<double*>(workspace);
+    const unsigned blocks = checked_blocks(p.batch * kClusterBlocks);
+    (nmf ? variants.persistent_nmf : variants.persistent_em)(
+        blocks, plan.persistent->shared_bytes, stream,
+        PersistentParams{.problem = p,
+                         .span = plan.persistent->span,
+                         .steps = plan.steps,
+                         .reconstruct = plan.reconstruct,
+                         .start = y0,
+                         .y = factors.y,
+                         .z = factors.z,
+                         .z_scale = factors.z_scale,
+                         .x_hat = factors.x_hat,
+                         .errors = errors});
+    if (plan.reconstruct) mean_of(errors, blocks, p.elements(), factors.mse, stream);
+}
+
+// The launches of a call that streams X.
+class StreamLaunches {
+   public:
+    StreamLaunches(const FactorProblem& p, const FactorizePlan& plan, const Lines& y0,
+                   const Factors& factors, void* workspace, void* stream)
+        : p_(p),
+          plan_(plan),
+          at_(plan.stream),
+          factors_(factors),
+          memory_(static_cast<char*>(workspace)),
+          stream_(stream),
+          nmf_(plan.method == Method::kNmf),
+          variants_(factor_variants(p)),
+          family_(nmf_ ? variants_.nmf : variants_.means),
+          update_{.channels = p.channels,
+                  .rank = p.rank,
+                  .slice = at_.slice,
+                  .slices = at_.slices,
+                  .start = y0,
+                  .partials = floats(at_.partial_sums),
+                  .sums = floats(at_.sums),
+                  .ranges = (at_.partials ? at_.partials->columns : at_.round).work.ranges,
+                  .division = division_of(plan.method, false),
+                  .y = factors.y,
+                  .bases = factors.bases,
+                  .squares = floats(at_.squares),
+                  .factors = floats(at_.factors)} {}
+
+    void run() const {
+        update<Update::kStart>(p_, update_, stream_);
+        for (int step = 0; step < plan_.steps; ++step) {
+            round(round_variant(), at_.round, step);
+            if (at_.partials) partials(*at_.partials, step);
+            if (nmf_) {
+                update<Update::kNmf>(p_, update_, stream_);
+            } else {
+                update<Update::kMeans>(p_, update_, stream_);
+            }
+        }
+        if (plan_.method == Method::kEm || plan_.method == Method::kCd) {
+            update<Update::kDivide>(p_, update_, stream_);
+        }
+        if (nmf_ && plan_.reconstruct) reconstruct();
+    }
+
+   private:
+    float* floats(size_t at) const { return reinterpret_cast<float*>(memory_ + at); }
+    double* errors() const { return reinterpret_cast<double*>(memory_ + at_.errors); }
+
+    // Where a round leaves its Z; nmf's next round reads it there.
+    void* z_of(int step) const {
+        if (!nmf_ && !at_.partials) return nullptr;
+        const int64_t bytes = p_.batch * p_.pixels * plan_.padded * element_bytes(p_.type);
+        return memory_ + at_.coefficients + (nmf_ ? step % 2 * bytes : 0);
+    }
+
+    const RoundVariant& round_variant() const {
+        return (at_.partials ? family_.coefficients : family_.rounds)[at_.round.shape];
+    }
+
+    void round(const RoundVariant& variant, const ColumnPlan& columns, int step) const {
+        const bool last = step == plan_.steps;  // beyond the rounds
+        const bool want_z = step == plan_.steps - !(nmf_ && plan_.reconstruct);
+        if (nmf_) gram(p_, variants_, factors_.bases, memory_ + at_.gram, stream_);
+        const RoundParams params{.problem = p_,
+                                 .work = columns.work,
+                                 .stages = columns.stages,
+                                 .bases = factors_.bases,
+                                 .division = division_of(plan_.method, step == 0),
+                                 .squares = floats(at_.squares),
+                                 .slices = at_.slices,
+                                 .factors = floats(at_.factors),
+                                 .inverse_temperature = plan_.inverse_temperature,
+                                 .first = nmf_ && step == 0,
+                                 .gram = memory_ + at_.gram,
+                                 .z_before = z_of(step + 1),
+                                 .z_after = last ? nullptr : z_of(step),
+                                 .partials = floats(at_.partial_sums),
+                                 .sums = floats(at_.sums),
+                                 .z = want_z ? factors_.z : nullptr,
+                                 .z_scale = last ? factors_.z_scale : nullptr,
+                                 .x_hat = last ? factors_.x_hat : nullptr,
+                                 .errors = last ? errors() : nullptr};
+        variant.launch(checked_blocks(columns.work.blocks(p_.batch)), columns.shared_bytes, stream_,
+                       params);
+    }
+
+    void partials(const PartialsPlan& plan, int step) const {
+        const ColumnPlan& columns = plan.columns;
+        family_.partials[columns.shape].launch(
+            checked_blocks(columns.work.blocks(p_.batch)), columns.shared_bytes, stream_,
+            PartialsParams{.problem = p_,
+                           .work = columns.work,
+                           .stages = columns.stages,
+                           .set = plan.set,
+                           .z = z_of(step),
+                           .partials = floats(at_.partial_sums),
+                           .sums = nmf_ ? nullptr : floats(at_.sums),
+                           .squares = nmf_ ? floats(at_.sums) : nullptr});
+    }
+
+    // What follows nmf's last round; X' and its error only where one kernel has all channels.
+    void reconstruct() const {
+        if (!plan_.features) return round(round_variant(), at_.round, plan_.steps);
+        round(family_.last[at_.last.shape], at_.last, plan_.steps);
+        mean_of(errors(), at_.last.work.blocks(p_.batch), p_.elements(), factors_.mse, stream_);
+    }
+
+    const FactorProblem& p_;
+    const FactorizePlan& plan_;
+    const StreamPlan& at_;
+    const Factors& factors_;
+    char* const memory_;
+    void* const stream_;
+    const bool nmf_;
+    const FactorVariants variants_;
+    const FamilyVariants& family_;
+    const UpdateParams update_;
+};
+
+}  // namespace
+
+FactorizePlan plan_factorize(const FactorProblem& p, const Limits& limits, Method method, int steps,
+                             bool reconstruct) {
+    const bool nmf = method == Method::kNmf;
+    FactorizePlan plan{.method = method,
+                       .steps = steps,
+                       .reconstruct = reconstruct,
+                       .padded = padded_16(p.rank),
+                       .persistent = plan_persistent(p, limits, method)};
+    if (plan.persistent) {
+        plan.features = reconstruct;
+        if (reconstruct) plan.workspace_bytes = p.batch * kClusterBlocks * sizeof(double);
+        return plan;
+    }
+    const FactorVariants variants = factor_variants(p);
+    const FamilyVariants& family = nmf ? variants.nmf : variants.means;
+    StreamPlan& stream = plan.stream;
+    plan_rounds(p, limits, family, nmf, stream);
+    plan.features = nmf && reconstruct && !stream.partials;
+    if (plan.features) {  // takes as much room as a round
+        stream.last = stream.round;
+        stream.last.work = deal(p, limits, family.last[stream.last.shape].shape, 1, false);
+    }
+    stream.slice = slice_of(plan.padded);
+    stream.slices = static_cast<int>(ceil_div(p.channels, stream.slice));
+    plan_workspace(p, plan);
     return plan;
 }
 
-void find_factors(const FactorProblem& p, const FactorPlan& plan, const Lines& y0,
-                  const Factors& factors, void* workspace, void* stream) {
-    const FactorVariants variants = factor_variants(p);
-    const bool nmf = plan.method == Method::kNmf;
-    char* const memory = static_cast<char*>(workspace);
-    const double elements = static_cast<double>(p.batch) * p.channels * p.pixels;
-    if (plan.span) {
-        double* const errors = static_cast<double*>(workspace);
-        const unsigned blocks = checked_blocks(p.batch * kCluster);
-        (nmf ? variants.resident_nmf : variants.resident_em)(
-            blocks, plan.shared_bytes, stream,
-            ResidentParams{p, plan.span, plan.steps, plan.reconstruct, y0, factors.y, factors.z,
-                           factors.z_scale, factors.x_hat, errors});
-        if (plan.reconstruct) mean_of(errors, blocks, elements, factors.mse, stream);
-        return;
-    }
-    const auto floats = [&](size_t at) { return reinterpret_cast<float*>(memory + at); };
-    void* const bases = factors.bases;
-    const int64_t z_bytes = p.batch * p.pixels * padded_16(p.rank) * element_bytes(p);
-    const auto z_of = [&](int step) -> void* {
-        if (!nmf && !plan.split) return nullptr;
-        return memory + plan.coefficients + (nmf ? step % 2 * z_bytes : 0);
-    };
-
-    UpdateParams next{p.channels,
-                      p.rank,
-                      plan.slice,
-                      plan.slices,
-                      y0,
-                      floats(plan.shares_at),
-                      floats(plan.sums),
-                      (plan.split ? plan.shares : plan.round).work.ranges,
-                      division_of(plan.method, false),
-                      factors.y,
-                      bases,
-                      floats(plan.squares),
-                      floats(plan.factors)};
-    update<Update::kStart>(p, next, stream);
-
-    const FamilyVariants& family = nmf ? variants.nmf : variants.means;
-    const auto run = [&](const RoundVariant& variant, const ColumnPlan& columns, int step) {
-        const bool last = step == plan.steps;  // beyond the rounds
-        const bool want_z = step == plan.steps - !(nmf && plan.reconstruct);
-        if (nmf) gram(p, variants, bases, memory + plan.gram, stream);
-        RoundParams params{};
-        params.problem = p;
-        params.work = columns.work;
-        params.stages = columns.stages;
-        params.bases = bases;
-        params.division = division_of(plan.method, step == 0);
-        params.squares = floats(plan.squares);
-        params.slices = plan.slices;
-        params.factors = floats(plan.factors);
-        params.inverse_temperature = plan.inverse_temperature;
-        params.first = nmf && step == 0;
-        params.gram = memory + plan.gram;
-        params.z_before = z_of(step + 1);
-        params.z_after = last ? nullptr : z_of(step);
-        params.shares = floats(plan.shares_at);
-        params.sums = floats(plan.sums);
-        params.z = want_z ? factors.z : nullptr;
-        if (last) {
-            params.z_scale = factors.z_scale;
-            params.x_hat = factors.x_hat;
-            params.errors = reinterpret_cast<double*>(memory + plan.errors);
-        }
-        variant.launch(checked_blocks(columns.work.blocks(p.batch)), columns.shared_bytes, stream,
-                       params);
-    };
-    const RoundVariant& round =
-        (plan.split ? family.coefficients : family.rounds)[plan.round.shape];
-    for (int step = 0; step < plan.steps; ++step) {
-        run(round, plan.round, step);
-        if (plan.split) {
-            const ColumnPlan& shares = plan.shares;
-            family.shares[shares.shape].launch(
-                checked_blocks(shares.work.blocks(p.batch)), shares.shared_bytes, stream,
-                ShareParams{p, shares.work, shares.stages, plan.set, z_of(step),
-                            floats(plan.shares_at), nmf ? nullptr : floats(plan.sums),
-                            nmf ? floats(plan.sums) : nullptr});
-        }
-        if (nmf) {
-            update<Update::kNmf>(p, next, stream);
-        } else {
-            update<Update::kMeans>(p, next, stream);
-        }
-    }
-    if (plan.method == Method::kEm || plan.method == Method::kCd) {
-        update<Update::kDivide>(p, next, stream);
-    }
-    if (!nmf || !plan.reconstruct) return;
-    if (!plan.features) return run(round, plan.round, plan.steps);
-    run(family.last[plan.last.shape], plan.last, plan.steps);
-    mean_of(reinterpret_cast<const double*>(memory + plan.errors), plan.last.work.blocks(p.batch),
-            elements, factors.mse, stream);
+void launch_factorize(const FactorProblem& p, const FactorizePlan& plan, const Lines& y0,
+                      const Factors& factors, void* workspace, void* stream) {
+    if (plan.persistent) return launch_persistent(p, plan, y0, factors, workspace, stream);
+    StreamLaunches(p, plan, y0, factors, workspace, stream).run();
 }
 
-NmfGradientPlan plan_nmf_gradient(const FactorProblem& p, const Limits& limits,
+NmfBackwardPlan plan_nmf_backward(const FactorProblem& p, const Limits& limits,
                                   const NmfGradients& grad) {
     const auto variants = factor_variants(p).nmf_backward;
     const bool two = grad.grad_x_hat.data && grad.grad_mse;
-    NmfGradientPlan plan;
+    NmfBackwardPlan plan;
     // Each shape first with all of Y in shared memory.
     const auto whole = [](size_t i) { return i % 2 == 0; };
     for (const int least : {2, 1}) {
@@ -341,40 +385,46 @@ NmfGradientPlan plan_nmf_gradient(const FactorProblem& p, const Limits& limits,
                 const bool smaller =
                     i / 2 + 1 < variants.size() && variants[i / 2 + 1].shape.rank == shape.rank;
                 return shape.rank >= p.rank && !(smaller && shape.own > 2 * p.channels) &&
-                       !(whole(i) && p.channels * padded_16(p.rank) > kMostShared);
+                       !(whole(i) && p.channels * padded_16(p.rank) > kMaxSharedBases);
             },
             [&](size_t i, int stages) {
                 return variants[i / 2].shared_bytes(p.rank, p.channels, stages, whole(i), two);
             });
-        plan.columns.whole = whole(plan.columns.shape);
+        plan.whole = whole(plan.columns.shape);
         plan.columns.shape /= 2;
         if (plan.columns.stages) break;
     }
-    if (!plan.columns.stages) no_room(p, limits);
+    if (!plan.columns.stages) no_room(p.rank, limits);
     const ColumnShape& shape = variants[plan.columns.shape].shape;
     plan.columns.work = deal(p, limits, shape, ceil_div(p.channels, shape.own), false);
-    plan.workspace_bytes = p.batch * p.channels * padded_16(p.rank) * element_bytes(p);
+    plan.workspace_bytes = p.batch * p.channels * padded_16(p.rank) * element_bytes(p.type);
     return plan;
 }
 
-void nmf_gradient(const FactorProblem& p, const NmfGradientPlan& plan, const NmfGradients& grad,
-                  void* workspace, void* stream) {
+void launch_nmf_backward(const FactorProblem& p, const NmfBackwardPlan& plan,
+                         const NmfGradients& grad, void* workspace, void* stream) {
     const NmfBackwardVariant& variant = factor_variants(p).nmf_backward[plan.columns.shape];
     const int slice = slice_of(padded_16(p.rank));
-    UpdateParams round_bases{};
-    round_bases.channels = p.channels;
-    round_bases.rank = p.rank;
-    round_bases.slice = slice;
-    round_bases.slices = static_cast<int>(ceil_div(p.channels, slice));
-    round_bases.start = grad.y;
-    round_bases.bases = workspace;
+    const UpdateParams round_bases{.channels = p.channels,
+                                   .rank = p.rank,
+                                   .slice = slice,
+                                   .slices = static_cast<int>(ceil_div(p.channels, slice)),
+                                   .start = grad.y,
+                                   .bases = workspace};
     update<Update::kStart>(p, round_bases, stream);
-    variant.launch(
-        checked_blocks(plan.columns.work.blocks(p.batch)), plan.columns.shared_bytes, stream,
-        NmfBackwardParams{p, plan.columns.work, plan.columns.stages, plan.columns.whole, workspace,
-                          grad.z, grad.z_scale, grad.grad_x_hat, grad.grad_mse,
-                          2.0 / (static_cast<double>(p.batch) * p.channels * p.pixels),
-                          grad.grad_x});
+    variant.launch(checked_blocks(plan.columns.work.blocks(p.batch)), plan.columns.shared_bytes,
+                   stream,
+                   NmfBackwardParams{.problem = p,
+                                     .work = plan.columns.work,
+                                     .stages = plan.columns.stages,
+                                     .whole = plan.whole,
+                                     .bases = workspace,
+                                     .z = grad.z,
+                                     .z_scale = grad.z_scale,
+                                     .grad_x_hat = grad.grad_x_hat,
+                                     .grad_mse = grad.grad_mse,
+                                     .two_over_elements = 2.0 / p.elements(),
+                                     .grad_x = grad.grad_x});
 }
 
 }  // namespace mfops::cuda

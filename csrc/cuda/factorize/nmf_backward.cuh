@@ -7,7 +7,7 @@
 // side by side and find each other's chunks in the L2.
 #pragma once
 
-#include "cuda/factorize/stream_round.cuh"
+#include "cuda/factorize/methods.cuh"
 
 namespace mfops::cuda {
 
@@ -25,7 +25,7 @@ struct NmfBackwardParams {
 };
 
 template <Type kType, bool kTransposed, int kOwn, int kPixels>
-struct NmfBackwardPlaces {
+struct NmfBackwardLayout {
     using T = Element<kType>;
     using X = ChunkTile<T, kTransposed, kOwn, kPixels>;
 
@@ -33,7 +33,7 @@ struct NmfBackwardPlaces {
     bool whole, two;  // two: X and G', not one of them
 
     __host__ __device__ constexpr int pitch() const { return base_pitch<T>(padded); }
-    // Z as it comes, lines are bases; in turn W * (Y^T D), lines are pixels.
+    // Z as it comes, lines are bases; afterwards W * (Y^T D), lines are pixels.
     __host__ __device__ constexpr int coefficients() const {
         const int before = padded * (kPixels + kGranule<T>), after = kPixels * pitch();
         return before > after ? before : after;
@@ -64,7 +64,7 @@ struct NmfBackwardStep {
 template <Type kType, bool kTransposed, int kOwn, int kRank, int kPixels>
 __global__ void __launch_bounds__(kThreads, 1)
     nmf_backward_kernel(const __grid_constant__ NmfBackwardParams params) {
-    using At = NmfBackwardPlaces<kType, kTransposed, kOwn, kPixels>;
+    using At = NmfBackwardLayout<kType, kTransposed, kOwn, kPixels>;
     using T = typename At::T;
     using X = typename At::X;
     // Coefficients: lines are bases, as channels are of features that are not transposed.
@@ -86,9 +86,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto step_of = [&](int step) {
         const int tile = step / work.chunks, i = step - tile * work.chunks;
         const int channel = (item.group + 1 + i) % work.chunks * kOwn;
-        return NmfBackwardStep{tile,    static_cast<int64_t>(item.first_tile + tile) * kPixels,
-                               channel, within(p.channels - channel, kOwn),
-                               i == 0,  i == work.chunks - 1};
+        return NmfBackwardStep{.tile = tile,
+                               .pixel = static_cast<int64_t>(item.first_tile + tile) * kPixels,
+                               .channel = channel,
+                               .channels = within(p.channels - channel, kOwn),
+                               .first = i == 0,
+                               .last = i == work.chunks - 1};
     };
     const auto bases_tile = [&](int slot, const NmfBackwardStep& c) {
         return Tile<T>{params.whole ? at.bases() + c.channel * at.pitch() : at.streamed(slot),
@@ -125,14 +128,15 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int length = kTransposed ? channels : kPixels;
         bool moved = false;
         if (has_error) {
-            moved |= X::settle(at.stage(slot), p.x, item.image, c.channel, c.channels, c.pixel);
+            moved |=
+                X::align_lines(at.stage(slot), p.x, item.image, c.channel, c.channels, c.pixel);
         }
         if (has_grad) {
-            moved |= X::settle(at.grad(slot), params.grad_x_hat, item.image, c.channel, c.channels,
-                               c.pixel);
+            moved |= X::align_lines(at.grad(slot), params.grad_x_hat, item.image, c.channel,
+                                    c.channels, c.pixel);
         }
         if (c.first) {
-            moved |= Z::settle(at.z(z_slot), params.z, item.image, 0, p.rank, c.pixel);
+            moved |= Z::align_lines(at.z(z_slot), params.z, item.image, 0, p.rank, c.pixel);
             scores.zero();
         }
         if (moved) __syncthreads();

@@ -31,18 +31,12 @@ FactorProblem factor_problem_of(const Tensor& x, int64_t rank, bool tf32) {
     return p;
 }
 
-Tensor like_x(const FactorProblem& p, const Tensor& x) {
-    if (!p.transposed) return torch::stable::new_empty(x, {p.batch, p.channels, p.pixels});
-    const Tensor memory = torch::stable::new_empty(x, {p.batch, p.pixels, p.channels});
-    return torch::stable::transpose(memory, -1, -2);
-}
-
 Tensor empty_bases(const FactorProblem& p, const Tensor& x) {
     return torch::stable::new_empty(x, {p.batch, p.channels, p.rank}, ScalarType::Float);
 }
 
 // Y in X's type, padded; its first K columns are y as `reconstruct` takes it.
-Tensor empty_rounded_bases(const FactorProblem& p, const FactorPlan& plan, const Tensor& x) {
+Tensor empty_rounded_bases(const FactorProblem& p, const FactorizePlan& plan, const Tensor& x) {
     return torch::stable::new_empty(x, {p.batch, p.channels, plan.padded});
 }
 
@@ -58,7 +52,7 @@ std::tuple<Tensor, Tensor> factorize(const Tensor& x, const Tensor& y0, std::str
     const FactorProblem p = factor_problem_of(x, y0.size(y0.dim() - 1), tf32);
     const Tensor y = empty_bases(p, x), z = empty_coefficients(p, x);
     const Method which = method_of(method);
-    FactorPlan plan = plan_factors(p, device.limits(), which, static_cast<int>(steps), false);
+    FactorizePlan plan = plan_factorize(p, device.limits(), which, static_cast<int>(steps), false);
     if (which == Method::kVq || which == Method::kCd) {
         plan.inverse_temperature = static_cast<float>(inverse_temperature);
     }
@@ -68,7 +62,7 @@ std::tuple<Tensor, Tensor> factorize(const Tensor& x, const Tensor& y0, std::str
     factors.y = static_cast<float*>(y.data_ptr());
     factors.bases = bases.data_ptr();
     factors.z = z.data_ptr();
-    find_factors(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
+    launch_factorize(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
     return {y, z};
 }
 
@@ -85,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> factorize_reconstruct(const T
     const bool nmf = which == Method::kNmf;
     const Tensor y = empty_bases(p, x), z = empty_coefficients(p, x);
     const Tensor z_scale = nmf ? empty_coefficients(p, x) : torch::stable::new_empty(x, {0});
-    const FactorPlan plan = plan_factors(p, device.limits(), which, static_cast<int>(steps), true);
+    const FactorizePlan plan =
+        plan_factorize(p, device.limits(), which, static_cast<int>(steps), true);
     const Tensor workspace = bytes(x, plan.workspace_bytes);
     Tensor bases = empty_rounded_bases(p, plan, x);
     Factors factors;
@@ -94,15 +89,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> factorize_reconstruct(const T
     factors.z = z.data_ptr();
     factors.z_scale = z_scale.data_ptr();
     if (!plan.features) {
-        find_factors(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
+        launch_factorize(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
         const Tensor rounded = torch::stable::narrow(bases, 2, 0, p.rank);
         const auto [x_hat, mse] = reconstruct(x, rounded, z, tf32);
         return {y, z, z_scale, x_hat, mse};
     }
-    const Tensor x_hat = like_x(p, x), mse = torch::stable::new_empty(x, {}, ScalarType::Float);
+    const Tensor x_hat = empty_features(x),
+                 mse = torch::stable::new_empty(x, {}, ScalarType::Float);
     factors.x_hat = x_hat.data_ptr();
     factors.mse = static_cast<float*>(mse.data_ptr());
-    find_factors(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
+    launch_factorize(p, plan, lines_of(y0), factors, workspace.data_ptr(), device.stream());
     return {y, z, z_scale, x_hat, mse};
 }
 
@@ -111,16 +107,16 @@ Tensor nmf_backward(const std::optional<Tensor>& grad_x_hat, const std::optional
                     bool tf32) {
     const DeviceScope device(x);
     const FactorProblem p = factor_problem_of(x, y.size(2), tf32);
-    Tensor grad_x = like_x(p, x);
+    Tensor grad_x = empty_features(x);
     NmfGradients grad;
     if (grad_x_hat) grad.grad_x_hat = lines_of(*grad_x_hat, p.transposed);
     if (grad_mse) grad.grad_mse = static_cast<const float*>(grad_mse->data_ptr());
     if (!grad_x_hat && !grad_mse) return torch::stable::zero_(grad_x), grad_x;
     grad.y = lines_of(y), grad.z = lines_of(z), grad.z_scale = lines_of(z_scale);
     grad.grad_x = grad_x.data_ptr();
-    const NmfGradientPlan plan = plan_nmf_gradient(p, device.limits(), grad);
+    const NmfBackwardPlan plan = plan_nmf_backward(p, device.limits(), grad);
     const Tensor workspace = bytes(x, plan.workspace_bytes);
-    nmf_gradient(p, plan, grad, workspace.data_ptr(), device.stream());
+    launch_nmf_backward(p, plan, grad, workspace.data_ptr(), device.stream());
     return grad_x;
 }
 

@@ -18,22 +18,22 @@
 namespace mfops::cuda {
 
 template <Type kType, bool kTransposed, Family kFamily>
-__device__ __forceinline__ void resident(const ResidentParams& params) {
+__device__ __forceinline__ void persistent(const PersistentParams& params) {
     using T = Element<kType>;
     constexpr bool kNmf = kFamily == Family::kNmf;
     const FactorProblem& p = params.problem;
     const int channels = static_cast<int>(p.channels);
-    const ResidentPlaces at{padded_32(channels), padded_16(p.rank), params.span};
+    const PersistentLayout at{padded_32(channels), padded_16(p.rank), params.span};
     const int padded = at.padded, span = at.span;
-    const bool full = padded == kMostRank;
+    const bool full = padded == kMaxPersistentRank;
     const int warp = threadIdx.x / 32;
-    const int64_t image = blockIdx.x / kCluster;
+    const int64_t image = blockIdx.x / kClusterBlocks;
     const unsigned rank = cluster_rank();
     // The image's 16s of columns, dealt out.
     const int tiles = static_cast<int>((p.pixels + 15) / 16);
-    const int first_tile = tiles * static_cast<int>(rank) / kCluster;
+    const int first_tile = tiles * static_cast<int>(rank) / kClusterBlocks;
     const int64_t pixel = static_cast<int64_t>(first_tile) * 16;
-    const int count = (tiles * (static_cast<int>(rank) + 1) / kCluster - first_tile) * 16;
+    const int count = (tiles * (static_cast<int>(rank) + 1) / kClusterBlocks - first_tile) * 16;
     const int pixels = within(p.pixels - pixel < 0 ? 0 : p.pixels - pixel, count);
 
     const auto floats = [](int byte) { return reinterpret_cast<float*>(shared_memory() + byte); };
@@ -45,9 +45,9 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     float* const sums = floats(at.y());
     // Eights of bases exchanged within a line, so that the eight lines that a warp writes at a time
     // come from different banks.
-    const int turn_shift = padded % 32 ? 1 : 0, turn_mask = padded % 32 ? 1 : 3;
+    const int swizzle_shift = padded % 32 ? 1 : 0, swizzle_mask = padded % 32 ? 1 : 3;
     const auto sum_at = [&](int line, int basis) {
-        return sums + line * padded + (basis ^ (line >> turn_shift & turn_mask) * 8);
+        return sums + line * padded + (basis ^ (line >> swizzle_shift & swizzle_mask) * 8);
     };
     float* const weights = floats(at.weights());
     float* const squares = floats(at.squares());
@@ -58,7 +58,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     // result's memory.
     const int fours = padded / 4;
     const auto own_part = [&] {
-        const int thread = here(threadIdx.x);
+        const int thread = no_hoist(threadIdx.x);
         OwnPart part;
         part.row = thread / fours, part.basis = thread % fours * 4;
         part.row_of_half = static_cast<int>(rank) * at.owned() + part.row;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         }
         if (kNmf) keep_own(mine, own);
         if (threadIdx.x < kGranule<T>) ones.granule[threadIdx.x] = from_float<T>(1);
-        fill_swizzled<kResidentThreads>(
+        fill_swizzled<kClusterThreads>(
             x, p.x, origin_of<T>(p.x, image, kTransposed ? pixel : 0, kTransposed ? 0 : pixel),
             kTransposed ? span : at.channels, kTransposed ? at.channels : span,
             kTransposed ? pixels : channels, kTransposed ? channels : pixels,
@@ -122,14 +122,14 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
 
     // The scores of a block's pixels. A warp has all bases of 16 pixels; what it then does with
     // them touches no other pixels.
-    using Scores =
-        Accumulators<kType, kMostSpan, kMostRank, kResidentWarps, WarpGrid{kResidentWarps, 1}>;
-    using Square = Accumulators<kType, kMostRank, kMostRank, kResidentWarps>;
+    using Scores = Accumulators<kType, kMaxPersistentSpan, kMaxPersistentRank, kClusterWarps,
+                                WarpGrid{kClusterWarps, 1}>;
+    using Square = Accumulators<kType, kMaxPersistentRank, kMaxPersistentRank, kClusterWarps>;
     const bool has_pixels = 16 * warp < span;
 
     // The scores Y^T X.
     const auto score = [&](Scores& scores) {
-        add_within<kTransposed, false>(scores, x, y, at.channels, full, kMostSpan, padded);
+        add_within<kTransposed, false>(scores, x, y, at.channels, full, kMaxPersistentSpan, padded);
     };
     const auto write_z = [&](int n, int k, float v, float w) {
         const uint32_t bits = n < pixels ? packed<T>(v, w) : 0;
@@ -141,8 +141,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         scores.for_each_pair([&](int n, int k, float& v, float& w) {
             v = k < p.rank ? v : -INFINITY;
             w = k + 1 < p.rank ? w : -INFINITY;
-            float& most = n & 8 ? largest[1] : largest[0];
-            most = fmaxf(most, fmaxf(v, w));
+            float& own = n & 8 ? largest[1] : largest[0];
+            own = fmaxf(own, fmaxf(v, w));
         });
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -150,8 +150,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], 2));
         }
         scores.for_each_pair([&](int n, int, float& v, float& w) {
-            const float most = n & 8 ? largest[1] : largest[0];
-            v = expf(v - most), w = expf(w - most);
+            const float own = n & 8 ? largest[1] : largest[0];
+            v = expf(v - own), w = expf(w - own);
             (n & 8 ? sum[1] : sum[0]) += v + w;
         });
 #pragma unroll
@@ -175,7 +175,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         });
         __syncthreads();
     };
-    // Z's next values, z times its score over what is under it, which visit(pixel, basis, under z)
+    // Z's next values, z times score / denominator, which visit(pixel, basis, denominator)
     // sees before z changes.
     const auto update = [&](Scores& scores, auto visit) {
         scores.for_each_pair([&](int n, int k, float& v, float& w) {
@@ -185,23 +185,24 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             w *= to_float(T{static_cast<uint16_t>(bits >> 16)});
         });
         // Half of the bases at a time: with all of them registers would not do.
-        constexpr int kPart = kMostRank / 2;
+        constexpr int kPart = kMaxPersistentRank / 2;
 #pragma unroll
-        for (int part = 0; part < kMostRank; part += kPart) {
-            Accumulators<kType, kMostSpan, kPart, kResidentWarps, WarpGrid{kResidentWarps, 1}>
-                under;
-            add_within<true, false>(under, z, gram.from(0, part), padded, full, kMostSpan,
-                                    padded - part);
-            float below[kPart / 2];
+        for (int part = 0; part < kMaxPersistentRank; part += kPart) {
+            Accumulators<kType, kMaxPersistentSpan, kPart, kClusterWarps,
+                         WarpGrid{kClusterWarps, 1}>
+                products;
+            add_within<true, false>(products, z, gram.from(0, part), padded, full,
+                                    kMaxPersistentSpan, padded - part);
+            float denominator[kPart / 2];
             int i = 0;
-            under.for_each_pair([&](int, int, float& d, float& e) {
-                below[i++] = d + kEps, below[i++] = e + kEps;
+            products.for_each_pair([&](int, int, float& d, float& e) {
+                denominator[i++] = d + kEps, denominator[i++] = e + kEps;
             });
             i = 0;
             scores.for_each_pair([&](int n, int k, float& v, float& w) {
                 if (k / kPart * kPart != part) return;
-                visit(n, k, below[i]), visit(n, k + 1, below[i + 1]);
-                v = quotient(v, below[i++]), w = quotient(w, below[i++]);
+                visit(n, k, denominator[i]), visit(n, k + 1, denominator[i + 1]);
+                v = quotient(v, denominator[i++]), w = quotient(w, denominator[i++]);
             });
         }
         scores.for_each_pair(write_z);
@@ -209,7 +210,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     const auto store_z = [&](void* to) {
         T* const out = static_cast<T*>(to) + image * p.rank * p.pixels + pixel;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < p.rank * pixels; i += kResidentThreads) {
+        for (int i = threadIdx.x; i < p.rank * pixels; i += kClusterThreads) {
             const int basis = i / pixels, n = i - basis * pixels;
             out[basis * p.pixels + n] = *z.at(n, basis);
         }
@@ -234,7 +235,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         }
         __syncthreads();
         if (!kNmf && threadIdx.x < 4 * 32) {  // Z's row sums
-            Accumulators<kType, 16, kMostRank, 4, WarpGrid{1, 4}> weight;
+            Accumulators<kType, 16, kMaxPersistentRank, 4, WarpGrid{1, 4}> weight;
             weight.template add<true, false>(ones, z, span, 16, padded);
             weight.for_each_pair([&](int line, int k, float& v, float& w) {
                 if (line == 0 && k < padded) *reinterpret_cast<Two*>(weights + k) = {v, w};
@@ -246,25 +247,25 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             const int first = half * at.half();
-            Accumulators<kType, kMostChannels / 2, kMostRank, kResidentWarps,
-                         WarpGrid{kResidentWarps, 1}>
-                share;
+            Accumulators<kType, kMaxPersistentChannels / 2, kMaxPersistentRank, kClusterWarps,
+                         WarpGrid{kClusterWarps, 1}>
+                sum;
             if (16 * warp < at.half()) {
                 add_within<!kTransposed, false>(
-                    share, x.from(kTransposed ? 0 : first, kTransposed ? first : 0), z, span, full,
-                    kMostSpan, padded);
+                    sum, x.from(kTransposed ? 0 : first, kTransposed ? first : 0), z, span, full,
+                    kMaxPersistentSpan, padded);
             }
-            share.for_each_pair([&](int c, int k, float& v, float& w) {
+            sum.for_each_pair([&](int c, int k, float& v, float& w) {
                 if (c >= at.half() || k >= padded) return;
                 *reinterpret_cast<Two*>(sum_at(c, k)) = {v, w};
             });
             cluster_sync();
             if (mine.any) {
-                const Four sum = sum_of_blocks(sum_at(mine.row_of_half, mine.basis));
+                const Four all = sum_of_blocks(sum_at(mine.row_of_half, mine.basis));
                 if (half == 0) {
-                    total[0] = sum;
+                    total[0] = all;
                 } else {
-                    total[1] = sum;
+                    total[1] = all;
                 }
             }
             cluster_sync();
@@ -272,16 +273,16 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
 
         Four own[2] = {};
         if constexpr (kNmf) {
-            Square gram_share;
-            add_within<false, false>(gram_share, z, z, span, full, padded, padded);
-            gram_share.for_each_pair([&](int l, int k, float& v, float& w) {
+            Square gram_partial;
+            add_within<false, false>(gram_partial, z, z, span, full, padded, padded);
+            gram_partial.for_each_pair([&](int l, int k, float& v, float& w) {
                 if (l >= padded || k >= padded) return;
                 *reinterpret_cast<Two*>(sum_at(l, k)) = {v, w};
             });
             cluster_sync();
             // Each block adds up an eighth of Z Z^T, whose places no other one reads, for all
             // blocks.
-            const int eighth = padded * fours / kCluster;
+            const int eighth = padded * fours / kClusterBlocks;
             if (threadIdx.x < eighth) {
                 float* const four = sums + 4 * (rank * eighth + threadIdx.x);
                 store_in_blocks(four, sum_of_blocks(four));
@@ -296,7 +297,7 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
             }
             __syncthreads();
             if (mine.any) {
-                Four below[2] = {};
+                Four denominator[2] = {};
 #pragma unroll 1
                 for (int l = 0; l < padded; l += 4) {
                     const Four left[2] = {load_four(row_at(0) + l), load_four(row_at(1) + l)};
@@ -305,8 +306,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                         const Four right = load_four(sum_at(l + i, mine.basis));
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            below[0].v[j] += left[0].v[i] * right.v[j];
-                            below[1].v[j] += left[1].v[i] * right.v[j];
+                            denominator[0].v[j] += left[0].v[i] * right.v[j];
+                            denominator[1].v[j] += left[1].v[i] * right.v[j];
                         }
                     }
                 }
@@ -314,8 +315,8 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
                 for (int half = 0; half < 2; ++half) {
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        own[half].v[j] =
-                            quotient(own[half].v[j] * total[half].v[j], below[half].v[j] + kEps);
+                        own[half].v[j] = quotient(own[half].v[j] * total[half].v[j],
+                                                  denominator[half].v[j] + kEps);
                     }
                 }
             }
@@ -367,15 +368,15 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
         T* const z_scales = static_cast<T*>(params.z_scale) + image * p.rank * p.pixels + pixel;
         const int pixels_of_line = static_cast<int>(p.pixels);
         if (has_pixels) {
-            update(scores, [&](int n, int k, float below) {
+            update(scores, [&](int n, int k, float denominator) {
                 if (n >= pixels || k >= p.rank) return;
                 z_scales[k * pixels_of_line + n] =
-                    from_float<T>(quotient(to_float(*z.at(n, k)), below));
+                    from_float<T>(quotient(to_float(*z.at(n, k)), denominator));
             });
         }
         __syncthreads();
         // The Gram matrix took the place of a part of Y, which is needed once more.
-        for (int i = threadIdx.x; i < min(padded, at.channels) * padded; i += kResidentThreads) {
+        for (int i = threadIdx.x; i < min(padded, at.channels) * padded; i += kClusterThreads) {
             const int channel = i / padded, basis = i - channel * padded;
             const bool inside = channel < channels && basis < p.rank;
             *y.at(channel, basis) = from_float<T>(
@@ -390,11 +391,11 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     // elements X and X' are zeros.
     float error = 0;
     if (32 * warp < at.channels) {
-        static_assert(kMostChannels == 32 * kResidentWarps);
+        static_assert(kMaxPersistentChannels == 32 * kClusterWarps);
 #pragma unroll 1
         for (int n = 0; n < span; n += 16) {
-            Accumulators<kType, kTransposed ? 16 : kMostChannels, kTransposed ? kMostChannels : 16,
-                         kResidentWarps>
+            Accumulators<kType, kTransposed ? 16 : kMaxPersistentChannels,
+                         kTransposed ? kMaxPersistentChannels : 16, kClusterWarps>
                 features;
             if constexpr (kTransposed) {
                 features.template add<true, true>(z.from(n, 0), y, padded);
@@ -413,17 +414,17 @@ __device__ __forceinline__ void resident(const ResidentParams& params) {
     __syncthreads();
     const int lines = kTransposed ? pixels : channels, length = kTransposed ? channels : pixels;
     T* const out = static_cast<T*>(params.x_hat) + image * p.channels * p.pixels;
-    store_swizzled<kResidentThreads>(x, out + pixel * (kTransposed ? p.channels : 1),
-                                     kTransposed ? p.channels : p.pixels, lines, length);
-    const double sum = block_sum<kResidentWarps>(error);
+    store_swizzled<kClusterThreads>(x, out + pixel * (kTransposed ? p.channels : 1),
+                                    kTransposed ? p.channels : p.pixels, lines, length);
+    const double sum = block_sum<kClusterWarps>(error);
     if (threadIdx.x == 0) params.errors[blockIdx.x] = sum;
 }
 
 template <Type kType, bool kTransposed, Family kFamily>
-__global__ void __launch_bounds__(kResidentThreads, 1)
-    resident_kernel(const __grid_constant__ ResidentParams params) {
+__global__ void __launch_bounds__(kClusterThreads, 1)
+    persistent_kernel(const __grid_constant__ PersistentParams params) {
 #ifdef MFOPS_CLUSTERS
-    resident<kType, kTransposed, kFamily>(params);
+    persistent<kType, kTransposed, kFamily>(params);
 #endif
 }
 

@@ -1,12 +1,17 @@
 // What a call that finds factors on each image asks of the kernels, free of torch and of CUDA's
 // headers. Formulas: mfops/methods, mfops/reference.py.
 //
-// Unlike Problem's roles these do not depend on memory: X is (channels x pixels), Y (channels x
-// rank), Z (rank x pixels). Inside, Y is kept as lines of bases, one for each channel, Z as lines
-// of bases, one for each pixel, both in X's type and padded with zeros to whole 16s of bases.
+// Unlike the roles in reconstruct/problem.h these do not depend on memory: X is (channels x
+// pixels), Y (channels x rank), Z (rank x pixels). Inside, Y is kept as lines of bases, one for
+// each channel, Z as lines of bases, one for each pixel, both in X's type and padded with zeros to
+// whole 16s of bases.
 #pragma once
 
-#include "cuda/reconstruct/problem.h"
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "cuda/common/types.h"
 
 namespace mfops::cuda {
 
@@ -18,10 +23,12 @@ struct FactorProblem {
     int64_t batch = 0, channels = 0, pixels = 0;
     int rank = 0;
     Lines x;  // lines are channels, or pixels where transposed
+
+    double elements() const { return static_cast<double>(batch) * channels * pixels; }
 };
 
-// How blocks share the tiles of pixels of all images. What is computed of a tile is shared by
-// `groups` blocks.
+// How blocks share the tiles of pixels of all images. Of each tile `groups`
+// blocks compute a part.
 struct ColumnWork {
     int tiles = 0;   // of an image
     int ranges = 1;  // of tiles
@@ -32,30 +39,44 @@ struct ColumnWork {
 };
 
 struct ColumnPlan {
-    int shape = 0;       // index into the table of tile shapes
-    int stages = 0;      // 0: there is no such plan
-    bool whole = false;  // nmf's gradient: all of Y lies in shared memory, for all tiles
+    int shape = 0;   // index into the table of tile shapes
+    int stages = 0;  // 0: there is no such plan
     ColumnWork work;
     size_t shared_bytes = 0;
 };
 
-struct FactorPlan {
+// One launch for all rounds, each block keeping `span` columns of X.
+struct PersistentPlan {
+    int span = 0;
+    size_t shared_bytes = 0;
+};
+
+// A round's second kernel, which multiplies by the Z that the first has left.
+struct PartialsPlan {
+    ColumnPlan columns;
+    int set = 0;  // bases that a block takes
+};
+
+// A launch or two for each round.
+struct StreamPlan {
+    ColumnPlan round;                      // finds Z and, where it is alone, multiplies by it
+    std::optional<PartialsPlan> partials;  // where all channels and bases are too many for one
+    ColumnPlan last;                       // nmf, where a round is one kernel: X' and its error
+    int slice = 0, slices = 0;  // channels whose bases one block updates, and their number
+    // Bytes from the beginning of the workspace.
+    size_t squares = 0, factors = 0, partial_sums = 0, sums = 0, gram = 0, coefficients = 0,
+           errors = 0;
+};
+
+struct FactorizePlan {
     Method method = Method::kEm;
     int steps = 0;
     float inverse_temperature = 0;  // of vq and cd
     bool reconstruct = false;       // not the rounds alone
     int padded = 0;                 // K in whole 16s
-    int span = 0;  // > 0: one launch for all rounds, a block keeping so many columns of X
-    size_t shared_bytes = 0;
-    bool split = false;         // a round is two kernels: Z, then its products
-    ColumnPlan round, last;     // split: those that find Z
-    ColumnPlan shares;          // split: those that multiply by it
-    int set = 0;                // of the bases, that a block of them takes
-    bool features = false;      // X' and its error are computed too
-    int slice = 0, slices = 0;  // channels whose bases one block updates, and their number
-    // Bytes from the beginning of the workspace.
-    size_t squares = 0, factors = 0, shares_at = 0, sums = 0, gram = 0, coefficients = 0,
-           errors = 0;
+    bool features = false;          // X' and its error are computed too
+    std::optional<PersistentPlan> persistent;
+    StreamPlan stream;  // else
     size_t workspace_bytes = 0;
 };
 
@@ -68,12 +89,13 @@ struct Factors {
     float* mse = nullptr;
 };
 
-FactorPlan plan_factors(const FactorProblem&, const Limits&, Method, int steps, bool reconstruct);
+FactorizePlan plan_factorize(const FactorProblem&, const Limits&, Method, int steps,
+                             bool reconstruct);
 
 // `y0` in float32: lines are channels. The rounds, and with `reconstruct` what follows them; X' and
 // its error only where plan.features is set: else the caller computes them from z and `bases`.
-void find_factors(const FactorProblem&, const FactorPlan&, const Lines& y0, const Factors&,
-                  void* workspace, void* stream);
+void launch_factorize(const FactorProblem&, const FactorizePlan&, const Lines& y0, const Factors&,
+                      void* workspace, void* stream);
 
 struct NmfGradients {
     Lines grad_x_hat;                 // lines as X's; data null: none
@@ -83,14 +105,15 @@ struct NmfGradients {
     void* grad_x = nullptr;           // dense, in X's memory order
 };
 
-struct NmfGradientPlan {
+struct NmfBackwardPlan {
     ColumnPlan columns;
+    bool whole = false;  // all of Y lies in shared memory, for all tiles
     size_t workspace_bytes = 0;
 };
 
-NmfGradientPlan plan_nmf_gradient(const FactorProblem&, const Limits&, const NmfGradients&);
+NmfBackwardPlan plan_nmf_backward(const FactorProblem&, const Limits&, const NmfGradients&);
 
-void nmf_gradient(const FactorProblem&, const NmfGradientPlan&, const NmfGradients&,
-                  void* workspace, void* stream);
+void launch_nmf_backward(const FactorProblem&, const NmfBackwardPlan&, const NmfGradients&,
+                         void* workspace, void* stream);
 
 }  // namespace mfops::cuda

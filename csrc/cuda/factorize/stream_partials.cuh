@@ -1,21 +1,21 @@
 // The second of a round's two kernels where all channels and bases are too many for one block: from
-// the Z that stream_round.cuh left in memory and X shares of X Z^T, and of Z's row sums (em, vq,
-// cd) or of Z Z^T (nmf).
+// the Z that stream_round.cuh left in memory and X partial sums of X Z^T, and of Z's row sums (em,
+// vq, cd) or of Z Z^T (nmf).
 #pragma once
 
-#include "cuda/factorize/stream_round.cuh"
+#include "cuda/factorize/methods.cuh"
 
 namespace mfops::cuda {
 
-struct ShareParams {
+struct PartialsParams {
     FactorProblem problem;
     ColumnWork work;  // groups: for each chunk of the channels, then for Z Z^T, all sets of bases
     int stages;
-    int set;         // bases of a block, whole 16s
-    const void* z;   // (B, N, padded)
-    float* shares;   // (B, ranges, C, padded)
-    float* sums;     // (B, ranges, padded); null: not wanted
-    float* squares;  // (B, ranges, padded, padded), Z Z^T; null: not wanted
+    int set;          // bases of a block, whole 16s
+    const void* z;    // (B, N, padded)
+    float* partials;  // (B, ranges, C, padded)
+    float* sums;      // (B, ranges, padded); null: not wanted
+    float* squares;   // (B, ranges, padded, padded), Z Z^T; null: not wanted
 };
 
 // Sets of bases, as even as whole 16s allow.
@@ -25,9 +25,9 @@ constexpr int set_of(int padded, int rank) {
 }
 __host__ __device__ constexpr int sets_of(int padded, int set) { return (padded + set - 1) / set; }
 
-// Places in shared memory, in elements from its beginning.
+// Layout in shared memory, in elements from its beginning.
 template <Type kType, bool kTransposed, bool kWideZ, int kOwn, int kPixels>
-struct SharePlaces {
+struct PartialsLayout {
     using T = Element<kType>;
     using X = ChunkTile<T, kTransposed, kOwn, kPixels>;
     using Z = Coefficient<kType, kWideZ>;
@@ -47,8 +47,8 @@ struct SharePlaces {
 
 template <Type kType, bool kTransposed, bool kWideZ, int kOwn, int kRank, int kPixels>
 __global__ void __launch_bounds__(kThreads, 1)
-    share_kernel(const __grid_constant__ ShareParams params) {
-    using At = SharePlaces<kType, kTransposed, kWideZ, kOwn, kPixels>;
+    partials_kernel(const __grid_constant__ PartialsParams params) {
+    using At = PartialsLayout<kType, kTransposed, kWideZ, kOwn, kPixels>;
     using X = typename At::X;
     using Z = typename At::Z;
     const FactorProblem& p = params.problem;
@@ -81,20 +81,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     };
 
-    Accumulators<kProductType<kType, kWideZ>, kOwn, kRank, kWarps> share;
+    Accumulators<kProductType<kType, kWideZ>, kOwn, kRank, kWarps> sum;
     const bool sums = params.sums && chunk == 0 && threadIdx.x < bases;
     float row_sum = 0;
     const auto compute = [&](int step, int slot) {
         const int64_t pixel = pixel_of(step);
         const auto z = z_tile(slot);
         if (squares) {
-            share.template add<false, false>(all_bases(slot), z, kPixels, padded, bases);
+            sum.template add<false, false>(all_bases(slot), z, kPixels, padded, bases);
             return;
         }
         const int x_start = at.stage(slot);
-        if (X::settle(x_start, p.x, item.image, channel, rows, pixel)) __syncthreads();
-        share.template add<!kTransposed, false>(X::tile(x_start), z, kPixels, padded_16(rows),
-                                                bases);
+        if (X::align_lines(x_start, p.x, item.image, channel, rows, pixel)) __syncthreads();
+        sum.template add<!kTransposed, false>(X::tile(x_start), z, kPixels, padded_16(rows), bases);
         if (sums) {
             const int pixels = within(p.pixels - pixel, kPixels);
 #pragma unroll 4
@@ -105,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     pipeline(item.tiles, params.stages, load, compute);
     const int64_t index = item.image * params.work.ranges + item.range;
     float* const to = squares ? params.squares + index * padded * padded
-                              : params.shares + (index * p.channels + channel) * padded;
-    share.for_each_pair([&](int row, int k, float& v, float& w) {
+                              : params.partials + (index * p.channels + channel) * padded;
+    sum.for_each_pair([&](int row, int k, float& v, float& w) {
         if (row >= rows || k >= bases) return;
         *reinterpret_cast<Two*>(to + row * padded + basis + k) = {v, w};
     });

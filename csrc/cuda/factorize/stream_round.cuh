@@ -1,34 +1,16 @@
-// A round of a method's updates on a tile of X's columns: the tile's Z, from it the tile's share of
+// A round of a method's updates on a tile of X's columns: the tile's Z, from it the tile's part of
 // X Z^T and of Z's row sums (em, vq, cd) or of Z Z^T (nmf). Or, with nmf, what follows the last
 // round: the final Z, X' = Y Z and its error. All of Y stays in shared memory, all channels of a
 // tile come at once. Where there is no room for that, the kernel finds Z alone, chunk by chunk of
 // the channels, while Y passes by as X does; stream_partials.cuh does the rest.
 #pragma once
 
-#include <type_traits>
-
-#include "cuda/factorize/columns.cuh"
+#include "cuda/factorize/methods.cuh"
 
 namespace mfops::cuda {
 
-enum class Family { kMeans, kNmf };  // em, vq and cd; nmf
-// A share of what Y is updated from; X'; nothing but Z.
-enum class Ending { kRound, kFeatures, kCoefficients };
-
-// float16 has too small a range for a softmax's coefficients: a base that no pixel comes close to
-// would lose its own, and its mean with them. They are left in float32 and multiplied as TF32.
-template <Type kType, Family kFamily>
-inline constexpr bool kWide = kType == Type::kF16 && kFamily == Family::kMeans;
-template <Type kType, bool kWideZ>
-using Coefficient = std::conditional_t<kWideZ, float, Element<kType>>;
-template <Type kType, bool kWideZ>
-inline constexpr Type kProductType = kWideZ ? Type::kTf32 : kType;
-
-// What columns of Y are to be divided by before they meet X: not at all, 1e-6 + their length, or
-// their length where that is larger than 1e-6.
-enum class Division { kNone, kSum, kMaximum };
-
-inline constexpr float kEps = 1e-6f;
+// What a kernel leaves besides Z: partial sums that Y is updated from; X' and its error; nothing.
+enum class Epilogue { kRound, kFeatures, kCoefficients };
 
 struct RoundParams {
     FactorProblem problem;
@@ -45,35 +27,12 @@ struct RoundParams {
     const void* gram;      // nmf: Y^T Y, (B, padded, padded)
     const void* z_before;  // nmf: (B, N, padded)
     void* z_after;         // (B, N, padded); null: not wanted
-    float* shares;         // (B, ranges, C, padded)
+    float* partials;       // (B, ranges, C, padded)
     float* sums;           // (B, ranges, padded), nmf: (B, ranges, padded, padded)
     void *z, *z_scale;     // (B, K, N); null: not wanted
     void* x_hat;
     double* errors;  // one for each block
 };
-
-struct alignas(8) Two {
-    float first, second;
-};
-
-__device__ __forceinline__ float divisor(Division division, float squares) {
-    switch (division) {
-        case Division::kSum:
-            return kEps + sqrtf(squares);
-        case Division::kMaximum:
-            return fmaxf(sqrtf(squares), kEps);
-        default:
-            return 1;
-    }
-}
-
-// The sum of `count` floats `stride` apart, in order.
-__device__ __forceinline__ float sum_of(const float* parts, int count, int64_t stride) {
-    float sum = 0;
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) sum += parts[i * stride];
-    return sum;
-}
 
 // The scores of a tile's pixels, and what is found out about each of them. A pixel's scores lie in
 // four lanes of all warps that are side by side.
@@ -117,15 +76,15 @@ struct Scores {
     }
 };
 
-// Places in shared memory, in elements from its beginning.
-template <Type kType, bool kTransposed, Family kFamily, Ending kEnding, int kOwn, int kRank,
+// Layout in shared memory, in elements from its beginning.
+template <Type kType, bool kTransposed, Family kFamily, Epilogue kEpilogue, int kOwn, int kRank,
           int kPixels>
-struct RoundPlaces {
+struct RoundLayout {
     using T = Element<kType>;
     using X = ChunkTile<T, kTransposed, kOwn, kPixels>;
     using Z = Coefficient<kType, kWide<kType, kFamily>>;
     static constexpr bool kNmf = kFamily == Family::kNmf;
-    static constexpr bool kChunks = kEnding == Ending::kCoefficients;  // Y passes by
+    static constexpr bool kChunks = kEpilogue == Epilogue::kCoefficients;  // Y passes by
     static constexpr int kPerFloat = sizeof(float) / sizeof(T), kPerZ = sizeof(Z) / sizeof(T);
 
     int padded, stages, channels;
@@ -162,11 +121,6 @@ struct RoundPlaces {
     }
 };
 
-template <class T>
-__device__ __forceinline__ float* floats_at(int element) {
-    return reinterpret_cast<float*>(reinterpret_cast<T*>(shared_memory()) + element);
-}
-
 // Writes a tile's coefficients (lines are pixels) to (K, N) in the tensor's own order.
 template <int kPixels, class T, class Z>
 __device__ __forceinline__ void store_coefficients(const Tile<Z>& tile, T* to,
@@ -189,17 +143,17 @@ struct RoundStep {
     int first, count;  // channels or rows
 };
 
-template <Type kType, bool kTransposed, Family kFamily, Ending kEnding, int kOwn, int kRank,
+template <Type kType, bool kTransposed, Family kFamily, Epilogue kEpilogue, int kOwn, int kRank,
           int kPixels>
 __global__ void __launch_bounds__(kThreads, 1)
     round_kernel(const __grid_constant__ RoundParams params) {
-    using At = RoundPlaces<kType, kTransposed, kFamily, kEnding, kOwn, kRank, kPixels>;
+    using At = RoundLayout<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels>;
     using T = typename At::T;
     using X = typename At::X;
     using Z = typename At::Z;
     using S = Scores<kType, kRank, kPixels>;
-    constexpr bool kNmf = kFamily == Family::kNmf, kRound = kEnding == Ending::kRound;
-    constexpr bool kFeatures = kEnding == Ending::kFeatures, kChunks = At::kChunks;
+    constexpr bool kNmf = kFamily == Family::kNmf, kRound = kEpilogue == Epilogue::kRound;
+    constexpr bool kFeatures = kEpilogue == Epilogue::kFeatures, kChunks = At::kChunks;
     const FactorProblem& p = params.problem;
     const int padded = padded_16(p.rank), channels = static_cast<int>(p.channels);
     const At at{padded, params.stages, channels};
@@ -221,9 +175,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int tile = step / per_tile, chunk = step - tile * per_tile;
         const bool gram = chunk >= chunks;
         const int first = (gram ? chunk - chunks : chunk) * kOwn;
-        return RoundStep{tile,  chunk,
-                         gram,  static_cast<int64_t>(item.first_tile + tile) * kPixels,
-                         first, min((gram ? padded : channels) - first, kOwn)};
+        return RoundStep{.tile = tile,
+                         .chunk = chunk,
+                         .gram = gram,
+                         .pixel = static_cast<int64_t>(item.first_tile + tile) * kPixels,
+                         .first = first,
+                         .count = min((gram ? padded : channels) - first, kOwn)};
     };
     // The rows of Y, or of Y^T Y, that a step multiplies by.
     const auto rows_tile = [&](int slot) {
@@ -255,26 +212,26 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     };
 
-    // Those of other endings: of any shape that the warps can share.
+    // Those of other epilogues: of any shape that the warps can share.
     constexpr int kLines = kTransposed ? kPixels : kOwn, kLength = kTransposed ? kOwn : kPixels;
     using Features =
         Accumulators<kType, kFeatures ? kLines : 128, kFeatures ? kLength : 16, kWarps>;
-    using Share = Accumulators<kProductType<kType, kWide<kType, kFamily>>, kRound ? kOwn : 128,
-                               kRound ? kRank : 16, kWarps>;
+    using Partial = Accumulators<kProductType<kType, kWide<kType, kFamily>>, kRound ? kOwn : 128,
+                                 kRound ? kRank : 16, kWarps>;
     constexpr bool kGram = kRound && kNmf;
     using Gram = Accumulators<kType, kGram ? kRank : 128, kGram ? kRank : 16, kWarps>;
     typename S::Product scores, denominators;
-    Share share;
-    Gram gram_share;
+    Partial partial;
+    Gram gram_partial;
     float squares = 0, row_sum = 0;
     double error = 0;
 
     // Softmax over the bases of each of the tile's pixels, into the tile's Z. Takes the scores'
     // place.
     const auto soften = [&](typename S::Product& scores, const RoundStep& s, int pixels) {
-        float factor[S::kOwn], most[S::kOwn], sum[S::kOwn];
+        float factor[S::kOwn], largest[S::kOwn], sum[S::kOwn];
 #pragma unroll
-        for (int i = 0; i < S::kOwn; ++i) factor[i] = 1, most[i] = -INFINITY, sum[i] = 0;
+        for (int i = 0; i < S::kOwn; ++i) factor[i] = 1, largest[i] = -INFINITY, sum[i] = 0;
         if (params.inverse_temperature > 0) {
             float* const parts = floats_at<T>(at.squares());
             parts[threadIdx.x] = squares;
@@ -289,12 +246,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         S::for_each_pair(scores, [&](int i, int k, float& v, float& w) {
             v = k < p.rank ? v * scale[k] : -INFINITY;
             w = k + 1 < p.rank ? w * scale[k + 1] : -INFINITY;
-            most[i] = fmaxf(most[i], fmaxf(v, w));
+            largest[i] = fmaxf(largest[i], fmaxf(v, w));
         });
-        S::combine(most, parts, [](float a, float b) { return fmaxf(a, b); });
+        S::combine(largest, parts, [](float a, float b) { return fmaxf(a, b); });
         S::for_each_pair(scores, [&](int i, int k, float& v, float& w) {
-            v = k < p.rank ? expf(factor[i] * (v - most[i])) : 0;
-            w = k + 1 < p.rank ? expf(factor[i] * (w - most[i])) : 0;
+            v = k < p.rank ? expf(factor[i] * (v - largest[i])) : 0;
+            w = k + 1 < p.rank ? expf(factor[i] * (w - largest[i])) : 0;
             sum[i] += v + w;
         });
         S::combine(sum, parts + S::kParts, [](float a, float b) { return a + b; });
@@ -355,7 +312,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto x = X::tile(x_start);
         const auto z = z_tile(s);
         if (!s.gram) {
-            if (X::settle(x_start, p.x, item.image, s.first, s.count, s.pixel)) __syncthreads();
+            if (X::align_lines(x_start, p.x, item.image, s.first, s.count, s.pixel))
+                __syncthreads();
             if (s.chunk == 0) {
                 scores.zero();
                 denominators.zero();
@@ -411,9 +369,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                 pixels, padded);
         }
         if constexpr (kRound) {
-            share.template add<!kTransposed, false>(x, z, kPixels, padded_16(channels), padded);
+            partial.template add<!kTransposed, false>(x, z, kPixels, padded_16(channels), padded);
             if constexpr (kNmf) {
-                gram_share.template add<false, false>(z, z, kPixels, padded, padded);
+                gram_partial.template add<false, false>(z, z, kPixels, padded, padded);
             } else if (threadIdx.x < padded) {
 #pragma unroll 4
                 for (int n = 0; n < pixels; ++n) row_sum += to_float(*z.at(n, threadIdx.x));
@@ -426,13 +384,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     pipeline(item.tiles * per_tile, params.stages, load, compute);
     const int64_t index = item.image * params.work.ranges + item.range;
     if constexpr (kRound) {
-        share.for_each_pair([&](int c, int k, float& v, float& w) {
+        partial.for_each_pair([&](int c, int k, float& v, float& w) {
             if (c >= channels || k >= padded) return;
-            float* const to = params.shares + (index * p.channels + c) * padded + k;
+            float* const to = params.partials + (index * p.channels + c) * padded + k;
             *reinterpret_cast<Two*>(to) = {v, w};
         });
         if constexpr (kNmf) {
-            gram_share.for_each_pair([&](int l, int k, float& v, float& w) {
+            gram_partial.for_each_pair([&](int l, int k, float& v, float& w) {
                 if (l >= padded || k >= padded) return;
                 *reinterpret_cast<Two*>(params.sums + (index * padded + l) * padded + k) = {v, w};
             });

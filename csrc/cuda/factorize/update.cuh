@@ -1,7 +1,7 @@
-// The small kernels between two rounds: Y from the blocks' shares, added in order, and Y^T Y.
+// The small kernels between two rounds: Y from the blocks' partial sums, added in order, and Y^T Y.
 #pragma once
 
-#include "cuda/factorize/stream_round.cuh"
+#include "cuda/factorize/methods.cuh"
 
 namespace mfops::cuda {
 
@@ -14,9 +14,9 @@ inline constexpr int kRowsOfThread = 16;
 struct UpdateParams {
     int64_t channels;
     int rank, slice, slices;
-    Lines start;          // y0 in float32: lines are channels
-    const float* shares;  // (B, ranges, C, padded)
-    const float* sums;    // (B, ranges, padded), nmf: (B, ranges, padded, padded)
+    Lines start;            // y0 in float32: lines are channels
+    const float* partials;  // (B, ranges, C, padded)
+    const float* sums;      // (B, ranges, padded), nmf: (B, ranges, padded, padded)
     int ranges;
     Division division;
     float* y;        // (B, C, K); null: not wanted
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             value[i] = y[static_cast<int64_t>(row) * params.rank + k];
         } else {
             value[i] =
-                sum_of(params.shares +
+                sum_of(params.partials +
                            (image * params.ranges * params.channels + first + row) * padded + k,
                        params.ranges, params.channels * padded);
         }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int row = i / padded, l = i - row * padded;
             shared[i] = l < params.rank ? y[static_cast<int64_t>(row) * params.rank + l] : 0;
         }
-        float below[kRowsOfThread] = {};
+        float denominator[kRowsOfThread] = {};
 #pragma unroll 1
         for (int l = 0; l < padded; l += kRowsOfThread) {
             __syncthreads();
@@ -100,14 +100,15 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const float right = gram[j * padded + k];
 #pragma unroll
                 for (int i = 0; i < kRowsOfThread; ++i) {
-                    if (row_of(i) < rows) below[i] += shared[row_of(i) * padded + l + j] * right;
+                    if (row_of(i) < rows)
+                        denominator[i] += shared[row_of(i) * padded + l + j] * right;
                 }
             }
         }
 #pragma unroll
         for (int i = 0; i < kRowsOfThread; ++i) {
             if (row_of(i) < rows) {
-                value[i] = shared[row_of(i) * padded + k] * value[i] / (below[i] + kEps);
+                value[i] = shared[row_of(i) * padded + k] * value[i] / (denominator[i] + kEps);
             }
         }
     }

@@ -1,10 +1,6 @@
 // Compiles every kernel of one type that finds factors.
 #pragma once
 
-#include <array>
-#include <iterator>
-#include <utility>
-
 #include "cuda/factorize/variants.h"
 
 namespace mfops::cuda {
@@ -14,99 +10,87 @@ struct CompiledFactors {
     using T = Element<kType>;
     using Shapes = ColumnShapes<sizeof(T)>;
 
-    template <auto Kernel, class Params>
-    static void launch_blocks(unsigned blocks, size_t shared_bytes, void* stream,
-                              const Params& params) {
-        launch<Kernel>(blocks, kThreads, shared_bytes, stream, params);
-    }
-
     template <auto Kernel>
     static void launch_cluster(unsigned blocks, size_t shared_bytes, void* stream,
-                               const ResidentParams& params) {
-        launch_clusters<Kernel>(blocks, kCluster, kResidentThreads, shared_bytes, stream, params);
+                               const PersistentParams& params) {
+        launch_clusters<Kernel>(blocks, kClusterBlocks, kClusterThreads, shared_bytes, stream,
+                                params);
     }
 
-    template <Family kFamily, Ending kEnding>
+    template <Family kFamily, Epilogue kEpilogue>
     struct Round {
         template <ColumnShape s>
         static constexpr RoundVariant of() {
-            using Places =
-                RoundPlaces<kType, kTransposed, kFamily, kEnding, s.own, s.rank, s.pixels>;
-            return {s,
-                    [](int rank, int64_t channels, int stages) {
-                        const Places at{padded_16(rank), stages, static_cast<int>(channels)};
-                        return at.elements() * sizeof(T);
-                    },
-                    launch_blocks<
-                        round_kernel<kType, kTransposed, kFamily, kEnding, s.own, s.rank, s.pixels>,
-                        RoundParams>};
+            using Layout =
+                RoundLayout<kType, kTransposed, kFamily, kEpilogue, s.own, s.rank, s.pixels>;
+            return {
+                s,
+                [](int rank, int64_t channels, int stages) {
+                    const Layout at{padded_16(rank), stages, static_cast<int>(channels)};
+                    return at.elements() * sizeof(T);
+                },
+                launch_blocks<
+                    round_kernel<kType, kTransposed, kFamily, kEpilogue, s.own, s.rank, s.pixels>,
+                    kThreads, RoundParams>};
         }
     };
 
     template <bool kWideZ>
-    struct Share {
+    struct Partial {
         template <ColumnShape s>
-        static constexpr ShareVariant of() {
-            using Places = SharePlaces<kType, kTransposed, kWideZ, s.own, s.pixels>;
-            return {s,
-                    [](int set, int stages) { return Places{set, stages}.elements() * sizeof(T); },
-                    launch_blocks<share_kernel<kType, kTransposed, kWideZ, s.own, s.rank, s.pixels>,
-                                  ShareParams>};
+        static constexpr PartialsVariant of() {
+            using Layout = PartialsLayout<kType, kTransposed, kWideZ, s.own, s.pixels>;
+            return {
+                s, [](int set, int stages) { return Layout{set, stages}.elements() * sizeof(T); },
+                launch_blocks<partials_kernel<kType, kTransposed, kWideZ, s.own, s.rank, s.pixels>,
+                              kThreads, PartialsParams>};
         }
     };
 
     struct Backward {
         template <ColumnShape s>
         static constexpr NmfBackwardVariant of() {
-            using Places = NmfBackwardPlaces<kType, kTransposed, s.own, s.pixels>;
+            using Layout = NmfBackwardLayout<kType, kTransposed, s.own, s.pixels>;
             return {s,
                     [](int rank, int64_t channels, int stages, bool whole, bool two) {
-                        const Places at{padded_16(rank), stages, static_cast<int>(channels), whole,
+                        const Layout at{padded_16(rank), stages, static_cast<int>(channels), whole,
                                         two};
                         return at.elements() * sizeof(T);
                     },
                     launch_blocks<nmf_backward_kernel<kType, kTransposed, s.own, s.rank, s.pixels>,
-                                  NmfBackwardParams>};
+                                  kThreads, NmfBackwardParams>};
         }
     };
-
-    // Kernel::of<shape>() for each shape of a table.
-    template <class Kernel, const auto& kShapes>
-    static auto each() {
-        static constexpr auto kVariants = []<size_t... kIndex>(std::index_sequence<kIndex...>) {
-            return std::array{Kernel::template of<kShapes[kIndex]>()...};
-        }(std::make_index_sequence<std::size(kShapes)>());
-        return std::span(kVariants);
-    }
 
     template <Family kFamily>
     static FamilyVariants family() {
         FamilyVariants variants;
-        variants.rounds = each<Round<kFamily, Ending::kRound>, Shapes::kRound>();
+        variants.rounds = compiled_for_each<Round<kFamily, Epilogue::kRound>, Shapes::kRound>();
         variants.coefficients =
-            each<Round<kFamily, Ending::kCoefficients>, Shapes::kCoefficients>();
+            compiled_for_each<Round<kFamily, Epilogue::kCoefficients>, Shapes::kCoefficients>();
         if constexpr (kWide<kType, kFamily>) {
-            variants.shares = each<Share<true>, Shapes::kWideShares>();
+            variants.partials = compiled_for_each<Partial<true>, Shapes::kWidePartials>();
         } else {
-            variants.shares = each<Share<false>, Shapes::kShares>();
+            variants.partials = compiled_for_each<Partial<false>, Shapes::kPartials>();
         }
         if constexpr (kFamily == Family::kNmf) {
-            variants.last = each<Round<kFamily, Ending::kFeatures>, Shapes::kRound>();
+            variants.last =
+                compiled_for_each<Round<kFamily, Epilogue::kFeatures>, Shapes::kRound>();
         }
         return variants;
     }
 
     static FactorVariants all() {
         FactorVariants variants{family<Family::kMeans>(), family<Family::kNmf>(),
-                                each<Backward, Shapes::kBackward>(),
-                                launch_blocks<gram_kernel<kType>, GramParams>};
+                                compiled_for_each<Backward, Shapes::kBackward>(),
+                                launch_blocks<gram_kernel<kType>, kThreads, GramParams>};
         if constexpr (kType == Type::kBf16) {
-            variants.resident_em =
-                launch_cluster<resident_kernel<kType, kTransposed, Family::kMeans>>;
+            variants.persistent_em =
+                launch_cluster<persistent_kernel<kType, kTransposed, Family::kMeans>>;
         }
         if constexpr (sizeof(T) == 2) {
-            variants.resident_nmf =
-                launch_cluster<resident_kernel<kType, kTransposed, Family::kNmf>>;
+            variants.persistent_nmf =
+                launch_cluster<persistent_kernel<kType, kTransposed, Family::kNmf>>;
         }
         return variants;
     }

@@ -4,15 +4,14 @@
 
 #include <span>
 
+#include "cuda/common/variants.cuh"
 #include "cuda/factorize/nmf_backward.cuh"
 #include "cuda/factorize/persistent.cuh"
 #include "cuda/factorize/stream_partials.cuh"
+#include "cuda/factorize/stream_round.cuh"
 #include "cuda/factorize/update.cuh"
 
 namespace mfops::cuda {
-
-template <class Params>
-using Launch = void (*)(unsigned blocks, size_t shared_bytes, void* stream, const Params&);
 
 struct RoundVariant {
     ColumnShape shape;
@@ -20,10 +19,10 @@ struct RoundVariant {
     Launch<RoundParams> launch;
 };
 
-struct ShareVariant {
+struct PartialsVariant {
     ColumnShape shape;
     size_t (*shared_bytes)(int set, int stages);
-    Launch<ShareParams> launch;
+    Launch<PartialsParams> launch;
 };
 
 struct NmfBackwardVariant {
@@ -36,7 +35,7 @@ struct NmfBackwardVariant {
 // What a family of methods has, each for several shapes of tiles.
 struct FamilyVariants {
     std::span<const RoundVariant> rounds, coefficients;
-    std::span<const ShareVariant> shares;
+    std::span<const PartialsVariant> partials;
     std::span<const RoundVariant> last;  // nmf
 };
 
@@ -44,8 +43,8 @@ struct FactorVariants {
     FamilyVariants means, nmf;
     std::span<const NmfBackwardVariant> nmf_backward;
     Launch<GramParams> gram;
-    Launch<ResidentParams> resident_em = nullptr;   // bfloat16
-    Launch<ResidentParams> resident_nmf = nullptr;  // 16-bit types
+    Launch<PersistentParams> persistent_em = nullptr;   // bfloat16
+    Launch<PersistentParams> persistent_nmf = nullptr;  // 16-bit types
 };
 
 // Each defined, and its kernels compiled, in a file of its own.

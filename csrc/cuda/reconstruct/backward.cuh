@@ -17,12 +17,12 @@
 namespace mfops::cuda {
 
 // Where the blocks of one kind put their factor's gradient: in the factor's type or, where several
-// blocks share a strip, as one float32 sum for each share, to be added up. Both null: not wanted.
+// blocks share a strip, as float32 partial sums, one for each block. Both null: not wanted.
 struct FactorGradient {
     void* result = nullptr;
-    float* shares = nullptr;
+    float* partials = nullptr;
 
-    __device__ __forceinline__ bool wanted() const { return result || shares; }
+    __device__ __forceinline__ bool wanted() const { return result || partials; }
 };
 
 struct BackwardParams {
@@ -41,8 +41,7 @@ struct BackwardParams {
 
 template <class Tiles, bool kOwnRows>
 __host__ __device__ constexpr int own_elements(int rank) {
-    return (kOwnRows ? Tiles::A::elements(padded_rank(rank))
-                     : Tiles::B::elements(padded_rank(rank)));
+    return (kOwnRows ? Tiles::A::elements(padded_16(rank)) : Tiles::B::elements(padded_16(rank)));
 }
 template <class Tiles, bool kOwnRows>
 __host__ __device__ constexpr int streamed_elements(int rank) {
@@ -77,7 +76,7 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     using F = Tiles<kType, kTransposed, kRows, kCols, kWarps>;
     using T = typename F::T;
     const Problem& p = params.problem;
-    const int padded = padded_rank(p.rank), stages = params.stages;
+    const int padded = padded_16(p.rank), stages = params.stages;
     const bool has_grad = params.grad_x_hat.data != nullptr;
     const bool has_error = params.grad_mse != nullptr;
     const Item item = item_of(work, p.batch, index);
@@ -89,7 +88,7 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     // Without G' the factor s is applied to the sums, so that D does not vanish in float16.
     const float inner = has_grad ? s : 1.0f, outer = has_grad ? 1.0f : s;
 
-    // Places in shared memory.
+    // Layout in shared memory.
     const int owned = 0, d_start = own_elements<F, kOwnRows>(p.rank);
     const auto stage = [&](int slot) {
         return d_start + F::X::kElements +
@@ -137,18 +136,18 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
         }
     };
     // What `load` brought, settled: whether anything was moved.
-    const auto settle = [&](int step, const Step& at) {
+    const auto align_lines = [&](int step, const Step& at) {
         bool moved = false;
         if (brings_a(step, at)) {
-            moved |= F::A::settle(a_start(at), p.rank, p.a, at.image, row_of(at));
+            moved |= F::A::align_lines(a_start(at), p.rank, p.a, at.image, row_of(at));
         }
         if (brings_b(step, at)) {
-            moved |= F::B::settle(b_start(at), p.rank, p.b, at.image, col_of(at));
+            moved |= F::B::align_lines(b_start(at), p.rank, p.b, at.image, col_of(at));
         }
-        if (has_error) moved |= F::X::settle(stage(at.slot), p.x, feature_origin(p.x, at));
+        if (has_error) moved |= F::X::align_lines(stage(at.slot), p.x, feature_origin(p.x, at));
         if (uses_grad(at)) {
-            moved |= F::X::settle(grad_start(at.slot), params.grad_x_hat,
-                                  feature_origin(params.grad_x_hat, at));
+            moved |= F::X::align_lines(grad_start(at.slot), params.grad_x_hat,
+                                       feature_origin(params.grad_x_hat, at));
         }
         return moved;
     };
@@ -162,7 +161,7 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     const auto compute = [&](int step, int slot) {
         const Step at = steps.next(slot);
         const int64_t row = row_of(at), col = col_of(at);
-        if (settle(step, at)) __syncthreads();
+        if (align_lines(step, at)) __syncthreads();
         const auto a = F::A::tile(a_start(at), padded);
         const auto b = F::B::tile(b_start(at), padded);
         if (has_error && at.first) {
@@ -171,11 +170,11 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
         }
         const auto x = F::X::tile(stage(slot)), g = F::X::tile(grad_start(slot));
 
-        const bool grad = uses_grad(at), gives = at.last && grad_factor.wanted();
+        const bool grad = uses_grad(at), needs_d = at.last && grad_factor.wanted();
         const int row_end = within(p.rows - row, kRows), col_end = within(p.cols - col, kCols);
         // D in one loop for tiles inside the matrix that have a product of their own; else in one
         // loop for each question, so that none is asked for every element.
-        if (!kShared && row_end == kRows && col_end == kCols && grad && has_error && gives) {
+        if (!kShared && row_end == kRows && col_end == kCols && grad && has_error && needs_d) {
             const auto visit = [&](auto writes_x) {
                 product.for_each_pair([&](int r, int c, float& v, float& w) {
                     const Pair<T> of_x = read_pair(x, r, c), of_g = read_pair(g, r, c);
@@ -204,7 +203,7 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
                         if (grad_x) write_pair(x, r, c, s * e0, s * e1);
                     });
             }
-            if (gives) {  // beyond the edges d may hold 0 times an infinity
+            if (needs_d) {  // beyond the edges d may hold 0 times an infinity
                 d.for_each_pair([&](int r, int c, float& d0, float& d1) {
                     const bool inside = r < row_end;
                     write_pair(d_tile, r, c, inside && c < col_end ? d0 : 0,
@@ -233,15 +232,15 @@ __device__ __forceinline__ void backward_strip(const BackwardParams& params, con
     if (!grad_factor.wanted()) return;
     const int64_t extent = kOwnRows ? p.rows : p.cols;
     // Not kept in a register meanwhile.
-    const int share = item_of(work, p.batch, here(index)).share;
-    const int64_t offset = share * extent * p.rank;
+    const int partial = item_of(work, p.batch, no_hoist(index)).partial;
+    const int64_t offset = partial * extent * p.rank;
     sum.for_each_pair([&](int m, int n, float& v, float& w) {
         const auto put = [&](int64_t own_index, int basis, float value) {
             if (own_index >= extent || basis >= p.rank) return;
             const int64_t at =
                 offset + (kBasesByRows ? basis * extent + own_index : own_index * p.rank + basis);
-            if (grad_factor.shares) {
-                grad_factor.shares[at] = outer * value;
+            if (grad_factor.partials) {
+                grad_factor.partials[at] = outer * value;
             } else {
                 static_cast<T*>(grad_factor.result)[at] = from_float<T>(outer * value);
             }
@@ -273,24 +272,25 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
 }
 
 struct SumParams {
-    const float* shares;
+    const float* partials;
     void* result;
     int64_t elements;  // of one image's gradient, or of a shared factor's
-    int count;         // shares of each
+    int count;         // partial sums of each
     int64_t results;
 };
 
-// A factor's gradient from its shares, added in order.
+// A factor's gradient from its partial sums, added in order.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumParams params) {
     const int64_t total = params.elements * params.results;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
          i += stride) {
-        const float* share = params.shares + i / params.elements * params.count * params.elements +
-                             i % params.elements;
+        const float* partial = params.partials +
+                               i / params.elements * params.count * params.elements +
+                               i % params.elements;
         float sum = 0;
-        for (int j = 0; j < params.count; ++j) sum += share[j * params.elements];
+        for (int j = 0; j < params.count; ++j) sum += partial[j * params.elements];
         static_cast<T*>(params.result)[i] = from_float<T>(sum);
     }
 }

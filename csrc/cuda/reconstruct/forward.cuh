@@ -15,13 +15,13 @@ struct ForwardParams {
 
 template <class Tiles>
 __host__ __device__ constexpr int forward_stage_elements(int rank) {
-    return Tiles::X::kElements + Tiles::B::elements(padded_rank(rank));
+    return Tiles::X::kElements + Tiles::B::elements(padded_16(rank));
 }
 
 template <class Tiles>
 constexpr size_t forward_shared_bytes(int rank, int stages) {
     return sizeof(typename Tiles::T) *
-           (Tiles::A::elements(padded_rank(rank)) + stages * forward_stage_elements<Tiles>(rank));
+           (Tiles::A::elements(padded_16(rank)) + stages * forward_stage_elements<Tiles>(rank));
 }
 
 // kShared: one product for all images.
@@ -31,11 +31,11 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
     using F = Tiles<kType, kTransposed, kRows, kCols, kWarps>;
     using T = typename F::T;
     const Problem& p = params.problem;
-    const int padded = padded_rank(p.rank);
+    const int padded = padded_16(p.rank);
     const Item item = item_of(params.work, p.batch, blockIdx.x);
     const int64_t row = static_cast<int64_t>(item.strip) * kRows;
 
-    // Places in shared memory: the owned part of A, then the stages: X and the streamed part of B.
+    // Layout in shared memory: the owned part of A, then the stages: X and the streamed part of B.
     const int own = 0, stages = F::A::elements(padded);
     const auto stage = [&](int slot) { return stages + slot * forward_stage_elements<F>(p.rank); };
     const auto col_of = [](const Step& at) { return static_cast<int64_t>(at.tile) * kCols; };
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
     const auto compute = [&](int step, int slot) {
         const Step at = steps.next(slot);
         const int64_t col = col_of(at);
-        bool moved = F::X::settle(stage(slot), p.x, x_origin(at));
-        if (step == 0) moved |= F::A::settle(own, p.rank, p.a, at.image, row);
-        if (at.first) moved |= F::B::settle(b_start(at), p.rank, p.b, at.image, col);
+        bool moved = F::X::align_lines(stage(slot), p.x, x_origin(at));
+        if (step == 0) moved |= F::A::align_lines(own, p.rank, p.a, at.image, row);
+        if (at.first) moved |= F::B::align_lines(b_start(at), p.rank, p.b, at.image, col);
         if (moved) __syncthreads();
         if (at.first) {
             product.zero();

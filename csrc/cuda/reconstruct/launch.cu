@@ -1,28 +1,11 @@
 // Plans and launches: which shape of tiles, how many stages, how the work is dealt out.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "cuda/common/plan.h"
 #include "cuda/reconstruct/variants.h"
 
 namespace mfops::cuda {
 namespace {
-
-struct MeanParams {
-    const double* errors;
-    int64_t count;
-    double elements;
-    float* mse;
-};
-
-// One block: the errors of all blocks, added in a fixed order.
-__global__ void __launch_bounds__(kThreads) mean_kernel(const __grid_constant__ MeanParams params) {
-    double sum = 0;
-    for (int64_t i = threadIdx.x; i < params.count; i += kThreads) sum += params.errors[i];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) *params.mse = static_cast<float>(sum / params.elements);
-}
 
 Variants variants(const Problem& problem) {
     const bool shared = !problem.a_per_image && !problem.b_per_image;
@@ -66,30 +49,28 @@ Choice choose(const Shapes& shapes, const Limits& limits, int rank, SharedBytes 
             }
         }
     }
-    throw std::runtime_error("mfops: rank " + std::to_string(rank) + " needs more than the " +
-                             std::to_string(limits.shared_per_block) +
-                             " bytes of shared memory that a block has on this GPU");
+    no_room(rank, limits);
 }
 
 // Deals `tiles` tiles by strips out to about `blocks` blocks. A factor that differs from image to
 // image takes a chunk for each; otherwise images are split only where tiles do not suffice, since
 // each chunk computes the product anew.
 Work deal(int64_t strips, int64_t tiles, int64_t batch, bool own_per_image, int64_t blocks,
-          int64_t most_shares) {
+          int64_t max_partials) {
     Work work;
     work.strips = work.strips_per_part = static_cast<int>(strips);
     work.tiles = static_cast<int>(tiles);
     work.chunks = own_per_image ? static_cast<int>(batch) : 1;
     const int64_t wanted =
-        std::clamp<int64_t>(blocks / (strips * work.chunks), 1, std::max<int64_t>(1, most_shares));
+        std::clamp<int64_t>(blocks / (strips * work.chunks), 1, std::max<int64_t>(1, max_partials));
     work.ranges = static_cast<int>(std::min(tiles, wanted));
     if (!own_per_image) work.chunks = static_cast<int>(std::min(batch, wanted / work.ranges));
     return work;
 }
 
-// A factor's gradient as the sums of its shares.
-struct Shares {
-    Shares(const Work& work, int64_t extent, int rank, bool per_image, int64_t batch)
+// The partial sums of a factor's gradient: how many, and what memory they take.
+struct Partials {
+    Partials(const Work& work, int64_t extent, int rank, bool per_image, int64_t batch)
         : elements(extent * rank),
           results(per_image ? batch : 1),
           count(static_cast<int64_t>(work.ranges) * work.chunks / results),
@@ -97,28 +78,26 @@ struct Shares {
     int64_t elements, results, count, floats;
 };
 
-Shares row_shares(const Problem& p, const BackwardPlan& plan) {
+Partials row_partials(const Problem& p, const BackwardPlan& plan) {
     return {plan.rows, p.rows, p.rank, p.a_per_image, p.batch};
 }
-Shares col_shares(const Problem& p, const BackwardPlan& plan) {
+Partials col_partials(const Problem& p, const BackwardPlan& plan) {
     return {plan.cols, p.cols, p.rank, p.b_per_image, p.batch};
 }
 
 template <class T>
-void sum_shares(const Shares& shares, const float* from, void* to, void* stream) {
-    const int64_t elements = shares.elements * shares.results;
+void sum_partials(const Partials& partials, const float* from, void* to, void* stream) {
+    const int64_t elements = partials.elements * partials.results;
     const int64_t blocks = std::min<int64_t>(ceil_div(elements, kThreads), 4096);
-    launch<sum_kernel<T>>(
-        static_cast<unsigned>(blocks), kThreads, 0, stream,
-        SumParams{from, to, shares.elements, static_cast<int>(shares.count), shares.results});
+    launch<sum_kernel<T>>(static_cast<unsigned>(blocks), kThreads, 0, stream,
+                          SumParams{.partials = from,
+                                    .result = to,
+                                    .elements = partials.elements,
+                                    .count = static_cast<int>(partials.count),
+                                    .results = partials.results});
 }
 
 }  // namespace
-
-void mean_of(const double* parts, int64_t count, double elements, float* mse, void* stream) {
-    launch<mean_kernel>(1, kThreads, kWarps * sizeof(double), stream,
-                        MeanParams{parts, count, elements, mse});
-}
 
 ForwardPlan plan_forward(const Problem& p, const Limits& limits) {
     const auto shapes = variants(p).forward;
@@ -137,13 +116,17 @@ ForwardPlan plan_forward(const Problem& p, const Limits& limits) {
     return plan;
 }
 
-void forward(const Problem& p, const ForwardPlan& plan, void* x_hat, float* mse, void* workspace,
-             void* stream) {
+void launch_forward(const Problem& p, const ForwardPlan& plan, void* x_hat, float* mse,
+                    void* workspace, void* stream) {
     const ForwardVariant& variant = variants(p).forward[plan.shape];
     double* const errors = static_cast<double*>(workspace);
     const unsigned blocks = checked_blocks(plan.work.blocks());
     variant.launch(blocks, plan.shared_bytes, stream,
-                   ForwardParams{p, plan.work, plan.stages, x_hat, errors});
+                   ForwardParams{.problem = p,
+                                 .work = plan.work,
+                                 .stages = plan.stages,
+                                 .x_hat = x_hat,
+                                 .errors = errors});
     mean_of(errors, blocks, static_cast<double>(p.batch) * p.rows * p.cols, mse, stream);
 }
 
@@ -166,20 +149,19 @@ BackwardPlan plan_backward(const Problem& p, const Limits& limits, const Gradien
     plan.x_by_cols = grad.grad_x && !by_rows;
     const int64_t slots = static_cast<int64_t>(choice.blocks) * limits.multiprocessors;
     const int64_t each = by_rows && by_cols ? std::max<int64_t>(1, slots / 2) : slots;
-    // All shares of a factor take at most a quarter of X's memory.
-    const int64_t x_bytes =
-        p.batch * p.rows * p.cols * (p.type == Type::kBf16 || p.type == Type::kF16 ? 2 : 4);
-    const auto most_shares = [&](int64_t extent, bool per_image) {
-        const int64_t share = (per_image ? p.batch : 1) * extent * p.rank * sizeof(float);
-        return x_bytes / 4 / share;
+    // All partial sums of a factor take at most a quarter of X's memory.
+    const int64_t x_bytes = p.batch * p.rows * p.cols * element_bytes(p.type);
+    const auto max_partials = [&](int64_t extent, bool per_image) {
+        const int64_t partial_bytes = (per_image ? p.batch : 1) * extent * p.rank * sizeof(float);
+        return x_bytes / 4 / partial_bytes;
     };
     if (by_rows) {
         plan.rows = deal(ceil_div(p.rows, own), ceil_div(p.cols, stream), p.batch, p.a_per_image,
-                         each, most_shares(p.rows, p.a_per_image));
+                         each, max_partials(p.rows, p.a_per_image));
     }
     if (by_cols) {
         plan.cols = deal(ceil_div(p.cols, own), ceil_div(p.rows, stream), p.batch, p.b_per_image,
-                         each, most_shares(p.cols, p.b_per_image));
+                         each, max_partials(p.cols, p.b_per_image));
     }
     // The kind with fewer blocks starts first and goes through the matrix in `ranges` parts at
     // once; the other kind's blocks come in the order in which those parts are read.
@@ -191,50 +173,46 @@ BackwardPlan plan_backward(const Problem& p, const Limits& limits, const Gradien
         other.strips_per_part = static_cast<int>(ceil_div(other.strips, other.interleave));
     }
     plan.workspace_bytes =
-        sizeof(float) * (row_shares(p, plan).floats + col_shares(p, plan).floats);
+        sizeof(float) * (row_partials(p, plan).floats + col_partials(p, plan).floats);
     return plan;
 }
 
-void backward(const Problem& p, const BackwardPlan& plan, const Gradients& grad, void* workspace,
-              void* stream) {
+void launch_backward(const Problem& p, const BackwardPlan& plan, const Gradients& grad,
+                     void* workspace, void* stream) {
     const BackwardVariant& variant = variants(p).backward[plan.shape];
     const bool by_rows = plan.rows.strips > 0, by_cols = plan.cols.strips > 0;
-    const Shares rows = row_shares(p, plan), cols = col_shares(p, plan);
+    const Partials rows = row_partials(p, plan), cols = col_partials(p, plan);
     float* const row_sums = static_cast<float*>(workspace);
     float* const col_sums = row_sums + rows.floats;
-    const auto target = [](void* result, const Shares& shares, float* sums) {
-        return !result            ? FactorGradient{}
-               : shares.count > 1 ? FactorGradient{nullptr, sums}
-                                  : FactorGradient{result, nullptr};
+    const auto target = [](void* result, const Partials& partials, float* sums) {
+        return !result              ? FactorGradient{}
+               : partials.count > 1 ? FactorGradient{nullptr, sums}
+                                    : FactorGradient{result, nullptr};
     };
     const int64_t row_blocks = by_rows ? plan.rows.blocks() : 0;
     const int64_t col_blocks = by_cols ? plan.cols.blocks() : 0;
     const double elements = static_cast<double>(p.batch) * p.rows * p.cols;
-    const BackwardParams params{p,
-                                grad.grad_x_hat,
-                                grad.grad_x_hat_per_image,
-                                grad.grad_mse,
-                                2.0 / elements,
-                                plan.stages,
-                                plan.rows,
-                                plan.cols,
-                                plan.cols_first,
-                                checked_blocks(plan.cols_first ? col_blocks : row_blocks),
-                                plan.x_by_rows ? grad.grad_x : nullptr,
-                                plan.x_by_cols ? grad.grad_x : nullptr,
-                                target(grad.grad_a, rows, row_sums),
-                                target(grad.grad_b, cols, col_sums)};
+    const BackwardParams params{
+        .problem = p,
+        .grad_x_hat = grad.grad_x_hat,
+        .grad_x_hat_per_image = grad.grad_x_hat_per_image,
+        .grad_mse = grad.grad_mse,
+        .two_over_elements = 2.0 / elements,
+        .stages = plan.stages,
+        .row_work = plan.rows,
+        .col_work = plan.cols,
+        .cols_first = plan.cols_first,
+        .first_blocks = checked_blocks(plan.cols_first ? col_blocks : row_blocks),
+        .grad_x_by_rows = plan.x_by_rows ? grad.grad_x : nullptr,
+        .grad_x_by_cols = plan.x_by_cols ? grad.grad_x : nullptr,
+        .grad_a = target(grad.grad_a, rows, row_sums),
+        .grad_b = target(grad.grad_b, cols, col_sums)};
     variant.launch(checked_blocks(row_blocks + col_blocks), plan.shared_bytes, stream, params);
-    const auto add_up = [&](const Shares& shares, const float* sums, void* result) {
-        if (!result || shares.count == 1) return;
-        switch (p.type) {
-            case Type::kBf16:
-                return sum_shares<bf16>(shares, sums, result, stream);
-            case Type::kF16:
-                return sum_shares<f16>(shares, sums, result, stream);
-            default:
-                return sum_shares<float>(shares, sums, result, stream);
-        }
+    const auto add_up = [&](const Partials& partials, const float* sums, void* result) {
+        if (!result || partials.count == 1) return;
+        with_element(p.type, [&](auto element) {
+            sum_partials<decltype(element)>(partials, sums, result, stream);
+        });
     };
     add_up(rows, row_sums, grad.grad_a);
     add_up(cols, col_sums, grad.grad_b);

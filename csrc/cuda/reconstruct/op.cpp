@@ -2,7 +2,6 @@
 #include "cuda/reconstruct/op.h"
 
 #include <utility>
-#include <vector>
 
 #include "cuda/common/device.h"
 #include "cuda/common/tensors.h"
@@ -29,20 +28,12 @@ Problem problem_of(const Tensor& x, const Tensor& y, const Tensor& z, bool tf32)
     return p;
 }
 
-// New memory of the given shape (.., C, N), laid out as the features are.
-Tensor empty_like_features(const Problem& p, const Tensor& x, bool batched) {
-    std::vector<int64_t> shape{p.rows, p.cols};
-    if (batched) shape.insert(shape.begin(), p.batch);
-    const Tensor memory = torch::stable::new_empty(x, shape);
-    return p.transposed ? torch::stable::transpose(memory, -1, -2) : memory;
-}
-
 Tensor run_forward(const DeviceScope& device, const Problem& p, const Tensor& x, void* x_hat) {
     const ForwardPlan plan = plan_forward(p, device.limits());
     const Tensor mse = torch::stable::new_empty(x, {}, ScalarType::Float);
     const Tensor workspace = bytes(x, plan.workspace_bytes);
-    forward(p, plan, x_hat, static_cast<float*>(mse.data_ptr()), workspace.data_ptr(),
-            device.stream());
+    launch_forward(p, plan, x_hat, static_cast<float*>(mse.data_ptr()), workspace.data_ptr(),
+                   device.stream());
     return mse;
 }
 
@@ -52,7 +43,7 @@ std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const T
                                        bool tf32) {
     const DeviceScope device(x);
     const Problem p = problem_of(x, y, z, tf32);
-    const Tensor x_hat = empty_like_features(p, x, p.a_per_image || p.b_per_image);
+    const Tensor x_hat = empty_features(x, p.a_per_image || p.b_per_image);
     return {x_hat, run_forward(device, p, x, x_hat.data_ptr())};
 }
 
@@ -70,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
     Problem p = problem_of(x, y, z, tf32);
     // An operator's outputs may not share memory, empty or not.
     const auto none = [&] { return torch::stable::new_empty(x, {0}); };
-    Tensor grad_x = need_x ? empty_like_features(p, x, true) : none();
+    Tensor grad_x = need_x ? empty_features(x) : none();
     const Tensor grad_y = need_y ? torch::stable::new_empty(y, y.sizes()) : none();
     const Tensor grad_z = need_z ? torch::stable::new_empty(z, z.sizes()) : none();
 
@@ -88,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
     if (grad.grad_x || grad.grad_a || grad.grad_b) {
         const BackwardPlan plan = plan_backward(p, device.limits(), grad);
         const Tensor workspace = bytes(x, plan.workspace_bytes);
-        backward(p, plan, grad, workspace.data_ptr(), device.stream());
+        launch_backward(p, plan, grad, workspace.data_ptr(), device.stream());
     }
     return {grad_x, grad_y, grad_z};
 }

@@ -9,19 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/common/types.h"
+
 namespace mfops::cuda {
-
-inline constexpr int kMaxRank = 256;
-
-// Element type of X, A, B and how their products are computed.
-enum class Type { kFloat32, kTf32, kBf16, kF16 };
-
-// Matrices in global memory, one for each image: element e of line l of image b is
-// data[b * batch + l * line + e * step]. A batch stride of 0: one matrix for all images.
-struct Lines {
-    const void* data = nullptr;
-    int64_t batch = 0, line = 0, step = 0;
-};
 
 struct Problem {
     Type type = Type::kFloat32;
@@ -31,14 +21,6 @@ struct Problem {
     Lines x;     // lines are rows
     Lines a, b;  // lines are channels for the factor Y, bases for the factor Z
     bool a_per_image = false, b_per_image = false;  // both false: one product for all images
-};
-
-// What the kernels of a device may use.
-struct Limits {
-    int multiprocessors = 0;
-    int shared_per_block = 0, shared_per_multiprocessor = 0;  // bytes
-    // That run side by side, of eight blocks with all the shared memory they may have; 0: none.
-    int clusters = 0;
 };
 
 // How a kernel's work is dealt out to its blocks. A block owns one strip (`own` rows, or columns,
@@ -89,11 +71,12 @@ ForwardPlan plan_forward(const Problem&, const Limits&);
 
 // X' into `x_hat` (dense, in X's memory order, one matrix where the factors are shared; null: not
 // wanted), the mean squared error into `mse`; `workspace` holds plan.workspace_bytes.
-void forward(const Problem&, const ForwardPlan&, void* x_hat, float* mse, void* workspace,
-             void* stream);
+void launch_forward(const Problem&, const ForwardPlan&, void* x_hat, float* mse, void* workspace,
+                    void* stream);
 
 BackwardPlan plan_backward(const Problem&, const Limits&, const Gradients&);
 
-void backward(const Problem&, const BackwardPlan&, const Gradients&, void* workspace, void* stream);
+void launch_backward(const Problem&, const BackwardPlan&, const Gradients&, void* workspace,
+                     void* stream);
 
 }  // namespace mfops::cuda

@@ -2,11 +2,11 @@
 // shared memory, and how a block goes through its work.
 #pragma once
 
+#include "cuda/common/pipeline.cuh"
 #include "cuda/common/product.cuh"
+#include "cuda/reconstruct/problem.h"
 
 namespace mfops::cuda {
-
-inline constexpr int kWarps = 8, kThreads = 32 * kWarps;
 
 // A block owns `own` rows (or columns) and streams tiles of `stream` columns (or rows).
 struct TileShape {
@@ -42,8 +42,6 @@ struct Shapes<4, kShared> {
         {64, 32, 64, 16, 1}, {64, 32, 128, 8, 1}, {32, 32, 256, 8, 1}};
 };
 
-__host__ __device__ constexpr int padded_rank(int rank) { return (rank + 15) / 16 * 16; }
-
 // A tile of X, or of what is as large. The padding takes the granule that a line may have besides,
 // and puts the lines that a warp reads together into different banks.
 template <class T, int kRows, int kCols, int kThreads>
@@ -57,8 +55,9 @@ struct FeatureTile {
                                                 int64_t rows, int64_t cols) {
         fill<kThreads>(tile(start), from, origin, kRows, kCols, rows, cols);
     }
-    __device__ __forceinline__ static bool settle(int start, const Lines& from, const T* origin) {
-        return cuda::settle<kThreads>(tile(start), from, origin, kRows, kCols);
+    __device__ __forceinline__ static bool align_lines(int start, const Lines& from,
+                                                       const T* origin) {
+        return cuda::align_lines<kThreads>(tile(start), from, origin, kRows, kCols);
     }
 };
 
@@ -83,15 +82,15 @@ struct FactorTile {
     // `valid` of the kExtent rows exist.
     __device__ __forceinline__ static void load(int start, int rank, const Lines& from,
                                                 int64_t image, int64_t first, int64_t valid) {
-        const int padded = padded_rank(rank);
+        const int padded = padded_16(rank);
         fill<kThreads>(tile(start, padded), from, origin(from, image, first), lines(padded),
                        length(padded), kByK ? valid : rank, kByK ? rank : valid);
     }
-    __device__ __forceinline__ static bool settle(int start, int rank, const Lines& from,
-                                                  int64_t image, int64_t first) {
-        const int padded = padded_rank(rank);
-        return cuda::settle<kThreads>(tile(start, padded), from, origin(from, image, first),
-                                      lines(padded), length(padded));
+    __device__ __forceinline__ static bool align_lines(int start, int rank, const Lines& from,
+                                                       int64_t image, int64_t first) {
+        const int padded = padded_16(rank);
+        return cuda::align_lines<kThreads>(tile(start, padded), from, origin(from, image, first),
+                                           lines(padded), length(padded));
     }
 };
 
@@ -104,16 +103,12 @@ struct Tiles {
     using B = FactorTile<T, kTransposed, kCols, 32 * kWarps>;
 };
 
-__device__ __forceinline__ int next_slot(int slot, int stages) {
-    return slot + 1 == stages ? 0 : slot + 1;
-}
-
-// A block's share of the work.
+// What one block does of the work.
 struct Item {
     int strip;
     int first_tile, tiles;
     int first_image, images;
-    int share;  // which of the sums that make up a strip's result
+    int partial;  // which of the partial sums of a strip's result it leaves
 
     __device__ __forceinline__ int steps() const { return tiles * images; }
 };
@@ -127,12 +122,12 @@ __device__ __forceinline__ Item item_of(const Work& work, int64_t batch, unsigne
     const auto part = [](int64_t n, int i, int parts) { return static_cast<int>(n * i / parts); };
     const int first_tile = part(work.tiles, range, work.ranges);
     const int first_image = part(batch, chunk, work.chunks);
-    return {strip,
-            first_tile,
-            part(work.tiles, range + 1, work.ranges) - first_tile,
-            first_image,
-            part(batch, chunk + 1, work.chunks) - first_image,
-            chunk * work.ranges + range};
+    return {.strip = strip,
+            .first_tile = first_tile,
+            .tiles = part(work.tiles, range + 1, work.ranges) - first_tile,
+            .first_image = first_image,
+            .images = part(batch, chunk + 1, work.chunks) - first_image,
+            .partial = chunk * work.ranges + range};
 }
 
 // One step: a tile of one image. Of shared factors, all images of a tile come one after another,
@@ -152,8 +147,12 @@ struct Steps {
 
     __device__ __forceinline__ Step next(int slot) {
         const bool first = !kShared || image == 0, last = !kShared || image == item.images - 1;
-        const Step step{item.first_tile + tile,   item.first_image + image, first, last, slot,
-                        kShared ? streamed : slot};
+        const Step step{.tile = item.first_tile + tile,
+                        .image = item.first_image + image,
+                        .first = first,
+                        .last = last,
+                        .slot = slot,
+                        .streamed = kShared ? streamed : slot};
         if (kShared) {
             if (last) streamed = next_slot(streamed, stages);
             image = last ? 0 : image + 1, tile += last;
@@ -163,57 +162,5 @@ struct Steps {
         return step;
     }
 };
-
-__device__ __forceinline__ void wait_for_copies(int pending) {
-    switch (pending) {
-        case 0:
-            return cp_async_wait<0>();
-        case 1:
-            return cp_async_wait<1>();
-        default:
-            return cp_async_wait<2>();
-    }
-}
-
-// Runs load(step, slot) for every step, `stages` - 1 steps ahead, and compute(step, slot) on what
-// has arrived; slot = step % stages. A stage is filled again only after every thread has left the
-// step that used it.
-template <class Load, class Compute>
-__device__ __forceinline__ void pipeline(int steps, int stages, Load load, Compute compute) {
-    const int ahead = stages - 1;
-    int slot = 0;
-#pragma unroll 1
-    for (int step = -ahead; step < steps; ++step) {
-        if (step >= 0) {
-            if (ahead > 0) wait_for_copies(ahead - 1);
-            __syncthreads();
-        }
-        // The stage that was computed on last; before the first step they are filled in order.
-        const int free = step < 0 ? step + ahead : slot == 0 ? ahead : slot - 1;
-        if (step + ahead < steps) load(step + ahead, free);
-        cp_async_commit();
-        if (step < 0) continue;
-        if (ahead == 0) {
-            wait_for_copies(0);
-            __syncthreads();
-        }
-        compute(step, slot);
-        slot = next_slot(slot, stages);
-    }
-}
-
-// The block's sum of `value`, added in a fixed order, in thread 0. All shared memory is free.
-template <int kWarpsOfBlock = kWarps>
-__device__ __forceinline__ double block_sum(double value) {
-    for (int offset = 16; offset > 0; offset /= 2) value += shuffle_down(value, offset);
-    double* sums = reinterpret_cast<double*>(shared_memory());
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
-    __syncthreads();
-    if (threadIdx.x != 0) return 0;
-    double total = 0;
-    for (int warp = 0; warp < kWarpsOfBlock; ++warp) total += sums[warp];
-    return total;
-}
 
 }  // namespace mfops::cuda

@@ -1,9 +1,6 @@
 // Compiles every kernel of one type.
 #pragma once
 
-#include <iterator>
-#include <utility>
-
 #include "cuda/reconstruct/variants.h"
 
 namespace mfops::cuda {
@@ -12,41 +9,30 @@ template <Type kType, bool kTransposed, bool kShared>
 struct Compiled {
     using Table = Shapes<sizeof(Element<kType>), kShared>;
 
-    template <size_t kIndex>
-    static constexpr ForwardVariant forward() {
-        constexpr TileShape s = Table::kForward[kIndex];
-        return {s, forward_shared_bytes<Tiles<kType, kTransposed, s.own, s.stream, s.warps>>,
+    struct Forward {
+        template <TileShape s>
+        static constexpr ForwardVariant of() {
+            return {
+                s, forward_shared_bytes<Tiles<kType, kTransposed, s.own, s.stream, s.warps>>,
                 launch_blocks<
                     forward_kernel<kType, kTransposed, kShared, s.own, s.stream, s.warps, s.blocks>,
-                    s.warps, ForwardParams>};
-    }
+                    32 * s.warps, ForwardParams>};
+        }
+    };
 
-    template <size_t kIndex>
-    static constexpr BackwardVariant backward() {
-        constexpr TileShape s = Table::kBackward[kIndex];
-        return {s, backward_shared_bytes<kType, kTransposed, s.own, s.stream, s.warps>,
-                launch_blocks<backward_kernel<kType, kTransposed, kShared, s.own, s.stream,
-                                              s.max_rank, s.warps, s.blocks>,
-                              s.warps, BackwardParams>};
-    }
-
-    template <size_t... kForward, size_t... kBackward>
-    static Variants all(std::index_sequence<kForward...>, std::index_sequence<kBackward...>) {
-        static constexpr ForwardVariant forward_variants[] = {forward<kForward>()...};
-        static constexpr BackwardVariant backward_variants[] = {backward<kBackward>()...};
-        return {forward_variants, backward_variants};
-    }
+    struct Backward {
+        template <TileShape s>
+        static constexpr BackwardVariant of() {
+            return {s, backward_shared_bytes<kType, kTransposed, s.own, s.stream, s.warps>,
+                    launch_blocks<backward_kernel<kType, kTransposed, kShared, s.own, s.stream,
+                                                  s.max_rank, s.warps, s.blocks>,
+                                  32 * s.warps, BackwardParams>};
+        }
+    };
 
     static Variants all() {
-        return all(std::make_index_sequence<std::size(Table::kForward)>(),
-                   std::make_index_sequence<std::size(Table::kBackward)>());
-    }
-
-   private:
-    template <auto Kernel, int kWarps, class Params>
-    static void launch_blocks(unsigned blocks, size_t shared_bytes, void* stream,
-                              const Params& params) {
-        launch<Kernel>(blocks, 32 * kWarps, shared_bytes, stream, params);
+        return {compiled_for_each<Forward, Table::kForward>(),
+                compiled_for_each<Backward, Table::kBackward>()};
     }
 };
 

@@ -3,6 +3,7 @@
 
 #include <span>
 
+#include "cuda/common/variants.cuh"
 #include "cuda/reconstruct/backward.cuh"
 #include "cuda/reconstruct/forward.cuh"
 
@@ -11,13 +12,13 @@ namespace mfops::cuda {
 struct ForwardVariant {
     TileShape shape;
     size_t (*shared_bytes)(int rank, int stages);
-    void (*launch)(unsigned blocks, size_t shared_bytes, void* stream, const ForwardParams&);
+    Launch<ForwardParams> launch;
 };
 
 struct BackwardVariant {
     TileShape shape;
     size_t (*shared_bytes)(int rank, bool grad_x_hat, int stages);
-    void (*launch)(unsigned blocks, size_t shared_bytes, void* stream, const BackwardParams&);
+    Launch<BackwardParams> launch;
 };
 
 struct Variants {

@@ -5,6 +5,7 @@
 #include "cuda/common/primitives.cuh"
 #include "cuda/reconstruct/op.cpp"
 #include "cuda/reconstruct/launch.cu"
+#include "cuda/common/mean.cu"
 #include "cuda/instantiations/reconstruct_float32.cu"
 #include "cuda/instantiations/reconstruct_tf32.cu"
 #include "cuda/instantiations/reconstruct_bf16.cu"

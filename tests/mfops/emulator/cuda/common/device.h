@@ -8,7 +8,7 @@
 
 #include <cstdlib>
 
-#include "cuda/reconstruct/problem.h"
+#include "cuda/common/types.h"
 
 namespace mfops::cuda {
 

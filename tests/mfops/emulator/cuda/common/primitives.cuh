@@ -38,9 +38,9 @@ namespace mfops::cuda {
 
 using emulator::Where;
 
-inline int here(int v) { return v; }
-inline unsigned here(unsigned v) { return v; }
-inline int64_t here(int64_t v) { return v; }
+inline int no_hoist(int v) { return v; }
+inline unsigned no_hoist(unsigned v) { return v; }
+inline int64_t no_hoist(int64_t v) { return v; }
 
 struct bf16 {
     uint16_t bits;
