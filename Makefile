@@ -5,8 +5,8 @@ PYTHON ?= python3 python3.12 python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
-EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfops/emulator/*/*))
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*/*)
+EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfops/emulator/*/*/*))
 
 # Of make gpu, in this order.
 GPU_PARTS := gpu-build gpu-test gpu-test-triton gpu-bench gpu-bench-op gpu-bench-factorizers gpu-sanitize

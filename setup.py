@@ -162,14 +162,14 @@ def extension(cxx: str, cuda_home: Path | None, cuda_missing: str | None) -> Ext
 
     major, minor = TORCH_TARGET
     macros = [("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")]
-    files = sources("*.cpp") + sources("cpu/*.cpp")
+    files = sources("*.cpp") + sources("cpu/**/*.cpp")
     flags = [CXX_STANDARD, "-O3", "-g0", "-fvisibility=hidden"]
     # libtorch.so brings torch's CUDA half where there is one; --as-needed would drop it.
     link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     library_dirs = library_paths()
     nvcc_flags: list[str] = []
     if cuda_home:
-        files += sources("cuda/*.cpp") + sources("cuda/*.cu")
+        files += sources("cuda/**/*.cpp") + sources("cuda/**/*.cu")
         macros.append(("MFOPS_WITH_CUDA", "1"))
         nvcc_flags = [CXX_STANDARD, "-O3", "-Xcompiler=-fvisibility=hidden"]
         nvcc_flags += ["-ccbin", shlex.split(cxx)[-1]]

@@ -5,10 +5,10 @@
 
 #include <string>
 
-#include "cpu/bf16.h"
+#include "cpu/common/bf16.h"
 
 #ifdef MFOPS_WITH_CUDA
-#include "cuda/probe.h"
+#include "cuda/common/probe.h"
 #endif
 
 namespace py = pybind11;
@@ -55,7 +55,7 @@ PYBIND11_MODULE(_C, module) {
                "Why products of bfloat16 features are made in float32 on this CPU; empty where the "
                "processor's own bfloat16 instructions make them.");
 #ifdef MFOPS_WITH_CUDA
-    module.def("cuda_obstacle", &mfops::cuda_obstacle, py::arg("device_index"),
+    module.def("cuda_unavailable_reason", &mfops::cuda_unavailable_reason, py::arg("device_index"),
                "Why this build has no code for the device, in CUDA's words; empty where it has.");
     module.def(
         "cuda_probe", &mfops::cuda_probe, py::arg("device_index"),

@@ -1,11 +1,11 @@
 // Registers the kernels at the dispatcher's keys. The schemas are in mfops/ops.py.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/factorize.h"
-#include "cpu/factorized.h"
+#include "cpu/factorize/op.h"
+#include "cpu/reconstruct/op.h"
 #ifdef MFOPS_WITH_CUDA
-#include "cuda/factorized.h"
-#include "cuda/factors.h"
+#include "cuda/factorize/op.h"
+#include "cuda/reconstruct/op.h"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(mfops, CPU, m) {

@@ -84,7 +84,7 @@ def _ask_build(index: int) -> str | None:
     obstacle = _ask_gpu(index)
     if obstacle is not None:
         return obstacle
-    words = importlib.import_module("mfops._C").cuda_obstacle(index)
+    words = importlib.import_module("mfops._C").cuda_unavailable_reason(index)
     name = torch.cuda.get_device_name(index)
     return f"the extension has no code for {name} (cuda:{index}): {words}" if words else None
 

@@ -1,7 +1,8 @@
 """The kernels of the table, and the work that each does on a tile inside the matrix.
 
 Counts are of a warp, of the busiest one where warps differ. They follow from the shapes of tiles
-in csrc/cuda (strip.cuh, columns.cuh), at (C, K) = (512, 64) in bfloat16, contiguous.
+(csrc/cuda: reconstruct/strip.cuh, factorize/columns.cuh) at (C, K) = (512, 64) in bfloat16,
+contiguous.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def backward(own_rows: bool, aligned: bool) -> Kernel:
 
 
 def round_(nmf: bool, aligned: bool) -> Kernel:
-    scores, share = products(32, 64, 512), products(512, 64, 32)
+    scores, sums = products(32, 64, 512), products(512, 64, 32)
     x = Moves(512, 32, 256, aligned)
     z = pairs(32, 64)
     before = Moves(32, 64, 256, True, 2).brought() if nmf else {}  # nmf: the Z before
@@ -163,10 +164,10 @@ def round_(nmf: bool, aligned: bool) -> Kernel:
         work = [
             {MMA: scores + square, LDSM: 4, LDSM_T: 64 + 4},
             {QUOTIENT: 2 * z, STORE: z},
-            {OUT_16: 1, MMA: share + square, LDSM: 8, LDSM_T: 8 + 6},
+            {OUT_16: 1, MMA: sums + square, LDSM: 8, LDSM_T: 8 + 6},
         ]
     else:
-        work = [{MMA: scores}, {EXP: 2 * z}, {STORE: z}, {MMA: share, LOAD_2: 32}]
+        work = [{MMA: scores}, {EXP: 2 * z}, {STORE: z}, {MMA: sums, LOAD_2: 32}]
     brought = both(x.brought(), before, x.settled())
     # A barrier follows what is settled, on a path of its own.
     work = [both(brought, work[0]), *work[1:]] if aligned else [brought, *work]
@@ -175,7 +176,7 @@ def round_(nmf: bool, aligned: bool) -> Kernel:
     stage = tile(512, 32) + (tile(32, 64) if nmf else 0)
     return Kernel(
         f"{'nmf' if nmf else 'em'}'s round, {aligned_or_odd(aligned)}",
-        rf"12round_kernelILNS0_4TypeE2ELb0ELNS0_6FamilyE{int(nmf)}ELNS0_6EndingE0ELi512E",
+        rf"12round_kernelILNS0_4TypeE2ELb0ELNS0_6FamilyE{int(nmf)}ELNS0_8EpilogueE0ELi512E",
         warps=8,
         blocks=1,
         shared=tile(512, 64) + gram + 3 * stage + (0 if nmf else tile(32, 64)) + small,
@@ -184,7 +185,7 @@ def round_(nmf: bool, aligned: bool) -> Kernel:
     )
 
 
-def resident(nmf: bool) -> Kernel:
+def persistent(nmf: bool) -> Kernel:
     """A round of a block's 144 columns; the busiest warps have 16 of them."""
     sums = products(256, 64, 144, 16)
     get = {GET: 8, **MEET}
@@ -219,8 +220,8 @@ def resident(nmf: bool) -> Kernel:
             {},
         ]
     return Kernel(
-        f"resident, {'nmf' if nmf else 'em'}: a round at N = 1089",
-        rf"15resident_kernelILNS0_4TypeE2ELb0ELNS0_6FamilyE{int(nmf)}E",
+        f"persistent, {'nmf' if nmf else 'em'}: a round at N = 1089",
+        rf"17persistent_kernelILNS0_4TypeE2ELb0ELNS0_6FamilyE{int(nmf)}E",
         warps=16,
         blocks=1,
         shared=2 * (144 * 512 + 512 * 64 + 144 * 64) + 3 * 4 * 64 + 16,
@@ -238,6 +239,6 @@ KERNELS = [
     backward(True, False),
     backward(False, False),
     *(round_(nmf, aligned) for nmf in (False, True) for aligned in (True, False)),
-    resident(False),
-    resident(True),
+    persistent(False),
+    persistent(True),
 ]

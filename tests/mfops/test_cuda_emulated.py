@@ -24,7 +24,7 @@ TYPES = [
     pytest.param(torch.bfloat16, torch.bfloat16, id="bfloat16"),
     pytest.param(torch.float16, torch.float16, id="float16"),
 ]
-# The table's largest take the emulator a minute; these reach as many tiles, strips and shares.
+# The table's largest take the emulator a minute; these reach as many tiles, strips and sums.
 SMALL_SHAPES = [s for s in SHAPES if s not in [(4, 70, 64, 1089), (1, 5, 9, 9000)]]
 RANK_SHAPES = [(2, 40, 256, 70), (2, 136, 128, 72), (2, 140, 96, 200), (1, 64, 200, 128)]
 KIB = 1024

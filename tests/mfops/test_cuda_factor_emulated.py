@@ -20,7 +20,7 @@ from test_cuda_emulated import KIB, TYPES
 from mfops.methods import METHODS
 
 # From more bases than a block takes of X Z^T to all that kernels take; all channels of a tile at
-# once, or chunk by chunk; on small GPUs chunk by chunk, but with several shares of each.
+# once, or chunk by chunk; on small GPUs chunk by chunk, but with several partials of each.
 RANK_SHAPES = [
     (1, 40, 256, 35),
     (1, 140, 128, 40),
@@ -142,13 +142,13 @@ RESIDENT_SHAPES = [
 
 @pytest.fixture
 def clusters(monkeypatch) -> None:
-    """The resident kernel wherever an image fits."""
+    """The persistent kernel wherever an image fits."""
     monkeypatch.setenv("MFOPS_EMULATOR_CLUSTERS", "1")
 
 
 @pytest.mark.parametrize(("method", "dtype"), RESIDENT)
 @pytest.mark.parametrize("shape", RESIDENT_SHAPES, ids=str)
-def test_resident_agrees_with_float64_reference(run, clusters, shape, method, dtype):
+def test_persistent_agrees_with_float64_reference(run, clusters, shape, method, dtype):
     for i, layout in enumerate(LAYOUTS):
         if i == 0 or shape[3] < 1000:
             case = guarded(make(shape, layout, dtype, method, i % 2 == 0))
@@ -157,7 +157,7 @@ def test_resident_agrees_with_float64_reference(run, clusters, shape, method, dt
 
 @pytest.mark.parametrize("method", ["em", "nmf"])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_resident_same_bits_in_any_order_of_blocks(run, clusters, monkeypatch, layout, method):
+def test_persistent_same_bits_in_any_order_of_blocks(run, clusters, monkeypatch, layout, method):
     case = make((2, 70, 40, 150), layout, torch.bfloat16, method)
     first, *others = (
         (monkeypatch.setenv("MFOPS_EMULATOR_ORDER", order), results(run, case, method))[1]
@@ -168,7 +168,7 @@ def test_resident_same_bits_in_any_order_of_blocks(run, clusters, monkeypatch, l
 
 
 @pytest.mark.parametrize(("pixels", "fits"), [(300, True), (2049, False)])
-def test_resident_is_taken_where_an_image_fits(run, clusters, monkeypatch, pixels, fits):
+def test_persistent_is_taken_where_an_image_fits(run, clusters, monkeypatch, pixels, fits):
     """It computes with other tiles, so its last bits are others."""
     case = make((1, 64, 16, pixels), "contiguous", torch.bfloat16, "em")
     found = run.factorize(case.x, case.y0, "em", 2, False)[0]
@@ -184,11 +184,11 @@ STREAMED = {0: range(1, 100), 1: [], 15: [*range(16, 25), *range(31, 38), *range
 
 @pytest.mark.parametrize("clusters", STREAMED)
 @pytest.mark.parametrize("method", ["em", "nmf"])
-def test_resident_is_taken_where_its_waves_are_full(run, monkeypatch, method, clusters):
+def test_persistent_is_taken_where_its_waves_are_full(run, monkeypatch, method, clusters):
     monkeypatch.setenv("MFOPS_EMULATOR_CLUSTERS", str(clusters))
     image = torch.empty(512, 1089, dtype=torch.bfloat16)
     batches = range(1, 100)
-    streamed = [b for b in batches if not run.is_resident(image.expand(b, -1, -1), 64, method)]
+    streamed = [b for b in batches if not run.is_persistent(image.expand(b, -1, -1), 64, method)]
     assert streamed == list(STREAMED[clusters])
 
 

@@ -87,7 +87,7 @@ def gpu(monkeypatch):
         cache.cache_clear()
     for error in ("EXTENSION_ERROR", "CUDA_ERROR", "TRITON_ERROR"):
         monkeypatch.setattr(dispatch, error, None)
-    extension = SimpleNamespace(cuda_obstacle=lambda index: None)
+    extension = SimpleNamespace(cuda_unavailable_reason=lambda index: None)
     monkeypatch.setitem(sys.modules, "mfops._C", extension)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU 3000")
@@ -123,7 +123,7 @@ def test_an_extension_without_cuda(gpu, monkeypatch):
 
 
 def test_an_extension_built_for_other_gpus(gpu, monkeypatch):
-    extension = SimpleNamespace(cuda_obstacle=lambda index: "no kernel image")
+    extension = SimpleNamespace(cuda_unavailable_reason=lambda index: "no kernel image")
     monkeypatch.setitem(sys.modules, "mfops._C", extension)
     assert obstacles(gpu[0]) == {
         "native": "the extension has no code for GPU 3000 (cuda:0): no kernel image",

@@ -19,7 +19,7 @@ from benchmarks.machine_code.kernels import ARCH, KERNELS
 from benchmarks.machine_code.table import DOCUMENT, ceilings, compiler, measured
 
 ROOT = Path(__file__).parents[2]
-TYPES = ["float32", "tf32", "bf16", "f16"]  # in the order of csrc/cuda/problem.h
+TYPES = ["float32", "tf32", "bf16", "f16"]  # in the order of csrc/cuda/common/types.h
 TENSOR_CORE = {
     "tf32": "HMMA.1688.F32.TF32",
     "bf16": "HMMA.16816.F32.BF16",
@@ -32,7 +32,7 @@ MOVES = {"forward": (3, 1, 0), "backward": (8, 2, 2)}
 
 
 class Kernel(NamedTuple):
-    kind: str  # "forward", "backward", "round", "share", "nmf_backward" or "resident"
+    kind: str  # "forward", "backward", "round", "partials", "nmf_backward" or "persistent"
     type: str
     transposed: bool
     shared: bool  # one product for all images
@@ -51,12 +51,12 @@ class Kernel(NamedTuple):
             flags = transposed == "1", shared == "1"
             return cls(kind, TYPES[int(type_)], *flags, int(warps), int(blocks))
         match = re.search(
-            r"\d(round|share|nmf_backward|resident)_kernelILNS0_4TypeE(\d)ELb(\d)E", mangled
+            r"\d(round|partials|nmf_backward|persistent)_kernelILNS0_4TypeE(\d)ELb(\d)E", mangled
         )
         if match is None:
             return None
         kind, type_, transposed = match.groups()
-        warps = 16 if kind == "resident" else 8
+        warps = 16 if kind == "persistent" else 8
         return cls(kind, TYPES[int(type_)], transposed == "1", False, warps, 1)
 
 
@@ -115,10 +115,10 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
     assert set(resources) == {(arch, name) for arch in archs for name in names}
     kernels = [kernel for name in names if (kernel := Kernel.of(name))]
     columns = set(product(TYPES, (False, True)))
-    for kind in ("round", "share", "nmf_backward"):
+    for kind in ("round", "partials", "nmf_backward"):
         assert {(k.type, k.transposed) for k in kernels if k.kind == kind} == columns
-    resident = {(k.type, k.transposed) for k in kernels if k.kind == "resident"}
-    assert resident == {(t, transposed) for t, transposed in columns if t in ("bf16", "f16")}
+    persistent = {(k.type, k.transposed) for k in kernels if k.kind == "persistent"}
+    assert persistent == {(t, transposed) for t, transposed in columns if t in ("bf16", "f16")}
     variants = set(product(TYPES, (False, True), (False, True)))
     for kind in ("forward", "backward"):
         assert {(k.type, k.transposed, k.shared) for k in kernels if k.kind == kind} == variants
@@ -147,7 +147,7 @@ def test_products_run_on_tensor_cores_and_ieee_float32_does_not(instructions):
             assert counts["FFMA"] >= 16, name  # 4 x 4 accumulators, if no more
         else:
             allowed = {TENSOR_CORE[kernel.type]}
-            if kernel.type == "f16" and kernel.kind in ("round", "share"):
+            if kernel.type == "f16" and kernel.kind in ("round", "partials"):
                 allowed.add(TENSOR_CORE["tf32"])  # a softmax's range is too large
             assert tensor, name
             assert tensor <= allowed, (name, tensor)
@@ -164,7 +164,7 @@ def test_features_move_128_bits_at_a_time(instructions, transposed):
         checked.add(kernel.kind)
         if counts[TENSOR_CORE["bf16"]] or counts[TENSOR_CORE["f16"]]:
             assert any(i.startswith("LDSM") for i in counts), name
-        if kernel.kind == "resident":  # loads once, by way of registers
+        if kernel.kind == "persistent":  # loads once, by way of registers
             assert any(i.startswith("LDG") and ".128" in i for i in counts), name
             assert any(i.startswith("STG") and ".128" in i for i in counts), name
             continue
@@ -181,14 +181,14 @@ def test_features_move_128_bits_at_a_time(instructions, transposed):
         if kernel.type in ("bf16", "f16"):  # less than 16 bytes at a line's end, no fragments
             assert counts["LDS.U16"] <= 8 * written, name
             assert counts["STS.U16"] <= filled, name
-    assert checked == {"forward", "backward", "round", "share", "nmf_backward", "resident"}
+    assert checked == {"forward", "backward", "round", "partials", "nmf_backward", "persistent"}
 
 
 def test_memory_is_never_addressed_generically(instructions):
     for name, counts in instructions.items():
         if kernel := Kernel.of(name):
             generic = {i for i in counts if re.match(r"(LD|ST)(\.|$)", i)}
-            if kernel.kind == "resident":  # other blocks' shared memory is reached in this way
+            if kernel.kind == "persistent":  # other blocks' shared memory is reached in this way
                 generic -= {"LD.E.128", "ST.E.64"}
             assert not generic, (name, generic)
 

@@ -187,7 +187,7 @@ def test_round(compiled, nmf, shape):
     before[..., :rank] = bits(random.random((batch, pixels, rank)))
     squares, factors = np.ones((batch, 1, k), np.float32), np.ones((batch, k), np.float32)
     stages, ranges, tiles = 2, 2, -(-pixels // 32)
-    shares = memory.room((batch, ranges, channels, k), np.float32)
+    partials = memory.room((batch, ranges, channels, k), np.float32)
     sums_shape = (batch, ranges, k, k) if nmf else (batch, ranges, k)
     sums = memory.room(sums_shape, np.float32)
     z = memory.room((batch, rank, pixels), np.uint16)
@@ -202,14 +202,14 @@ def test_round(compiled, nmf, shape):
         gram=memory.put(gram),
         z_before=memory.put(before),
         z_after=memory.room(before.shape, np.uint16) if nmf else 0,
-        shares=shares,
+        partials=partials,
         sums=sums,
         z=z,
     )
     z_tiles = stages if nmf else 1
     places = (padded(channels) + nmf * k + z_tiles * 32) * (k + 8) + stages * 256 * 40
     shared = 2 * places + 4 * (k + 256 + 2 * 32 * 4)
-    family = f"FamilyE{int(nmf)}ELNS0_6EndingE0ELi256E"
+    family = f"FamilyE{int(nmf)}ELNS0_8EpilogueE0ELi256E"
     kernel = program(compiled, f"round_kernelILNS0_4TypeE{p.BF16}ELb0ELNS0_6{family}")
     run(kernel, bytes(parameters), memory, Grid(batch * ranges, 256, shared))
 
@@ -220,8 +220,8 @@ def test_round(compiled, nmf, shape):
         after = values(before).transpose(0, 2, 1)[:, :rank] * scores / under[:, :rank]
     rounding = 2.0**-8  # of Z
     assert off(values(memory.get(z, after.shape, np.uint16)), after) < rounding
-    share = memory.get(shares, (batch, ranges, channels, k), np.float32).sum(1)[..., :rank]
-    assert off(share, values(x) @ after.transpose(0, 2, 1)) < rounding
+    product = memory.get(partials, (batch, ranges, channels, k), np.float32).sum(1)[..., :rank]
+    assert off(product, values(x) @ after.transpose(0, 2, 1)) < rounding
     total = memory.get(sums, sums_shape, np.float32).sum(1)
     if nmf:
         assert off(total[:, :rank, :rank], after @ after.transpose(0, 2, 1)) < 2 * rounding
@@ -247,7 +247,7 @@ def nmf(x: np.ndarray, y: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize("method", [em, nmf], ids=["em", "nmf"])
-def test_resident(compiled, method):
+def test_persistent(compiled, method):
     """A cluster of eight blocks, lines of odd length that start 2 bytes beyond 16."""
     shape = batch, channels, rank, pixels = 1, 70, 20, 151
     random, memory, k, steps = np.random.default_rng(0), Global(), padded(rank), 2
@@ -258,7 +258,7 @@ def test_resident(compiled, method):
     x_hat = memory.room(x.shape, np.uint16)
     errors = memory.room((8 * batch,), np.float64)
     whole, span = -(-channels // 32) * 32, -(-pixels // 128) * 16
-    parameters = p.Resident(
+    parameters = p.Persistent(
         factor_problem(memory.put(x, shift=2), shape),
         span,
         steps,
@@ -273,7 +273,7 @@ def test_resident(compiled, method):
     bases = max(whole * k * 2, (k + 2 * -(-whole // 2 // 8)) * k * 4)
     shared = 2 * whole * span + bases + 2 * span * k + 12 * k + 16
     family = f"FamilyE{int(method is nmf)}E"
-    kernel = program(compiled, f"resident_kernelILNS0_4TypeE{p.BF16}ELb0ELNS0_6{family}")
+    kernel = program(compiled, f"persistent_kernelILNS0_4TypeE{p.BF16}ELb0ELNS0_6{family}")
     run(kernel, bytes(parameters), memory, Grid(8 * batch, 512, shared, cluster=8))
 
     x = values(x)

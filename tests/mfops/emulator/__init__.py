@@ -1,4 +1,4 @@
-"""Runs csrc/cuda's kernels without a GPU: compiles them against cuda/primitives.cuh of this folder.
+"""Runs csrc/cuda's kernels without a GPU: compiles them against cuda/common of this folder.
 
 An entry point is an extern "C" function that returns `mfops::emulator::error_of(...)`. The
 environment's MFOPS_EMULATOR_ORDER ("ascending", "descending" or a number, the seed of a shuffle) is

@@ -2,22 +2,23 @@
 #include <torch/csrc/stable/library.h>
 
 // clang-format off: the emulator's primitives first
-#include "cuda/primitives.cuh"
-#include "cuda/factors.cpp"
-#include "cuda/factor_launch.cu"
-#include "cuda/factor_float32.cu"
-#include "cuda/factor_tf32.cu"
-#include "cuda/factor_bf16.cu"
-#include "cuda/factor_f16.cu"
+#include "cuda/common/primitives.cuh"
+#include "cuda/factorize/op.cpp"
+#include "cuda/factorize/launch.cu"
+#include "cuda/instantiations/factorize_float32.cu"
+#include "cuda/instantiations/factorize_tf32.cu"
+#include "cuda/instantiations/factorize_bf16.cu"
+#include "cuda/instantiations/factorize_f16.cu"
 // clang-format on
 
 namespace mfops::cuda {
 namespace {
 
 // Whether all rounds are planned as one launch.
-bool is_resident(const Tensor& x, int64_t rank, std::string method) {
+bool is_persistent(const Tensor& x, int64_t rank, std::string method) {
     const FactorProblem p = factor_problem_of(x, rank, false);
-    return plan_factors(p, DeviceScope(x).limits(), method_of(method), 1, false).span > 0;
+    return plan_factorize(p, DeviceScope(x).limits(), method_of(method), 1, false)
+        .persistent.has_value();
 }
 
 }  // namespace
@@ -33,12 +34,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
     m.def(
         "nmf_backward(Tensor? grad_x_hat, Tensor? grad_mse, Tensor x, Tensor y, Tensor z, "
         "Tensor z_scale, bool tf32) -> Tensor");
-    m.def("is_resident(Tensor x, int rank, str method) -> bool");
+    m.def("is_persistent(Tensor x, int rank, str method) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mfops_emulated, CPU, m) {
     m.impl("factorize", TORCH_BOX(&mfops::cuda::factorize));
     m.impl("factorize_reconstruct", TORCH_BOX(&mfops::cuda::factorize_reconstruct));
     m.impl("nmf_backward", TORCH_BOX(&mfops::cuda::nmf_backward));
-    m.impl("is_resident", TORCH_BOX(&mfops::cuda::is_resident));
+    m.impl("is_persistent", TORCH_BOX(&mfops::cuda::is_persistent));
 }

@@ -1,5 +1,5 @@
 // Kernels for the emulator's own tests; those that misbehave do so on purpose.
-#include "cuda/primitives.cuh"
+#include "cuda/common/primitives.cuh"
 
 namespace mfops::cuda {
 namespace {

@@ -2,13 +2,14 @@
 #include <torch/csrc/stable/library.h>
 
 // clang-format off: the emulator's primitives first
-#include "cuda/primitives.cuh"
-#include "cuda/factorized.cpp"
-#include "cuda/launch.cu"
-#include "cuda/float32.cu"
-#include "cuda/tf32.cu"
-#include "cuda/bf16.cu"
-#include "cuda/f16.cu"
+#include "cuda/common/primitives.cuh"
+#include "cuda/reconstruct/op.cpp"
+#include "cuda/reconstruct/launch.cu"
+#include "cuda/common/mean.cu"
+#include "cuda/instantiations/reconstruct_float32.cu"
+#include "cuda/instantiations/reconstruct_tf32.cu"
+#include "cuda/instantiations/reconstruct_bf16.cu"
+#include "cuda/instantiations/reconstruct_f16.cu"
 // clang-format on
 
 STABLE_TORCH_LIBRARY(mfops_emulated, m) {

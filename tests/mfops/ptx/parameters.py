@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-BF16 = 2  # of csrc/cuda/problem.h
+BF16 = 2  # of csrc/cuda/common/types.h
 POINTER, LONG, INT, BOOL = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_bool
 
 
@@ -46,7 +46,7 @@ class Forward(ctypes.Structure):
 
 
 class FactorGradient(ctypes.Structure):
-    _fields_ = [("result", POINTER), ("shares", POINTER)]
+    _fields_ = [("result", POINTER), ("partials", POINTER)]
 
 
 class Backward(ctypes.Structure):
@@ -99,7 +99,7 @@ class Round(ctypes.Structure):
         ("gram", POINTER),
         ("z_before", POINTER),
         ("z_after", POINTER),
-        ("shares", POINTER),
+        ("partials", POINTER),
         ("sums", POINTER),
         ("z", POINTER),
         ("z_scale", POINTER),
@@ -108,7 +108,7 @@ class Round(ctypes.Structure):
     ]
 
 
-class Resident(ctypes.Structure):
+class Persistent(ctypes.Structure):
     _fields_ = [
         ("problem", FactorProblem),
         ("span", INT),

@@ -1,9 +1,0 @@
-#include "cuda/factor_variants.cuh"
-
-namespace mfops::cuda {
-
-FactorVariants tf32_factor_variants(bool transposed) {
-    return compiled_factor_variants<Type::kTf32>(transposed);
-}
-
-}  // namespace mfops::cuda

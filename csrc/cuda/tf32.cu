@@ -1,9 +1,0 @@
-#include "cuda/variants.cuh"
-
-namespace mfops::cuda {
-
-Variants tf32_variants(bool transposed, bool shared) {
-    return compiled_variants<Type::kTf32>(transposed, shared);
-}
-
-}  // namespace mfops::cuda
