@@ -43,8 +43,7 @@ from benchmarks.questions import (
     NATIVE,
     TRITON,
 )
-from mfops import reference
-from mfops.functional import factorize_reconstruct
+from mfops import factorize_reconstruct, reference
 from mfops.methods import METHODS
 
 STEPS = {"em": 3, "nmf": 6}

@@ -18,8 +18,8 @@ from mfnet.backbone import Pyramid
 from mfnet.light import FactorizedDecoder, Projection, PyramidContext
 from mfnet.models import SegmentationNetwork
 from mfops import factorized_mse
-from mfops.autograd import inject_loss
 from mfops.factorizers import ImageFactorizer
+from mfops.loss_injection import inject_loss
 
 
 class Em(FactorizedDecoder):

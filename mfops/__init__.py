@@ -1,9 +1,14 @@
 """Fused low-rank reconstruction X' = Y Z and its loss, for global context in vision networks."""
 
 from mfops.attention import distribute, gather
-from mfops.autograd import set_loss_scaling
-from mfops.dispatch import available_backends, use_backend
-from mfops.functional import factorize, factorized_mse, factorized_reconstruction
+from mfops.backends import available_backends, use_backend
+from mfops.functional import (
+    factorize,
+    factorize_reconstruct,
+    factorized_mse,
+    factorized_reconstruction,
+)
+from mfops.loss_injection import set_loss_scaling
 from mfops.methods import Method, register_method
 from mfops.modules import FactorizedContext, collect_losses
 
@@ -16,6 +21,7 @@ __all__ = [
     "collect_losses",
     "distribute",
     "factorize",
+    "factorize_reconstruct",
     "factorized_mse",
     "factorized_reconstruction",
     "gather",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import mfops
-from mfops.dispatch import EXTENSION_ERROR, TRITON_ERROR
+from mfops.backends import EXTENSION_ERROR, TRITON_ERROR
 
 
 def _gpu() -> str:

@@ -14,10 +14,22 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from mfops.checks import check_method, check_positive, check_temperature
-from mfops.dispatch import FUSED_METHODS, under_transform
+from mfops.backends import under_transform
+from mfops.checks import (
+    check_channels,
+    check_features,
+    check_method,
+    check_positive,
+    check_temperature,
+)
 from mfops.exporting import is_exporting
-from mfops.functional import autocasts, factorize, factorize_reconstruct, product, reconstruct
+from mfops.functional import (
+    autocasts,
+    factorize_checked,
+    factorize_reconstruct_checked,
+    product,
+    reconstruct,
+)
 from mfops.methods import METHODS, WITH_PARAMETERS
 from mfops.reference import accumulation_dtype
 from mfops.tracing import record_method
@@ -26,16 +38,48 @@ INITS = ("normal", "uniform")
 
 
 class Factorizer(nn.Module):
-    """forward(x) -> y, z; reconstruct(x) -> X', mse. X' has x's shape, or a batch of 1."""
+    """forward(x) -> y, z; reconstruct(x) -> X', mse; product(x) -> X'.
+
+    X' has x's shape, or a batch of 1 where all images share it. Each of the three checks x once;
+    what a subclass says (`_factors`, `_reconstruct`, `_product`) takes it as checked.
+
+    Args:
+        channels: C of the features.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and Z."""
+        self._check(x)
+        return self._factors(x)
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """X' = Y Z, of x's shape (a batch of 1 where all images share it), and its mse to x."""
-        y, z = self(x)
-        return reconstruct(x, y, z)
+        """X' = Y Z and its mse to x."""
+        self._check(x)
+        return self._reconstruct(x)
 
     def product(self, x: Tensor) -> Tensor:
         """X' alone."""
-        return self.reconstruct(x)[0]
+        if isinstance(x, Proxy):
+            return record_method(self, "product", x)
+        self._check(x)
+        return self._product(x)
+
+    def _check(self, x: Tensor) -> None:
+        check_features(x)
+        check_channels(x, self.channels)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return reconstruct(x, *self._factors(x))
+
+    def _product(self, x: Tensor) -> Tensor:
+        return product(x, *self._factors(x))  # X is not read again
 
 
 def resampled(z: Tensor, size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
@@ -64,7 +108,7 @@ class LearnedFactorizer(Factorizer):
     def __init__(
         self, channels: int, rank: int, size: tuple[int, int], init: str = "normal"
     ) -> None:
-        super().__init__()
+        super().__init__(channels)
         if init not in INITS:
             raise ValueError(f"init: expected {' or '.join(INITS)}, got {init!r}")
         self.size = size
@@ -81,7 +125,7 @@ class LearnedFactorizer(Factorizer):
                 bound = factor.numel() ** -0.5
                 nn.init.uniform_(factor, -bound, bound)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         grid = tuple(x.shape[2:])
         pixels = self.size[0] * self.size[1]
         if len(grid) == 1:
@@ -96,10 +140,6 @@ class LearnedFactorizer(Factorizer):
         if not is_exporting() and grid == self.size:
             return self.y, self.z
         return self.y, resampled(self.z, self.size, grid)
-
-    def product(self, x: Tensor) -> Tensor:
-        # X need not be read: the product is all there is to do.
-        return product(x, *self(x))
 
 
 class ImageFactorizer(Factorizer):
@@ -137,12 +177,12 @@ class ImageFactorizer(Factorizer):
         steps: int | None = None,
         inverse_temperature: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(check_positive("channels", channels))
         check_method(method, 1 if steps is None else steps)
         self.method = method
         self.steps = steps
         self.inverse_temperature = check_temperature(method, inverse_temperature)
-        shape = check_positive("channels", channels), check_positive("rank", rank)
+        shape = channels, check_positive("rank", rank)
         self._buffer = f"{method.replace('.', '_')}_bases"  # no name of a buffer has dots
         self.register_buffer(self._buffer, torch.empty(shape))
         self.register_load_state_dict_pre_hook(_bases_of_the_method)
@@ -163,28 +203,25 @@ class ImageFactorizer(Factorizer):
         )
         self.bases.copy_(noise)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, start, steps = self._prepare(x)
-        y, z = factorize(x, start, self.method, steps, self.inverse_temperature)
+        y, z = factorize_checked(x, start, self.method, steps, self.inverse_temperature)
         self._update(y)
         return y.to(z.dtype), z
 
-    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, start, steps = self._prepare(x)
-        if self.method in FUSED_METHODS and not under_transform():
-            x_hat, mse, y = factorize_reconstruct(x, start, self.method, steps)
-        else:
-            y, z = factorize(x, start, self.method, steps, self.inverse_temperature)
-            x_hat, mse = reconstruct(x, y.to(z.dtype), z)
+        x_hat, mse, y = factorize_reconstruct_checked(
+            x, start, self.method, steps, self.inverse_temperature
+        )
         self._update(y)
         return x_hat, mse
 
-    def product(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            return record_method(self, "product", x)
-        if self.method == "nmf":  # the kernel that finds the last Z has X' at hand
-            return super().product(x)
-        return product(x, *self(x))  # X is not read again
+    def _product(self, x: Tensor) -> Tensor:
+        method = METHODS[self.method]
+        if method.fused and method.one_step_gradient:  # the kernel for the last Z has X' at hand
+            return self._reconstruct(x)[0]
+        return super()._product(x)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """X as the method takes it, the bases to start from, the number of rounds."""
@@ -245,11 +282,11 @@ class DoubleAttentionFactorizer(Factorizer):
     """
 
     def __init__(self, channels: int, rank: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.gather = nn.Conv1d(channels, rank, 1)
         self.distribute = nn.Conv1d(channels, rank, 1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x if x.dim() == 3 else x.flatten(2)
         dtype = self.gather.weight.dtype
         if x.dtype != dtype and not autocasts(x):

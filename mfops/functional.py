@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from mfops import autograd, reference
+from mfops.backends import select, under_transform
 from mfops.checks import (
     check_bases,
     check_factors,
@@ -16,7 +17,6 @@ from mfops.checks import (
     check_method,
     check_temperature,
 )
-from mfops.dispatch import select
 from mfops.exporting import constant_for_the_compiler
 from mfops.methods import METHODS, with_temperature
 from mfops.methods.base import INVERSE_TEMPERATURE
@@ -67,7 +67,7 @@ def _tf32(x: Tensor) -> bool:
 
 
 def _prepare(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_features(x)
+    """x as (B, C, N), y and z as the operators take them; x's features are checked already."""
     if isinstance(y, Tensor) and isinstance(z, Tensor):
         x, y, z = _cast_for_autocast(x, y, z)
     check_factors(x, y, z)
@@ -82,9 +82,14 @@ def _as_features(x_hat: Tensor, x: Tensor) -> Tensor:
     return x_hat if x.dim() == 3 else x_hat.unflatten(2, x.shape[2:])
 
 
-def _reconstruct(rows: Tensor, y: Tensor, z: Tensor, expand: bool) -> tuple[Tensor, Tensor]:
+def _reconstruct(x: Tensor, y: Tensor, z: Tensor, expand: bool) -> tuple[Tensor, Tensor]:
+    rows, y, z = _prepare(x, y, z)
     backend = select(rows, y.shape[-1])
-    return autograd.reconstruct(rows, y, z, backend.name, _tf32(rows), expand)
+    x_hat, mse = autograd.reconstruct(rows, y, z, backend, _tf32(rows), expand)
+    return _as_features(x_hat, x), mse
+
+
+# For `mfops.factorizers`, which have checked the features.
 
 
 def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -95,9 +100,7 @@ def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """As `factorized_reconstruction`, but X' of shared factors comes with a batch of 1."""
-    rows, y, z = _prepare(x, y, z)
-    x_hat, mse = _reconstruct(rows, y, z, expand=False)
-    return _as_features(x_hat, x), mse
+    return _reconstruct(x, y, z, expand=False)
 
 
 def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +133,8 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
     """
     if isinstance(x, Proxy):
         return record_function(factorized_reconstruction, x, y, z)
-    rows, y, z = _prepare(x, y, z)
-    x_hat, mse = _reconstruct(rows, y, z, expand=True)
-    return _as_features(x_hat, x), mse
+    check_features(x)
+    return _reconstruct(x, y, z, expand=True)
 
 
 def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -142,17 +144,9 @@ def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """
     if isinstance(x, Proxy):
         return record_function(factorized_mse, x, y, z)
-    rows, y, z = _prepare(x, y, z)
-    return autograd.reconstruction_error(rows, y, z, select(rows, y.shape[-1]).name, _tf32(rows))
-
-
-def _prepare_bases(x: Tensor, y0: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor]:
     check_features(x)
-    check_method(method, steps)
-    (x,) = _cast_for_autocast(x)
-    check_bases(x, y0)
-    rows = x if x.dim() == 3 else x.flatten(2)
-    return rows, y0.detach().to(reference.accumulation_dtype(x))
+    rows, y, z = _prepare(x, y, z)
+    return autograd.reconstruction_error(rows, y, z, select(rows, y.shape[-1]), _tf32(rows))
 
 
 def factorize(
@@ -201,8 +195,65 @@ def factorize(
     """
     if isinstance(x, Proxy):
         return record_function(factorize, x, y0, method, steps, inverse_temperature)
-    rows, start = _prepare_bases(x, y0, method, steps)
-    temperature = check_temperature(method, inverse_temperature) or INVERSE_TEMPERATURE
+    check_features(x)
+    check_method(method, steps)
+    return factorize_checked(x, y0, method, steps, check_temperature(method, inverse_temperature))
+
+
+def factorize_reconstruct(
+    x: Tensor,
+    y0: Tensor,
+    method: str = "em",
+    steps: int = 3,
+    inverse_temperature: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """X' = Y Z, its mean squared error and Y, with the factors that `factorize` finds.
+
+        Y, Z by `steps` rounds of the method from y0,    X'_b = Y_b Z_b,
+        mse = 1/(B C N) sum_bcn (X - X')^2_bcn
+
+    (the context of EMANet, Li et al., ICCV 2019, and of Hamburger, Geng et al., ICLR 2021; the
+    formulas of each method are in the docstrings of `mfops.methods`). "em" and "nmf" have kernels
+    for all of it; of the others it is `factorize`, then `factorized_reconstruction`.
+
+    Args:
+        x, y0, method, steps, inverse_temperature: as for `factorize`.
+
+    Returns:
+        X', of x's shape, dtype (the autocast dtype under autocast) and memory layout; mse, a
+        float32 scalar (float64 for float64 input) of X' before it is rounded; Y (B, C, K), in
+        y0's dtype, without gradient. Z's gradient to x, in the table of `factorize`, is that of X'
+        too, and mse has it beside that of X in X - X'.
+        Under torch.func's transforms the PyTorch reference runs; torch.fx traces the call as one
+        node.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `factorize` does.
+    """
+    if isinstance(x, Proxy):
+        return record_function(factorize_reconstruct, x, y0, method, steps, inverse_temperature)
+    check_features(x)
+    check_method(method, steps)
+    temperature = check_temperature(method, inverse_temperature)
+    return factorize_reconstruct_checked(x, y0, method, steps, temperature)
+
+
+# For `mfops.factorizers`, which have checked features and method, and given the temperature.
+
+
+def _prepare_bases(x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
+    (x,) = _cast_for_autocast(x)
+    check_bases(x, y0)
+    rows = x if x.dim() == 3 else x.flatten(2)
+    return rows, y0.detach().to(reference.accumulation_dtype(x))
+
+
+def factorize_checked(
+    x: Tensor, y0: Tensor, method: str, steps: int, inverse_temperature: float | None
+) -> tuple[Tensor, Tensor]:
+    """Y and Z, as `factorize`."""
+    rows, start = _prepare_bases(x, y0)
+    temperature = inverse_temperature or INVERSE_TEMPERATURE  # an operator takes a number
     backend = select(rows, y0.shape[-1], method)
     final = with_temperature(METHODS[method], temperature).final_coefficients
     with without_autocast(rows.device.type):
@@ -212,19 +263,17 @@ def factorize(
     return y.to(y0.dtype), z
 
 
-def factorize_reconstruct(
-    x: Tensor, y0: Tensor, method: str, steps: int
+def factorize_reconstruct_checked(
+    x: Tensor, y0: Tensor, method: str, steps: int, inverse_temperature: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """X' = Y Z, mse and Y of `factorize` with "em" or "nmf", from kernels for all of it."""
-    rows, start = _prepare_bases(x, y0, method, steps)
+    """X', mse and Y, as `factorize_reconstruct`."""
+    if under_transform() or not METHODS[method].fused:
+        y, z = factorize_checked(x, y0, method, steps, inverse_temperature)
+        return *_reconstruct(x, y.to(z.dtype), z, expand=True), y
+    rows, start = _prepare_bases(x, y0)
     backend = select(rows, y0.shape[-1], method)
     with without_autocast(rows.device.type):
-        if torch.jit.is_tracing():
-            y, _, _, x_hat, mse = backend.factorize_reconstruct(
-                rows, start, method, steps, _tf32(rows)
-            )
-        else:
-            x_hat, mse, y = autograd.FactorizeReconstruct.apply(
-                rows, start, method, steps, backend.name, _tf32(rows)
-            )
-    return _as_features(x_hat, x), mse, y
+        x_hat, mse, y = autograd.factorize_reconstruct(
+            rows, start, method, steps, backend, _tf32(rows)
+        )
+    return _as_features(x_hat, x), mse, y.to(y0.dtype)

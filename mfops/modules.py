@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from mfops.autograd import inject_loss
-from mfops.checks import check_channels, check_features, check_positive
+from mfops.checks import check_positive
 from mfops.factorizers import create_factorizer
+from mfops.loss_injection import inject_loss
 from mfops.tracing import record_module
 
 _collected: list[Tensor] | None = None
@@ -125,11 +126,15 @@ class FactorizedContext(nn.Module):
             factorizer, self.channels, self.rank, self.size, steps, init, inverse_temperature
         )
 
+    @overload
+    def forward(self, x: Tensor, return_loss: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, return_loss: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, x: Tensor, return_loss: bool) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, return_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(x, Proxy):
             return record_module(self, x, return_loss)
-        check_features(x)
-        check_channels(x, self.channels)
         inject = self.training and self.loss_weight > 0 and torch.is_grad_enabled()
         if not (return_loss or inject):
             return _added(x, F.relu(self.factorizer.product(x)))
@@ -141,6 +146,9 @@ class FactorizedContext(nn.Module):
             _collected.append(mse)
             return out
         return inject_loss(out, self.loss_weight * mse)
+
+    if TYPE_CHECKING:  # nn.Module's own says nothing of arguments and results
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (

@@ -22,13 +22,15 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from mfops import reference
+from mfops.methods import METHODS
 from mfops.methods.base import INVERSE_TEMPERATURE
+from mfops.reference import empty_like_x
 
 # Triton's kernels run on the CPU, and only there, where Triton is told to interpret them.
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 TRITON_DEVICE = "CPU" if _INTERPRET else "CUDA"
 
-_SCHEMAS = {
+SCHEMAS = {
     "reconstruct": "(Tensor x, Tensor y, Tensor z, bool tf32=False) -> (Tensor x_hat, Tensor mse)",
     "mse": "(Tensor x, Tensor y, Tensor z, bool tf32=False) -> Tensor",
     # A gradient that is not needed comes back with no elements: operators cannot return None.
@@ -63,7 +65,7 @@ def _on_triton(name: str) -> Callable[..., Any]:
 
 
 LIBRARY = torch.library.Library("mfops", "DEF")
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
     LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     LIBRARY.define(f"triton_{_name}{_schema}")
@@ -72,15 +74,8 @@ for _name, _schema in _SCHEMAS.items():
 
 def use_triton_for_cuda() -> None:
     """Registers Triton's kernels for CUDA where the extension has registered none."""
-    for name in _SCHEMAS:
+    for name in SCHEMAS:
         LIBRARY.impl(name, _on_triton(name), "CUDA")
-
-
-def empty_like_x(x: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """Memory laid out as x is: channels innermost where x has them so, else pixels."""
-    if reference.channels_innermost(x):
-        return x.new_empty([*shape[:-2], shape[-1], shape[-2]]).mT
-    return x.new_empty(shape)
 
 
 def _register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -147,7 +142,7 @@ def _factorize_reconstruct_fake(
     x: torch.Tensor, y0: torch.Tensor, method: str, steps: int, tf32: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y, z = _factorize_fake(x, y0, method, steps)
-    z_scale = x.new_empty(z.shape if method == "nmf" else 0)
+    z_scale = x.new_empty(z.shape if METHODS[method].one_step_gradient else 0)
     return y, z, z_scale, empty_like_x(x, list(x.shape)), _mse_fake(x, y, z)
 
 
@@ -249,16 +244,7 @@ def _nmf_backward_flops(  # type: ignore[no-untyped-def]
     return (2 + (grad_mse_shape is not None)) * _product_flops(x_shape, y_shape, z_shape)
 
 
-# Overloads rather than packets: a call then need not look for the one that fits.
-reconstruct = _OPS.reconstruct.default
-mse = _OPS.mse.default
-reconstruct_backward = _OPS.reconstruct_backward.default
-factorize = _OPS.factorize.default
-factorize_reconstruct = _OPS.factorize_reconstruct.default
-nmf_backward = _OPS.nmf_backward.default
-triton_reconstruct = _OPS.triton_reconstruct.default
-triton_mse = _OPS.triton_mse.default
-triton_reconstruct_backward = _OPS.triton_reconstruct_backward.default
-triton_factorize = _OPS.triton_factorize.default
-triton_factorize_reconstruct = _OPS.triton_factorize_reconstruct.default
-triton_nmf_backward = _OPS.triton_nmf_backward.default
+def operator(name: str) -> Callable[..., Any]:
+    """The overload rather than the packet: a call need not look for the one that fits."""
+    overload: Callable[..., Any] = getattr(_OPS, name).default
+    return overload

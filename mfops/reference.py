@@ -35,6 +35,13 @@ def channels_innermost(x: Tensor) -> bool:
     return x.stride(-1) != 1 and x.stride(-2) == 1
 
 
+def empty_like_x(x: Tensor, shape: list[int]) -> Tensor:
+    """Memory laid out as x is: channels innermost where x has them so, else pixels."""
+    if channels_innermost(x):
+        return x.new_empty([*shape[:-2], shape[-1], shape[-2]]).mT
+    return x.new_empty(shape)
+
+
 def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """Y Z in y's dtype, laid out in memory as x is."""
     if channels_innermost(x):

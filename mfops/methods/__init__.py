@@ -44,7 +44,9 @@ def register_method(name: str, method: Method) -> None:
         raise TypeError(f"method: expected an mfops.Method, got {type(method).__name__}")
     if name in METHODS or name in WITH_PARAMETERS:
         raise ValueError(f"name: {name!r} is taken")
-    METHODS[name] = method
+    own = copy(method)
+    own.has_kernel = own.fused = False
+    METHODS[name] = own
 
 
 __all__ = ["METHODS", "WITH_PARAMETERS", "Method", "register_method", "with_temperature"]

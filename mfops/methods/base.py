@@ -31,6 +31,11 @@ class Method(ABC):
     nonnegative = False
     # Of the softmax over cosines. None: the method has none.
     inverse_temperature: float | None = None
+    # Kernels know the methods of this package by name: `register_method` sets both to False.
+    has_kernel = False  # for the rounds
+    fused = False  # for all of the way from X to X' and its error
+    # Whether the last Z is z_scale * (Y^T X), with a gradient through Y^T X alone.
+    one_step_gradient = False
 
     def noise(
         self,

@@ -28,6 +28,8 @@ class CD(Method):
         inverse_temperature: t, as for :class:`mfops.methods.vq.VQ`.
     """
 
+    has_kernel = True
+
     def __init__(self, inverse_temperature: float = INVERSE_TEMPERATURE) -> None:
         self.inverse_temperature: float = inverse_temperature
 

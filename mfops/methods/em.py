@@ -22,6 +22,7 @@ class EM(Method):
 
     train_steps = eval_steps = 3
     momentum = 0.9
+    has_kernel = fused = True
 
     def update_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return torch.softmax(y.mT @ x, dim=-2)

@@ -25,6 +25,7 @@ class NMF(Method):
     """
 
     nonnegative = True
+    has_kernel = fused = one_step_gradient = True
 
     def noise(
         self,

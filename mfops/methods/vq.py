@@ -28,6 +28,8 @@ class VQ(Method):
             advise 10 or 100.
     """
 
+    has_kernel = True
+
     def __init__(self, inverse_temperature: float = INVERSE_TEMPERATURE) -> None:
         self.inverse_temperature: float = inverse_temperature
 

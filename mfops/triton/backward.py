@@ -56,7 +56,7 @@ def _add_image(
 
 @triton.jit
 def _strip(
-    x, g, dx, a, b, da, share, grad_mse, two_over_elements,
+    x, g, dx, a, b, da, partial, grad_mse, two_over_elements,
     first, last, batch, own0, own, across0, across1, across, k0, rank,
     ONE_PRODUCT: tl.constexpr, ERROR: tl.constexpr, GRAD: tl.constexpr, SUM: tl.constexpr,
     WRITE: tl.constexpr, PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
@@ -109,7 +109,7 @@ def _strip(
     if SUM:
         if GRAD == "none":
             total *= s
-        store_tile(total, da, share, own0, own, k0, rank, OWN, BLOCK_K)
+        store_tile(total, da, partial, own0, own, k0, rank, OWN, BLOCK_K)
 
 
 # Counts are not specialized: neither 1 nor a multiple of 16 makes a kernel of its own.
@@ -121,7 +121,7 @@ def _strip(
 def backward_kernel(
     x, x_batch, x_row, x_col, g, g_batch, g_row, g_col, dx, dx_batch, dx_row, dx_col,
     y, y_batch, y_row, y_k, z, z_batch, z_k, z_col,
-    dy, dy_share, dy_row, dy_k, dz, dz_share, dz_k, dz_col,
+    dy, dy_partial, dy_row, dy_k, dz, dz_partial, dz_k, dz_col,
     grad_mse, two_over_elements, batch, rows, cols, rank,
     row_programs, col_programs, row_strips, col_strips, panels, panel_cols, unit_images,
     Y_PER_IMAGE: tl.constexpr, Z_PER_IMAGE: tl.constexpr, ERROR: tl.constexpr,
@@ -145,52 +145,52 @@ def backward_kernel(
     col0 = panel * panel_cols
     col1 = tl.minimum(col0 + panel_cols, cols)
     if BY_ROWS and index < row_programs:
-        first, last, share = image0, image1, chunk * panels + panel
+        first, last, partial = image0, image1, chunk * panels + panel
         if Y_PER_IMAGE:
             first = image0 + index // row_strips
             last = tl.minimum(first + 1, image1)
-            share = first * panels + panel
+            partial = first * panels + panel
         if first < last:
             _strip(
                 (x, x_batch, x_row, x_col), (g, g_batch, g_row, g_col),
                 (dx, dx_batch, dx_row, dx_col), (y, y_batch, y_row, y_k), (z, z_batch, z_k, z_col),
-                (dy, dy_share, dy_row, dy_k), share, grad_mse, two_over_elements,
+                (dy, dy_partial, dy_row, dy_k), partial, grad_mse, two_over_elements,
                 first, last, batch, index % row_strips * OWN, rows, col0, col1, cols, k0, rank,
                 ONE_PRODUCT, ERROR, GRAD, NEED_Y, NEED_X,
                 PRECISION, WHOLE_K, OWN, ACROSS, BLOCK_K, STAGES,
             )  # fmt: skip
     if NEED_Z and index >= row_programs:
         index -= row_programs
-        first, last, share = image0, image1, chunk
+        first, last, partial = image0, image1, chunk
         if Z_PER_IMAGE:
             first = image0 + index // col_strips
             last = tl.minimum(first + 1, image1)
-            share = first
+            partial = first
         own0 = col0 + index % col_strips * OWN
         row0 = tl.full((), 0, tl.int64)
         if (first < last) & (own0 < cols):
             _strip(
                 (x, x_batch, x_col, x_row), (g, g_batch, g_col, g_row),
                 (dx, dx_batch, dx_col, dx_row), (z, z_batch, z_col, z_k), (y, y_batch, y_k, y_row),
-                (dz, dz_share, dz_col, dz_k), share, grad_mse, two_over_elements,
+                (dz, dz_partial, dz_col, dz_k), partial, grad_mse, two_over_elements,
                 first, last, batch, own0, cols, row0, rows, rows, k0, rank,
                 ONE_PRODUCT, ERROR, GRAD, NEED_Z, NEED_X and not BY_ROWS,
                 PRECISION, WHOLE_K, OWN, ACROSS, BLOCK_K, STAGES,
             )  # fmt: skip
 
 
-def _shares(factor: Tensor, count: int) -> Tensor:
-    """Memory for `count` shares of the gradient of each of a factor's matrices, or for none."""
+def _partials(factor: Tensor, count: int) -> Tensor:
+    """Memory for `count` partial sums of each gradient of a factor's matrices, or for none."""
     matrices = factor.shape[0] if factor.dim() == 3 else 1
     dtype = factor.dtype if count == 1 else torch.float32
     return factor.new_empty((matrices * count, *factor.shape[-2:]), dtype=dtype)
 
 
-def _add_up(shares: Tensor, factor: Tensor, count: int) -> Tensor:
-    """The gradient of a factor; shares are added in an order that depends on their number only."""
+def _add_up(partials: Tensor, factor: Tensor, count: int) -> Tensor:
+    """The gradient of a factor; the order of addition depends on the number of partials only."""
     if count > 1:
-        shares = shares.unflatten(0, (-1, count)).sum(1).to(factor.dtype)
-    return shares.view(factor.shape)
+        partials = partials.unflatten(0, (-1, count)).sum(1).to(factor.dtype)
+    return partials.view(factor.shape)
 
 
 class Units(NamedTuple):
@@ -206,7 +206,7 @@ class Units(NamedTuple):
         x, y_shared, z_shared = problem.x, problem.y.dim() == 2, problem.z.dim() == 2
         batch, rows, cols = x.shape
         size = x.element_size()
-        # Float32 shares of a gradient may take a quarter of X's memory: that of Y has one for so
+        # Float32 partials of a gradient may take a quarter of X's memory: that of Y has one for so
         # many columns, counted over the images that it sums, that of Z for so many rows.
         least = ceil_div(16 * problem.rank, size)
         images = 1
@@ -220,7 +220,7 @@ class Units(NamedTuple):
         panel_cols = ceil_div(min(panel_cols, cols), MAX_BLOCK) * MAX_BLOCK
         return cls(images, panel_cols, ceil_div(batch, images), ceil_div(cols, panel_cols))
 
-    def shares(self, problem: Problem) -> tuple[int, int]:
+    def partials(self, problem: Problem) -> tuple[int, int]:
         """Of the gradient of each matrix of Y, and of Z."""
         y_shared, z_shared = problem.y.dim() == 2, problem.z.dim() == 2
         return self.panels * (self.chunks if y_shared else 1), self.chunks if z_shared else 1
@@ -242,9 +242,9 @@ def launch_backward(
     batch, rows, cols = x.shape
     rank = problem.rank
     units = Units.of(problem)
-    y_count, z_count = units.shares(problem)
-    dy = _shares(y, y_count if need_y else 0)
-    dz = _shares(z, z_count if need_z else 0)
+    y_count, z_count = units.partials(problem)
+    dy = _partials(y, y_count if need_y else 0)
+    dz = _partials(z, z_count if need_z else 0)
     g = x if grad_x_hat is None else grad_x_hat
     dx = x if grad_x is None else grad_x
     kind = "none" if grad_x_hat is None else "summed" if g.dim() == 2 else "per image"

@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfops import ops
-
-INTERPRETED = tl.constexpr(ops.TRITON_DEVICE == "CPU")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Problem(NamedTuple):

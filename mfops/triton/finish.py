@@ -41,11 +41,11 @@ def _last_update(
     s = scores(
         x, y, image, rows, col0, cols, k0, rank, False, PRECISION, CHUNK, COLS, BLOCK_K, STAGES
     )
-    below = gram_product(
+    denominator = gram_product(
         gram, old, 0.0, 0.0, x, y, image, rows, k0, rank, col0, cols,
         False, PRECISION, GRAM_PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
     )  # fmt: skip
-    w = load_tile(old, image, k0, rank, col0, cols, BLOCK_K, COLS) / (below + _EPS)
+    w = load_tile(old, image, k0, rank, col0, cols, BLOCK_K, COLS) / (denominator + _EPS)
     store_tile(w, z_scale, image, k0, rank, col0, cols, BLOCK_K, COLS)
     store_tile(w * s, z, image, k0, rank, col0, cols, BLOCK_K, COLS)
     return w * s
@@ -61,7 +61,7 @@ def finish_kernel(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The last update of Z, X' = Y Z and the tile's share of the error."""
+    """The last update of Z, X' = Y Z and the tile's part of the error."""
     x, y = (x, x_batch, x_row, x_col), (y, y_batch, y_row, y_k)
     gram, old = (gram, gram_batch, gram_row, gram_k), (old, old_batch, old_k, old_col)
     z_scale, z = (z_scale, z_scale_batch, z_scale_k, z_scale_col), (z, z_batch, z_k, z_col)

@@ -31,7 +31,7 @@ def forward_kernel(
     WHOLE_K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program computes one tile of X' and its share of the error, over all images that have it.
+    """A program computes one tile of X' and its part of the error, over all images that have it.
 
     Row tiles come first: programs that run at the same time then read the same columns of Z.
     """

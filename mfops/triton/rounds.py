@@ -1,9 +1,9 @@
 """The rounds of em, vq, cd and nmf: X is read once in each, every round.
 
 A program owns a range of columns of an image and some rows of Y. For each tile of its columns it
-computes Z and adds the tile's share of X Z^T, and of what else the bases need (the row sums of Z;
+computes Z and adds the tile's part of X Z^T, and of what else the bases need (the row sums of Z;
 Z Z^T for nmf), in registers. The rows of X that it multiplies by Z^T it has just read for Y^T X:
-they come from the L1 or L2. Shares of X Z^T go to float32 memory, and a second kernel
+they come from the L1 or L2. Partial sums X Z^T go to float32 memory, and a second kernel
 (`mfops.triton.bases`) adds them in order. More bases than a program holds go in blocks, along a
 second axis of the grid; each program then needs Y^T X of all blocks.
 """
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfops.methods import METHODS
 from mfops.methods.base import EPS, normalize_columns
 from mfops.triton.bases import launch_means, launch_ratios
 from mfops.triton.common import (
@@ -123,14 +124,15 @@ def gram_product(
 def round_kernel(
     x, x_batch, x_row, x_col, y, y_batch, y_row, y_k,
     gram, gram_batch, gram_row, gram_k, old, old_batch, old_k, old_col,
-    z, z_batch, z_k, z_col, shares, share, share_row, share_k, sums, sum_share, sum_row, sum_k,
+    z, z_batch, z_k, z_col, partials, partial, partial_row, partial_k,
+    sums, sum_partial, sum_row, sum_k,
     rows, cols, rank, parts, ranges, range_cols,
     NMF: tl.constexpr, COSINE: tl.constexpr, FIRST: tl.constexpr, WRITE: tl.constexpr,
     PRECISION: tl.constexpr, GRAM_PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Writes one share of X Z^T and of the sums, and Z itself where it is wanted.
+    """Writes one partial of X Z^T and of the sums, and Z itself where it is wanted.
 
     Programs of axis 0 that run at the same time read the same columns of X.
     """
@@ -163,15 +165,15 @@ def round_kernel(
         if NMF:
             if WHOLE_K:
                 left = load_tile(gram, image, 0, rank, 0, rank, BLOCK_K, BLOCK_K)
-                below = dot_values(left, values, None, GRAM_PRECISION)
+                denominator = dot_values(left, values, None, GRAM_PRECISION)
             else:
                 if not FIRST:
                     top, total = 0.0, 0.0
-                below = gram_product(
+                denominator = gram_product(
                     gram, old, top, total, x, y, image, rows, k0, rank, at, col1,
                     FIRST, PRECISION, GRAM_PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
                 )  # fmt: skip
-            values = values * s / (below + _EPS)
+            values = values * s / (denominator + _EPS)
         # Columns beyond the edge are no pixels.
         values = tl.where(inside(k0, rank, at, col1, BLOCK_K, COLS), values, 0.0)
         if WRITE:
@@ -184,9 +186,9 @@ def round_kernel(
             squares = dot_values(left, tl.trans(values), squares, GRAM_PRECISION)
         if not NMF:
             weights += tl.sum(values, 1, keep_dims=True)
-    shares = (shares, share, share_row, share_k)
-    store_tile(products, shares, unit, row0, rows, k0, rank, ROWS, BLOCK_K)
-    sums = (sums, sum_share, sum_row, sum_k)
+    partials = (partials, partial, partial_row, partial_k)
+    store_tile(products, partials, unit, row0, rows, k0, rank, ROWS, BLOCK_K)
+    sums = (sums, sum_partial, sum_row, sum_k)
     if NMF and WHOLE_K:
         store_tile(squares, sums, unit, 0, written, 0, rank, BLOCK_K, BLOCK_K)
     if not NMF:
@@ -196,7 +198,7 @@ def round_kernel(
 def cut_columns(problem: Problem, config: Config) -> tuple[int, int]:
     """How many ranges the columns of an image are cut into, and of how many columns each."""
     batch, rows, cols = problem.x.shape
-    # The float32 shares of X Z^T may take half of X's memory.
+    # The float32 partial sums X Z^T may take half of X's memory.
     least = ceil_div(8 * problem.rank, problem.x.element_size())
     others = batch * ceil_div(rows, config.block_m) * ceil_div(problem.rank, config.block_k)
     most = max(1, PROGRAMS // others)
@@ -214,7 +216,7 @@ def launch_round(
     old: Tensor | None,
     write: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Shares of X Z^T (B R, C, K), R ranges of columns, and of the sums that the bases need.
+    """Partials of X Z^T (B R, C, K), R ranges of columns, and of the sums that the bases need.
 
     Those are the row sums of Z (B R, K, 1); of nmf Z Z^T (B R, K, K), but (B, K, K) where a
     program does not hold all bases. nmf takes `gram`, Y^T Y, and, after the first round, the `old`
@@ -226,12 +228,12 @@ def launch_round(
     ranges, range_cols = cut_columns(problem, config)
     parts = ceil_div(rows, config.block_m)
     whole_k = rank <= config.block_k
-    shares = torch.empty(batch * ranges, rows, rank, dtype=torch.float32, device=x.device)
-    sums = shares.new_empty(batch * ranges, rank, rank if nmf else 1)
+    partials = torch.empty(batch * ranges, rows, rank, dtype=torch.float32, device=x.device)
+    sums = partials.new_empty(batch * ranges, rank, rank if nmf else 1)
     before = z if old is None else old
     round_kernel[(batch * ranges * parts, ceil_div(rank, config.block_k))](
         x, *x.stride(), y, *strides(y), gram, *strides(gram), before, *strides(before),
-        z, *strides(z), shares, *shares.stride(), sums, *sums.stride(),
+        z, *strides(z), partials, *partials.stride(), sums, *sums.stride(),
         rows, cols, rank, parts, ranges, range_cols,
         NMF=nmf, COSINE=cosine, FIRST=old is None, WRITE=write,
         PRECISION=problem.precision, GRAM_PRECISION=problem.gram_precision, WHOLE_K=whole_k,
@@ -242,16 +244,16 @@ def launch_round(
     if nmf and not whole_k:
         exact = z.to(torch.float32)
         sums = exact @ exact.mT
-    return shares, sums
+    return partials, sums
 
 
-class Found(NamedTuple):
+class Bases(NamedTuple):
     y: Tensor  # float32
     rounded: Tensor  # the same in x's dtype; of vq over the lengths of its columns
     gram: Tensor  # Y^T Y of nmf
 
 
-def find(
+def factorize(
     x: Tensor,
     y0: Tensor,
     method: str,
@@ -259,10 +261,10 @@ def find(
     z: Tensor,
     tf32: bool,
     inverse_temperature: float = 0.0,
-) -> Found:
+) -> Bases:
     """`steps` rounds from y0. Z of the last one goes to z, of any dtype."""
     nmf = method == "nmf"
-    cosine = inverse_temperature if method in ("vq", "cd") else 0.0
+    cosine = 0.0 if METHODS[method].inverse_temperature is None else inverse_temperature
     start = normalize_columns(y0) if method == "vq" else y0
     problem = Problem.of(x, start.to(x.dtype), z, tf32)
     gram = (y0.mT @ y0).to(problem.gram_dtype) if nmf else y0
@@ -279,11 +281,11 @@ def find(
             # Between rounds Z of nmf is float32; in the last one it goes where it is wanted.
             new = torch.empty_like(z, dtype=torch.float32) if nmf and not last else z
             problem = problem._replace(z=new)
-            shares, sums = launch_round(problem, config, nmf, cosine, gram, old, nmf or last)
+            partials, sums = launch_round(problem, config, nmf, cosine, gram, old, nmf or last)
             if nmf:
-                y, rounded = launch_ratios(x, shares, sums, y, problem.gram_precision)
+                y, rounded = launch_ratios(x, partials, sums, y, problem.gram_precision)
                 gram, old = (y.mT @ y).to(problem.gram_dtype), new
             else:
-                y, rounded = launch_means(x, shares, sums, method)
+                y, rounded = launch_means(x, partials, sums, method)
             problem = problem._replace(y=rounded)
-    return Found(y, rounded, gram)
+    return Bases(y, rounded, gram)

@@ -19,7 +19,8 @@ from benchmarks.questions import (
     NATIVE,
     TRITON,
 )
-from mfops import dispatch, ops
+from mfops import backends
+from mfops.methods import METHODS
 
 SHAPE = (2, 60, 5, 200)
 X, Y0, Y, Z, MSE = 2 * 60 * 200 * 4, 60 * 5 * 4, 2 * 60 * 5 * 4, 2 * 5 * 200 * 4, 4
@@ -68,7 +69,7 @@ def test_rows_hold_what_was_counted_and_timed(bench, monkeypatch, method, which)
 def test_flops_of_the_lines_are_those_of_the_operators(method):
     inputs = bench_factorizers.make_inputs(case(method), "cpu")
     x, y0, steps = inputs.x.detach(), inputs.y0, STEPS[method]
-    own = count_flops(lambda: ops.factorize_reconstruct(x, y0, method, steps))
+    own = count_flops(lambda: torch.ops.mfops.factorize_reconstruct(x, y0, method, steps))
     for lines in (TEXTBOOK[method], CAREFUL[method]):
         assert count_flops(lambda lines=lines: lines(x, y0)) == own
     big, rank = 2 * 2 * 60 * 5 * 200, 2 * 2 * 5 * 5 * (60 + 200)
@@ -81,9 +82,11 @@ def test_flops_of_the_lines_are_those_of_the_operators(method):
 
 def test_flops_of_the_gradient_are_those_of_the_operator():
     inputs = bench_factorizers.make_inputs(case("nmf"), "cpu")
-    y, z, z_scale, *_ = ops.factorize_reconstruct(inputs.x.detach(), inputs.y0, "nmf", STEPS["nmf"])
+    y, z, z_scale, *_ = torch.ops.mfops.factorize_reconstruct(
+        inputs.x.detach(), inputs.y0, "nmf", STEPS["nmf"]
+    )
     gradient = inputs.grad_x_hat, None, inputs.x.detach(), y, z, z_scale
-    own = count_flops(lambda: ops.nmf_backward(*gradient))
+    own = count_flops(lambda: torch.ops.mfops.nmf_backward(*gradient))
     for lines in (TEXTBOOK["nmf"], CAREFUL["nmf"]):
         outputs = lines(*inputs.leaves)
         assert count_flops(lambda o=outputs: inputs.gradients(o)) == own == 2 * 2 * 2 * 60 * 5 * 200
@@ -127,8 +130,9 @@ def test_inputs_are_as_they_were(method):
 
 
 def test_a_backend_without_kernels_is_left_out_with_its_reason(bench, monkeypatch):
-    monkeypatch.setattr(dispatch, "METHODS_WITH_KERNELS", ())
-    monkeypatch.setattr(dispatch, "EXTENSION_ERROR", None)
+    for method in METHODS.values():
+        monkeypatch.setattr(method, "has_kernel", False)
+    monkeypatch.setattr(backends, "EXTENSION_ERROR", None)
     measured = bench_factorizers.measure(Figure(case("em"), FORWARD), bench)
     skipped = {row["rival"]: row["skipped"] for row in measured.rows if "skipped" in row}
     assert skipped.keys() == {NATIVE, TRITON}

@@ -14,7 +14,7 @@ from benchmarks import bench_backends, bench_contexts, bench_models, measure
 from benchmarks.questions import CONTEXTS as QUESTION
 from benchmarks.questions import MFOPS, MODELS, REFERENCE
 from mfnet.contexts import CONTEXTS
-from mfops import dispatch
+from mfops import backends
 
 SMALL = bench_contexts.figures("cpu", small=True)
 
@@ -178,14 +178,14 @@ def test_the_fastest_setting_is_chosen_and_named(bench, monkeypatch):
 
 
 def test_a_network_runs_on_the_backend_it_is_named_for(monkeypatch):
-    monkeypatch.setattr(dispatch, "_explicit", None)
+    monkeypatch.setattr(backends, "_explicit", None)
 
     class Network(nn.Module):
         def forward(self, x):
-            return dispatch.select(x, 4, "nmf").name, (x @ x).dtype
+            return backends.select(x, 4, "nmf").name, (x @ x).dtype
 
     x = torch.ones(4, 4)
     reference = bench_backends.OnBackend(Network(), REFERENCE)
     assert reference(x) == ("reference", torch.bfloat16)
     chosen = bench_backends.OnBackend(Network(), MFOPS)
-    assert chosen(x) == (dispatch.select(x, 4, "nmf").name, torch.bfloat16)
+    assert chosen(x) == (backends.select(x, 4, "nmf").name, torch.bfloat16)

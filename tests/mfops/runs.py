@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Operands
 
-from mfops.dispatch import BACKENDS, EXTENSION_ERROR
+from mfops.backends import BACKENDS, EXTENSION_ERROR
 
 # Why the CPU makes products of bfloat16 in float32, or "".
 BFLOAT16_MISSING = EXTENSION_ERROR or importlib.import_module("mfops._C").cpu_bfloat16_missing()
@@ -32,7 +32,7 @@ class Run:
 
     def skip_unless_able(self, rank: int = 1, method: str | None = None) -> None:
         """A skip names what is missing."""
-        reason = self.obstacle(torch.zeros(1, 1, 1, device=self.device), rank, method)
+        reason = self.unavailable_reason(torch.zeros(1, 1, 1, device=self.device), rank, method)
         if reason is not None:
             pytest.skip(f"{self}: {reason}")
 

@@ -50,7 +50,7 @@ def test_the_products_differ():
     code = (
         "import torch, mfops; torch.manual_seed(0);"
         "x, y, z = (torch.randn(2, *s).bfloat16() for s in ((40, 50), (40, 7), (7, 50)));"
-        "from mfops.dispatch import BACKENDS as b;"
+        "from mfops.backends import BACKENDS as b;"
         "one = torch.tensor(4e3), x, y, z, False, True, False;"
         "print(b['native'].reconstruct_backward(None, *one)[1].double().sum().item())"
     )

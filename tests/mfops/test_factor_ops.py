@@ -9,17 +9,16 @@ from factor_cases import check, make
 from runs import Run
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfops import dispatch, reference
-from mfops.dispatch import BACKENDS, FUSED_METHODS
+from mfops import reference
+from mfops.backends import BACKENDS, EXTENSION_ERROR
 from mfops.methods import METHODS
 
 OPS = torch.ops.mfops
 NATIVE = BACKENDS["native"]
+FUSED_METHODS = [name for name, method in METHODS.items() if method.fused]
 # More than one tile an image, and more than one group of tiles where there are several threads.
 TILED = [(1, 2500, 2, 200), (1, 30, 5, 14000)]
-needs_extension = pytest.mark.skipif(
-    dispatch.EXTENSION_ERROR is not None, reason=str(dispatch.EXTENSION_ERROR)
-)
+needs_extension = pytest.mark.skipif(EXTENSION_ERROR is not None, reason=str(EXTENSION_ERROR))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

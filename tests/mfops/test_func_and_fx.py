@@ -171,6 +171,9 @@ FUNCTIONS = {
     ),
     "mse": mfops.factorized_mse,
     "factorize": lambda x, y, z: mfops.factorize(x, y, "cd")[1].mul(z).sum(),
+    "factorize_reconstruct": lambda x, y, z: sum(
+        t.sin().sum() for t in mfops.factorize_reconstruct(x.relu(), y.abs(), "nmf")
+    ),
 }
 
 
@@ -178,7 +181,7 @@ FUNCTIONS = {
 def test_functions(name):
     function = FUNCTIONS[name]
     x, y, z = factors()
-    argnums = (0,) if name == "factorize" else (0, 1, 2)
+    argnums = (0,) if name.startswith("factorize") else (0, 1, 2)
     found = vmap(grad(function, argnums), (0, None, 0))(x, y, z)
     for i in range(3):
         inputs = [t.clone().requires_grad_() for t in (x[i], y, z[i])]
@@ -296,7 +299,8 @@ class Functions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_hat, mse = mfops.factorized_reconstruction(x, self.y, self.z)
         y, z = mfops.factorize(x, self.y, method="em", steps=2)
-        return x_hat.sum() + mse + mfops.factorized_mse(x, y, z)
+        again, _, _ = mfops.factorize_reconstruct(x, self.y, "em", 2)
+        return x_hat.sum() + mse + mfops.factorized_mse(x, y, z) + again.sum()
 
 
 def test_fx_traces_functions_as_one_node_each():
@@ -305,4 +309,9 @@ def test_fx_traces_functions_as_one_node_each():
     x = torch.randn(2, 6, 4, 5)
     torch.testing.assert_close(traced(x), network(x))
     called = {n.target for n in traced.graph.nodes if n.op == "call_function"}
-    assert called >= {mfops.factorized_reconstruction, mfops.factorized_mse, mfops.factorize}
+    assert called >= {
+        mfops.factorized_reconstruction,
+        mfops.factorized_mse,
+        mfops.factorize,
+        mfops.factorize_reconstruct,
+    }

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 import mfops
 from mfops import reference
-from mfops.dispatch import BACKENDS
+from mfops.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
 
@@ -489,22 +489,22 @@ def test_second_derivatives(backend, shared):
         assert relative_error(a, b) < 1e-4  # float32 sums of up to 66 terms, some of which cancel
 
 
-def shares_bytes(backend: str, p: Problem) -> int:
-    """Of the float32 shares of dY and dZ that Triton's backward pass adds up, by its own plan."""
+def partials_bytes(backend: str, p: Problem) -> int:
+    """Of the float32 partials of dY and dZ that Triton's backward pass adds up, by its own plan."""
     if backend != "triton":
         return 0
     common, backward = (
         importlib.import_module(f"mfops.triton.{name}") for name in ("common", "backward")
     )
     planned = common.Problem.of(p.x, p.y, p.z, tf32=False)
-    counts = backward.Units.of(planned).shares(planned)
+    counts = backward.Units.of(planned).partials(planned)
     return sum(4 * n * t.numel() for t, n in zip((p.y, p.z), counts, strict=True) if n > 1)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_is_that_of_the_results(backend, layout, shared):
-    """Beyond what is returned, and the shares that Triton's gradients are planned with, no pass
+    """Beyond what is returned, and the partials that Triton's gradients are planned with, no pass
     takes a hundredth of X, at any moment."""
     p = problem((8, 512, 64, 32_768), layout=layout, shared=shared)
     inputs = leaves(p)
@@ -526,12 +526,12 @@ def test_memory_is_that_of_the_results(backend, layout, shared):
     _, backward = extra(lambda: torch.autograd.grad(outputs, inputs, upstream), gradients)
     mse, loss_only = extra(lambda: mfops.factorized_mse(*inputs), 4)
     _, loss_backward = extra(lambda: torch.autograd.grad(mse, inputs), gradients)
-    shares = shares_bytes(backend, p)
+    partials = partials_bytes(backend, p)
     for name, taken, planned in [
         ("forward", forward, 0),
-        ("backward", backward, shares),
+        ("backward", backward, partials),
         ("mse", loss_only, 0),
-        ("backward of mse", loss_backward, shares),
+        ("backward of mse", loss_backward, partials),
     ]:
         beyond = taken - planned
         assert beyond < x_bytes / 100, f"{name} takes {beyond} bytes, {beyond / x_bytes:.1%} of X"

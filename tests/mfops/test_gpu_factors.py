@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mfops
 from mfops import reference
-from mfops.dispatch import BACKENDS
+from mfops.backends import BACKENDS
 from mfops.methods import METHODS
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mfops
 from mfops import reference
-from mfops.methods import METHODS, VQ, Method, with_temperature
+from mfops.methods import METHODS, NMF, VQ, Method, with_temperature
 
 Array = np.ndarray
 EPS = 1e-6
@@ -240,7 +240,7 @@ def test_nmf_can_be_differentiated_twice():
 
     y, z = mfops.factorize(x, y0, "nmf", 2)
     expected = curvature(*mfops.factorized_reconstruction(x, y, z))
-    solved = mfops.functional.factorize_reconstruct(x, y0, "nmf", 2)
+    solved = mfops.factorize_reconstruct(x, y0, "nmf", 2)
     torch.testing.assert_close(curvature(*solved[:2]), expected)
 
 
@@ -350,6 +350,64 @@ def test_a_method_of_ones_own(halves):
     assert torch.equal(context.eval()(X), context(X))
     with mfops.use_backend("native"), pytest.raises(RuntimeError, match="kernels for method 'halv"):
         mfops.factorize(X, Y0, halves)
+
+
+class OwnNMF(NMF):
+    pass
+
+
+@pytest.mark.parametrize("method", [METHODS["em"], OwnNMF()])
+def test_kernels_take_no_method_for_another(method):
+    """They know methods by name, and nothing of what a subclass changes."""
+    mfops.register_method("own", method)
+    x, y0 = X.relu(), Y0.abs()
+    try:
+        y, z = mfops.factorize(x, y0, "own", 2)
+        x_hat, _, same_y = mfops.factorize_reconstruct(x, y0, "own", 2)
+        with (
+            mfops.use_backend("native"),
+            pytest.raises(RuntimeError, match=r"kernels for .* 'own"),
+        ):
+            mfops.factorize_reconstruct(x, y0, "own", 2)
+    finally:
+        del METHODS["own"]
+    torch.testing.assert_close((x_hat, same_y), (y @ z, y))
+    assert METHODS["em"].has_kernel
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_reconstruction_of_found_factors(method, dtype):
+    """As in two steps, with kernels for all of it and without."""
+    x, y0 = (t.to(dtype) for t in make((2, 5, 3, 28), method))
+    x = x.unflatten(2, (4, 7)).requires_grad_()
+    y, z = mfops.factorize(x, y0, method, 2)
+    expected = *mfops.factorized_reconstruction(x, y, z), y
+    found = mfops.factorize_reconstruct(x, y0, method, 2)
+    torch.testing.assert_close(found, expected)
+    assert [t.requires_grad for t in found] == [method != "em", True, False]
+    grads = [torch.autograd.grad(mse * x.numel(), x)[0] for _, mse, _ in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@every_method
+def test_dtypes_of_the_reconstruction(method):
+    x, y0 = (t.float() for t in make((2, 5, 3, 28), method))
+    results = mfops.factorize_reconstruct(x.bfloat16(), y0, method, 2)
+    assert [t.dtype for t in results] == [torch.bfloat16, torch.float32, torch.float32]
+    results = mfops.factorize_reconstruct(x.bfloat16(), y0.bfloat16(), method, 2)
+    assert [t.dtype for t in results] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        results = mfops.factorize_reconstruct(x, y0, method, 2)
+    assert [t.dtype for t in results] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_reconstruction_of_found_factors_takes_a_temperature():
+    x, y0 = make((2, 5, 3, 28), "vq")
+    at_1, at_100 = (mfops.factorize_reconstruct(x, y0, "vq", 2, t)[0] for t in (1.0, 100.0))
+    assert not torch.allclose(at_1, at_100)
+    with pytest.raises(ValueError, match="inverse_temperature: method 'em' takes none"):
+        mfops.factorize_reconstruct(x, y0, "em", 2, 1.0)
 
 
 def test_registration():

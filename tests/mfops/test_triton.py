@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import check, make
 
-from mfops.dispatch import BACKENDS, TRITON_ERROR
+from mfops.backends import BACKENDS, TRITON_ERROR
 
 if TRITON_ERROR is not None:
     pytest.skip(TRITON_ERROR, allow_module_level=True)
@@ -180,7 +180,7 @@ def test_compiles_ahead_of_time(ahead_of_time, arch, kind, channels_last, pixels
     if channels_last or pixels % 16 == 0:  # rows of X and X' are aligned
         wide, other = accesses(forward, "st")
         assert wide > 0
-        assert other == 1  # the share of the error
+        assert other == 1  # a part of the error
     if pixels % 16 == 0:  # and those of Z
         assert accesses(forward, "ld")[1] == 0
         assert accesses(backward, "ld")[1] == 2  # the gradient of the error, in two places
@@ -284,7 +284,7 @@ def test_no_kernel_for_each_size(ahead_of_time):
             forward.add(compiled[0].hash)
             backward.add(compiled[1].hash)
         assert len(forward) == 1
-        # Gradients of large problems are summed in float32 shares.
+        # Gradients of large problems are summed in float32 partials.
         assert len(backward) <= 2
 
 

@@ -9,7 +9,7 @@ from factor_cases import make as make_factor_case
 
 import mfops
 from mfops import reference
-from mfops.dispatch import BACKENDS
+from mfops.backends import BACKENDS
 from mfops.methods import METHODS
 from mfops.triton import backward
 

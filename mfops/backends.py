@@ -1,4 +1,4 @@
-"""Which backend runs a call: one question per backend serves automatic and explicit choice.
+"""Which backend runs a call. Each backend says why it cannot: that serves both kinds of choice.
 
 Automatic choice takes the first of native, triton and reference that can run the call and logs,
 once per reason, why an earlier one could not (a warning where the extension is missing). An
@@ -16,13 +16,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfops import ops, reference
 from mfops.exporting import constant_for_the_compiler, is_exporting_onnx
+from mfops.methods import METHODS
 
 logger = logging.getLogger("mfops")
 
@@ -43,10 +44,6 @@ EXTENSION_ERROR = extension_error()
 # The native CUDA kernels need tensor cores with bfloat16, Triton supports nothing older.
 MIN_CAPABILITY = (8, 0)
 MAX_NATIVE_CUDA_RANK = 256
-# The methods whose rounds have kernels, any other runs on the reference; those that kernels take
-# from X to X'.
-METHODS_WITH_KERNELS = ("em", "nmf", "vq", "cd")
-FUSED_METHODS = ("em", "nmf")
 
 
 def _cuda_error() -> str | None:
@@ -74,37 +71,25 @@ def _ask_gpu(index: int) -> str | None:
 
 
 @constant_for_the_compiler  # torch.compile cannot trace it, cached or not
-def _gpu_obstacle(index: int) -> str | None:
+def _gpu_reason(index: int) -> str | None:
     """None, or why Triton's kernels do not run on this GPU."""
     return _ask_gpu(index)
 
 
 @functools.cache
 def _ask_build(index: int) -> str | None:
-    obstacle = _ask_gpu(index)
-    if obstacle is not None:
-        return obstacle
+    reason = _ask_gpu(index)
+    if reason is not None:
+        return reason
     words = importlib.import_module("mfops._C").cuda_unavailable_reason(index)
     name = torch.cuda.get_device_name(index)
     return f"the extension has no code for {name} (cuda:{index}): {words}" if words else None
 
 
 @constant_for_the_compiler
-def _native_gpu_obstacle(index: int) -> str | None:
+def _native_gpu_reason(index: int) -> str | None:
     """None, or why the native CUDA kernels do not run on this GPU."""
     return _ask_build(index)
-
-
-def _dtype_obstacle(x: Tensor) -> str | None:
-    if x.dtype == torch.float64:
-        return "takes float32, bfloat16 and float16, x is float64"
-    return None
-
-
-def _method_obstacle(method: str | None) -> str | None:
-    if method is None or method in METHODS_WITH_KERNELS:
-        return None
-    return f"has no kernels for method {method!r}"
 
 
 def under_transform() -> bool:
@@ -112,44 +97,48 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _kernel_obstacle(x: Tensor, method: str | None) -> str | None:
+def _kernel_reason(x: Tensor, method: str | None) -> str | None:
     if is_exporting_onnx():
         return "its operators cannot be written to ONNX"
     if under_transform():
         return "its operators take no part in torch.func's transforms"
-    return _dtype_obstacle(x) or _method_obstacle(method)
+    if x.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16, x is float64"
+    if method is not None and not METHODS[method].has_kernel:
+        return f"has no kernels for method {method!r}"
+    return None
 
 
-def _native_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
+def _native_reason(x: Tensor, rank: int, method: str | None = None) -> str | None:
     if EXTENSION_ERROR is not None:
         return EXTENSION_ERROR
     if x.is_cuda:
         if CUDA_ERROR is not None:
             return CUDA_ERROR
-        obstacle = _native_gpu_obstacle(x.device.index)
-        if obstacle is not None:
-            return obstacle
+        reason = _native_gpu_reason(x.device.index)
+        if reason is not None:
+            return reason
         if rank > MAX_NATIVE_CUDA_RANK:
             return f"on CUDA it takes K <= {MAX_NATIVE_CUDA_RANK}, K is {rank}"
     elif not x.is_cpu:
         return f"runs on cpu and cuda, x is on {x.device.type}"
-    return _kernel_obstacle(x, method)
+    return _kernel_reason(x, method)
 
 
-def _triton_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
+def _triton_reason(x: Tensor, rank: int, method: str | None = None) -> str | None:
     if TRITON_ERROR is not None:
         return TRITON_ERROR
     device = ops.TRITON_DEVICE.lower()
     if x.device.type != device:
         return f"runs on {device}, x is on {x.device.type}"
     if device == "cuda":
-        obstacle = _gpu_obstacle(x.device.index)
-        if obstacle is not None:
-            return obstacle
-    return _kernel_obstacle(x, method)
+        reason = _gpu_reason(x.device.index)
+        if reason is not None:
+            return reason
+    return _kernel_reason(x, method)
 
 
-def _no_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
+def _always_available(x: Tensor, rank: int, method: str | None = None) -> str | None:
     return None
 
 
@@ -157,11 +146,11 @@ def _no_obstacle(x: Tensor, rank: int, method: str | None = None) -> str | None:
 class Backend:
     """A name, why it cannot run a call (or None), and the operators.
 
-    `obstacle` takes x, K and, where the factors are not given, the method that finds them.
+    `unavailable_reason` takes x, K and, where no factors are given, the method that finds them.
     """
 
     name: str
-    obstacle: Callable[..., str | None]
+    unavailable_reason: Callable[..., str | None]
     reconstruct: Callable[..., tuple[Tensor, Tensor]]
     mse: Callable[..., Tensor]
     reconstruct_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -170,26 +159,18 @@ class Backend:
     nmf_backward: Callable[..., Tensor]
 
 
-OPERATORS = (
-    "reconstruct",
-    "mse",
-    "reconstruct_backward",
-    "factorize",
-    "factorize_reconstruct",
-    "nmf_backward",
-)
-
-
 def _backend(
-    name: str, obstacle: Callable[..., str | None], source: ModuleType, prefix: str = ""
+    name: str,
+    unavailable_reason: Callable[..., str | None],
+    operator: Callable[[str], Callable[..., Any]],
 ) -> Backend:
-    return Backend(name, obstacle, *(getattr(source, prefix + name) for name in OPERATORS))
+    return Backend(name, unavailable_reason, **{name: operator(name) for name in ops.SCHEMAS})
 
 
 BACKENDS = {
-    "native": _backend("native", _native_obstacle, ops),
-    "triton": _backend("triton", _triton_obstacle, ops, "triton_"),
-    "reference": _backend("reference", _no_obstacle, reference),
+    "native": _backend("native", _native_reason, ops.operator),
+    "triton": _backend("triton", _triton_reason, lambda name: ops.operator(f"triton_{name}")),
+    "reference": _backend("reference", _always_available, lambda name: getattr(reference, name)),
 }
 
 # Process-wide on purpose: autograd runs backward passes in threads of its own.
@@ -209,23 +190,23 @@ def select(x: Tensor, rank: int, method: str | None = None) -> Backend:
     if _explicit is not None:
         _check_name(_explicit, "MFOPS_BACKEND")  # use_backend has checked its own
         backend = BACKENDS[_explicit]
-        obstacle = backend.obstacle(x, rank, method)
-        if obstacle is not None:
-            raise RuntimeError(f"backend {_explicit!r} cannot run this call: {obstacle}")
+        reason = backend.unavailable_reason(x, rank, method)
+        if reason is not None:
+            raise RuntimeError(f"backend {_explicit!r} cannot run this call: {reason}")
         return backend
     for backend in BACKENDS.values():
-        obstacle = backend.obstacle(x, rank, method)
-        if obstacle is None:
+        reason = backend.unavailable_reason(x, rank, method)
+        if reason is None:
             break
         if not torch.compiler.is_compiling():
-            _log_once(backend.name, obstacle)
+            _log_once(backend.name, reason)
     return backend
 
 
 @functools.cache
-def _log_once(name: str, obstacle: str) -> None:
-    level = logging.WARNING if obstacle == EXTENSION_ERROR else logging.INFO
-    logger.log(level, "backend %s passed over: %s", name, obstacle)
+def _log_once(name: str, reason: str) -> None:
+    level = logging.WARNING if reason == EXTENSION_ERROR else logging.INFO
+    logger.log(level, "backend %s passed over: %s", name, reason)
 
 
 @contextlib.contextmanager

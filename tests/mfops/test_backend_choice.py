@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mfops
-from mfops import dispatch
+from mfops import backends
 
 X, Y, Z = torch.randn(2, 6, 20), torch.randn(6, 3), torch.randn(3, 20)
 
@@ -25,20 +25,20 @@ def test_available_backends():
     assert list(found) == ["native", "triton", "reference"]
     assert found["reference"] is None
     expected = None if torch.cuda.is_available() else "no CUDA device"
-    assert found["triton"] == (dispatch.TRITON_ERROR or expected)
+    assert found["triton"] == (backends.TRITON_ERROR or expected)
     if found["native"] is None:
         extension = importlib.import_module("mfops._C")
         assert extension.build_info()["torch_stable_abi"] == "2.11"
 
 
 def test_a_missing_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "TRITON_ERROR", "triton is not installed")
+    monkeypatch.setattr(backends, "TRITON_ERROR", "triton is not installed")
     assert mfops.available_backends()["triton"] == "triton is not installed"
     with mfops.use_backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
         mfops.factorized_mse(X, Y, Z)
 
 
-@pytest.mark.skipif(dispatch.TRITON_ERROR is not None, reason=str(dispatch.TRITON_ERROR))
+@pytest.mark.skipif(backends.TRITON_ERROR is not None, reason=str(backends.TRITON_ERROR))
 def test_triton_takes_the_cuda_key_where_the_extension_has_no_kernels():
     code = (
         "import sys, torch; sys.modules['mfops._C'] = None; import mfops; "
@@ -53,7 +53,7 @@ def test_triton_takes_the_cuda_key_where_the_extension_has_no_kernels():
 
 
 def test_automatic_choice_falls_back_and_says_why_once(caplog):
-    dispatch._log_once.cache_clear()
+    backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="mfops"):
         for _ in range(2):
             mfops.factorized_mse(X.double(), Y.double(), Z.double())
@@ -63,8 +63,8 @@ def test_automatic_choice_falls_back_and_says_why_once(caplog):
 
 
 def test_a_missing_extension_is_a_warning(caplog, monkeypatch):
-    dispatch._log_once.cache_clear()
-    monkeypatch.setattr(dispatch, "EXTENSION_ERROR", "not built")
+    backends._log_once.cache_clear()
+    monkeypatch.setattr(backends, "EXTENSION_ERROR", "not built")
     mfops.factorized_mse(X, Y, Z)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     with mfops.use_backend("native"), pytest.raises(RuntimeError, match="not built"):
@@ -82,11 +82,11 @@ def test_explicit_choice_never_falls_back():
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU of capability 9.0 that is not there, with native kernels for it; x, y, z on it."""
-    caches = dispatch._ask_gpu, dispatch._ask_build, dispatch._log_once
+    caches = backends._ask_gpu, backends._ask_build, backends._log_once
     for cache in caches:
         cache.cache_clear()
     for error in ("EXTENSION_ERROR", "CUDA_ERROR", "TRITON_ERROR"):
-        monkeypatch.setattr(dispatch, error, None)
+        monkeypatch.setattr(backends, error, None)
     extension = SimpleNamespace(cuda_unavailable_reason=lambda index: None)
     monkeypatch.setitem(sys.modules, "mfops._C", extension)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
@@ -97,26 +97,28 @@ def gpu(monkeypatch):
         cache.cache_clear()
 
 
-def obstacles(x: torch.Tensor, rank: int = 3) -> dict[str, str | None]:
-    return {name: backend.obstacle(x, rank) for name, backend in dispatch.BACKENDS.items()}
+def reasons(x: torch.Tensor, rank: int = 3) -> dict[str, str | None]:
+    return {
+        name: backend.unavailable_reason(x, rank) for name, backend in backends.BACKENDS.items()
+    }
 
 
 def test_a_gpu_runs_everything(gpu):
-    assert set(obstacles(gpu[0]).values()) == {None}
-    assert dispatch.select(gpu[0], 256).name == "native"
+    assert set(reasons(gpu[0]).values()) == {None}
+    assert backends.select(gpu[0], 256).name == "native"
 
 
 def test_more_bases_than_the_native_kernels_take(gpu, caplog):
-    assert obstacles(gpu[0], 257)["native"] == "on CUDA it takes K <= 256, K is 257"
+    assert reasons(gpu[0], 257)["native"] == "on CUDA it takes K <= 256, K is 257"
     with caplog.at_level(logging.INFO, logger="mfops"):
-        assert dispatch.select(gpu[0], 257).name == "triton"
+        assert backends.select(gpu[0], 257).name == "triton"
     assert "backend native passed over: on CUDA it takes K <= 256" in caplog.text
-    assert dispatch.BACKENDS["native"].obstacle(X, 257) is None  # on the CPU
+    assert backends.BACKENDS["native"].unavailable_reason(X, 257) is None  # on the CPU
 
 
 def test_an_extension_without_cuda(gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "CUDA_ERROR", "built without CUDA kernels: no nvcc")
-    assert dispatch.select(gpu[0], 3).name == "triton"
+    monkeypatch.setattr(backends, "CUDA_ERROR", "built without CUDA kernels: no nvcc")
+    assert backends.select(gpu[0], 3).name == "triton"
     message = "backend 'native' cannot run this call: built without CUDA kernels: no nvcc"
     with mfops.use_backend("native"), pytest.raises(RuntimeError, match=message):
         mfops.factorized_mse(*gpu)
@@ -125,7 +127,7 @@ def test_an_extension_without_cuda(gpu, monkeypatch):
 def test_an_extension_built_for_other_gpus(gpu, monkeypatch):
     extension = SimpleNamespace(cuda_unavailable_reason=lambda index: "no kernel image")
     monkeypatch.setitem(sys.modules, "mfops._C", extension)
-    assert obstacles(gpu[0]) == {
+    assert reasons(gpu[0]) == {
         "native": "the extension has no code for GPU 3000 (cuda:0): no kernel image",
         "triton": None,
         "reference": None,
@@ -135,7 +137,7 @@ def test_an_extension_built_for_other_gpus(gpu, monkeypatch):
 def test_a_gpu_that_is_too_old(gpu, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     reason = "needs compute capability 8.0 or later, GPU 3000 (cuda:0) has 7.5"
-    assert obstacles(gpu[0]) == {"native": reason, "triton": reason, "reference": None}
+    assert reasons(gpu[0]) == {"native": reason, "triton": reason, "reference": None}
     with caplog.at_level(logging.INFO, logger="mfops"):
         for _ in range(2):
             mfops.factorized_mse(*gpu)  # on the reference
@@ -148,7 +150,7 @@ def test_a_gpu_that_is_too_old(gpu, monkeypatch, caplog):
 
 
 def test_float64_on_a_gpu(gpu):
-    found = obstacles(gpu[0].double())
+    found = reasons(gpu[0].double())
     assert (
         found["native"] == found["triton"] == ("takes float32, bfloat16 and float16, x is float64")
     )
