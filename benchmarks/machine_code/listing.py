@@ -47,12 +47,18 @@ def dump(build: Path, *options: str) -> str:
     return done.stdout
 
 
-def registers(build: Path, arch: str) -> dict[str, int]:
-    """Of a thread, by the kernel's mangled name; none where the build has no code for `arch`."""
-    if f".{arch}." not in dump(build, "--list-elf"):
-        return {}
+def resources(build: Path, arch: str) -> dict[str, dict[str, int]]:
+    """Registers, stack and local memory of a thread, by the kernel's mangled name."""
     usage = dump(build, "--dump-resource-usage", "--gpu-architecture", arch)
-    return {name: int(n) for name, n in re.findall(r"Function (\S+):\n\s*REG:(\d+)", usage)}
+    return {
+        name: {kind: int(n) for kind, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", counts)}
+        for name, counts in re.findall(r"Function (\S+):\n\s*(.*)", usage)
+    }
+
+
+def archs(build: Path) -> set[str]:
+    """Those that there is machine code for."""
+    return set(re.findall(r"\.(sm_\d+)\.", dump(build, "--list-elf")))
 
 
 def code(build: Path, arch: str, names: list[str]) -> dict[str, list[Instruction]]:

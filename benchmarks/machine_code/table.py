@@ -57,12 +57,12 @@ def measured(build: Path) -> list[Row]:
             through one does its work.
         OSError: the build cannot be listed.
     """
-    registers = listing.registers(build, ARCH)
-    if not registers:
+    if ARCH not in listing.archs(build):
         raise LookupError(f"{build.name} has no machine code for {ARCH}")
+    resources = listing.resources(build, ARCH)
     names = []
     for kernel in KERNELS:
-        found = [name for name in registers if re.search(kernel.pattern, name)]
+        found = [name for name in resources if re.search(kernel.pattern, name)]
         if len(found) != 1:
             raise LookupError(f"{build.name} has {len(found)} kernels like {kernel.pattern}, not 1")
         names += found
@@ -73,12 +73,12 @@ def measured(build: Path) -> list[Row]:
             count = issued(code[name], kernel.stretches)
         except LookupError as error:
             raise LookupError(f"{kernel.title}: {error}") from None
-        rows.append(Row(kernel, registers[name], count))
+        rows.append(Row(kernel, resources[name]["REG"], count))
     return rows
 
 
 def compiler(build: Path) -> str:
-    return listing.assembler(build, ARCH, next(iter(listing.registers(build, ARCH))))
+    return listing.assembler(build, ARCH, next(iter(listing.resources(build, ARCH))))
 
 
 def table(build: Path) -> list[str]:

@@ -60,12 +60,6 @@ class Kernel(NamedTuple):
         return cls(kind, TYPES[int(type_)], transposed == "1", False, warps, 1)
 
 
-def dump(extension: ModuleType, *options: str) -> str:
-    if listing.cuobjdump() is None:
-        pytest.skip("no cuobjdump, neither on PATH nor in triton")
-    return listing.dump(Path(extension.__file__), *options)
-
-
 @pytest.fixture(scope="module")
 def extension() -> ModuleType:
     extension = pytest.importorskip("mfops._C", reason="the extension was not built")
@@ -75,37 +69,32 @@ def extension() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def resources(extension) -> dict[tuple[str, str], dict[str, int]]:
-    """Registers, stack, and local memory by architecture and mangled name."""
-    found = {}
-    arch = ""
-    text = dump(extension, "--dump-resource-usage")
-    for match in re.finditer(r"arch = (sm_\d+)|Function (\S+):\n\s*(.*)", text):
-        if match.group(1):
-            arch = match.group(1)
-        else:
-            counts = re.findall(r"(REG|STACK|LOCAL):(\d+)", match.group(3))
-            found[arch, match.group(2)] = {name: int(value) for name, value in counts}
-    return found
+def build(extension) -> Path:
+    if listing.cuobjdump() is None:
+        pytest.skip("no cuobjdump, neither on PATH nor in triton")
+    return Path(extension.__file__)
 
 
 @pytest.fixture(scope="module")
-def instructions(extension) -> dict[str, Counter[str]]:
+def resources(build) -> dict[tuple[str, str], dict[str, int]]:
+    """Registers, stack and local memory by architecture and mangled name."""
+    return {
+        (arch, name): used
+        for arch in listing.archs(build)
+        for name, used in listing.resources(build, arch).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def instructions(extension, build) -> dict[str, Counter[str]]:
     """By mangled name, how often every instruction occurs in one architecture's code.
 
     Of sm_90 where the build has it: for 10.0 and 12.0 ptxas makes some stores generic.
     """
     archs = extension.build_info()["cuda_archs"]
     arch = ARCH if ARCH in archs else archs[-1]
-    found: dict[str, Counter[str]] = {}
-    name = ""
-    for line in dump(extension, "--dump-sass", "--gpu-architecture", arch).splitlines():
-        if match := re.search(r"Function : (\S+)", line):
-            name = match.group(1)
-            found[name] = Counter()
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+ +)?(\S+)", line):
-            found[name][match.group(1).rstrip(";")] += 1
-    return found
+    code = listing.instructions(listing.dump(build, "--dump-sass", "--gpu-architecture", arch))
+    return {name: Counter(ins.name for ins in own) for name, own in code.items()}
 
 
 def test_every_kernel_is_there_for_every_architecture(extension, resources):
@@ -193,13 +182,11 @@ def test_memory_is_never_addressed_generically(instructions):
             assert not generic, (name, generic)
 
 
-def test_tiles_cost_no_more_instructions_than_recorded(extension):
+def test_tiles_cost_no_more_instructions_than_recorded(extension, build):
     archs = extension.build_info()["cuda_archs"]
     if ARCH not in archs:
         pytest.skip(f"no machine code for {ARCH} in this build, only for {', '.join(archs)}")
-    if listing.cuobjdump() is None:
-        pytest.skip("no cuobjdump, neither on PATH nor in triton")
-    build, document = Path(extension.__file__), (ROOT / DOCUMENT).read_text("utf-8")
+    document = (ROOT / DOCUMENT).read_text("utf-8")
     ours, release = compiler(build), re.search(r"ptxas \d+\.\d+", document)
     assert release is not None
     if not ours.startswith(release[0]):
