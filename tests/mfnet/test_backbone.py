@@ -15,8 +15,14 @@ from mfnet.backbone import Backbone, same_padding
 from mfnet.flops import count_flops
 
 
+CSPNEXT = pytest.param(
+    "cspnext_tiny",
+    marks=pytest.mark.skipif(not timm.is_model("cspnext_tiny"), reason="a timm without CSPNeXt"),
+)
+
+
 @pytest.mark.parametrize(
-    "name", ["resnet18", "regnetx_002", "convnext_atto", "mobilenetv3_small_050", "cspnext_tiny"]
+    "name", ["resnet18", "regnetx_002", "convnext_atto", "mobilenetv3_small_050", CSPNEXT]
 )
 def test_features_at_strides_4_and_16(name: str) -> None:
     backbone = Backbone(name).eval()
@@ -68,7 +74,7 @@ def test_torchvision_state_dict(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", "cspnext_tiny"])
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050", CSPNEXT])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_timm_state_dict(name: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
