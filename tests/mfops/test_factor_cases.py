@@ -75,5 +75,5 @@ def test_a_wrong_gradient_is_seen():
         return reference.nmf_backward(grad_x_hat, None, *factors)
 
     run.nmf_backward = without_the_error
-    with pytest.raises(AssertionError, match="nmf_backward: dX: off by"):
+    with pytest.raises(AssertionError, match=r"nmf_backward .*: dX: off by"):
         check(run, case, "nmf")

@@ -74,24 +74,27 @@ def test_flops_are_those_of_the_products_in_the_reference(method):
         assert flops(OPS.nmf_backward, *arguments) == expected > 0
 
 
-@pytest.fixture(params=[1, 3, 8])
-def threads(request):
-    torch.set_num_threads(request.param)
-    return request.param
+THREADS = [1, 3, 8]
 
 
 @needs_extension
 @pytest.mark.parametrize("shape", TILED, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_any_number_of_threads(method, shape, threads):
-    for layout, dtype in [("contiguous", torch.float32), ("channels_last", torch.bfloat16)]:
-        operands = Run("native", "cpu").operands(dtype)
-        check(NATIVE, make(shape, layout, dtype, method), method, operands, steps=2)
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("contiguous", torch.float32), ("channels_last", torch.bfloat16)], ids=str
+)
+def test_any_number_of_threads(method, shape, layout, dtype):
+    case = make(shape, layout, dtype, method)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        check(NATIVE, case, method, Run("native", "cpu").operands(dtype), steps=2)
 
 
 @needs_extension
+@pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("method", FUSED_METHODS)
 def test_same_bits_every_run_with_tiles_and_threads(method, threads):
+    torch.set_num_threads(threads)
     case = make((3, 2500, 3, 400), "contiguous", torch.float32, method)
     first = NATIVE.factorize_reconstruct(case.x, case.y0, method, 3)
     for _ in range(10):

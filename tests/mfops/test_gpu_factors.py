@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from factor_cases import check, make
-from test_gpu import DTYPES, LAYOUTS, OnGpu, needs_memory, runs_or_skips
+from gpu import DTYPES, LAYOUTS, OnGpu, needs_memory, runs_or_skips
 from torch import Tensor
 
 import mfops
