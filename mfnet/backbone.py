@@ -37,7 +37,7 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
 
 
 # Every layer of timm with such a padding, a convolution or a pooling, asks this function of timm's.
-timm.layers.padding.get_same_padding = same_padding
+timm.layers.padding.get_same_padding = same_padding  # type: ignore[assignment]
 
 
 class Backbone(nn.Module):
@@ -111,7 +111,7 @@ class Pyramid(nn.Module):
     16 and 32, whose channels are ``high_channels``; with ``with_middle``, between them, those at
     stride 16, of ``middle_channels``. Nothing is dilated, so hierarchical transformers serve as
     well as convolutional networks. Images of a size that the backbone does not take are padded
-    with 0, the mean colour, on the right and at the bottom.
+    with 0, the mean color, on the right and at the bottom.
 
     Args:
         name: a timm model that gives features at strides 4 to 32, for example ``"resnet50"``,

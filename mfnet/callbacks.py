@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -15,11 +14,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from mfnet.data import as_rgb, denormalise
+from mfnet.data import as_rgb, denormalize
 from mfnet.files import written_whole
 from mfnet.flops import count_flops
 from mfnet.models import evaluation_parameters, unwrapped
-from mfnet.normalisation import IMAGENET
+from mfnet.normalization import IMAGENET
 from mfnet.scores import CONFUSION, class_table, write_class_scores, write_confusion
 
 SUMMARY = "summary.json"
@@ -59,7 +58,7 @@ class RunRecord(Callback):
         self.folder = folder
         self._chosen: list[tuple[Tensor, Tensor]] = []
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
             return
         # A broadcast: every rank has to ask.
@@ -77,11 +76,11 @@ class RunRecord(Callback):
         if counts is not None:
             write_confusion(counts, pl_module.class_names, folder / CONFUSION)
 
-    def _write_summary(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _write_summary(self, path: Path, trainer: Any, pl_module: Any) -> None:
         network = unwrapped(pl_module.network)
-        channels, *size = self._chosen[0][0].shape
+        channels, height, width = self._chosen[0][0].shape
         try:
-            gflops = count_flops(network, size, channels) / 1e9
+            gflops = count_flops(network, (height, width), channels) / 1e9
         except (RuntimeError, NotImplementedError) as error:
             # A foreign network may not run on the meta device; that must not end its training.
             rank_zero_warn(f"the FLOPs of {type(network).__name__} cannot be counted: {error}")
@@ -93,21 +92,21 @@ class RunRecord(Callback):
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "gflops": gflops,
-            "input_size": size,
+            "input_size": [height, width],
             "class_names": list(trainer.datamodule.class_names),
-            "palette": [list(map(int, colour)) for colour in trainer.datamodule.palette],
+            "palette": [list(map(int, color)) for color in trainer.datamodule.palette],
         }
         with written_whole(path) as partial:
             partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
-    def _write_samples(self, path: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _write_samples(self, path: Path, trainer: Any, pl_module: Any) -> None:
         arrays: dict[str, Any] = {"epoch": trainer.current_epoch}
-        normalisation = getattr(pl_module, "normalisation", IMAGENET)
+        normalization = getattr(pl_module, "normalization", IMAGENET)
         for index, (image, mask) in enumerate(self._chosen):
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 images = trainer.precision_plugin.convert_input(image[None].to(pl_module.device))
                 logits = pl_module(images)
-            shown = as_rgb(denormalise(image, normalisation))
+            shown = as_rgb(denormalize(image, normalization))
             arrays[f"image_{index}"] = shown.permute(1, 2, 0).numpy()
             arrays[f"truth_{index}"] = mask.numpy().astype(np.uint8)
             arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
@@ -129,14 +128,14 @@ class ClassScores(Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._put_out("val", trainer, pl_module)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         self._put_out("test", trainer, pl_module)
 
-    def _put_out(self, stage: str, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _put_out(self, stage: str, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         counts, names = pl_module.confusion_counts, pl_module.class_names

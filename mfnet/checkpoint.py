@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's
-RECORD = "mfnet"  # the entry of a checkpoint that tells network, classes and normalisation
+RECORD = "mfnet"  # the entry of a checkpoint that tells network, classes and normalization
 TOLD = {"network", "class_names", "normalisation"}  # at least, in a record of weights
 CONFIG = "config.json"  # huggingface_hub's names of the files in a folder of weights
 WEIGHTS = "model.safetensors"

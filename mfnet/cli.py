@@ -66,9 +66,9 @@ class FunctionLinkParser(LightningArgumentParser):
     ) -> list[str]:
         return super().add_function_arguments(function, *args, **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Without the names of all the classes that an argument's value may have, 1400 lines."""
-        return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", super().format_help())
+        return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", super().format_help(*args, **kwargs))
 
 
 class MFNetCLI(LightningCLI):
@@ -283,7 +283,8 @@ class MFNetCLI(LightningCLI):
         """Say where the best checkpoint is."""
         folder = Path(self.trainer.default_root_dir)
         best = folder / CHECKPOINTS / "best.ckpt"
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero or not best.is_file():
+        trainer: Any = self.trainer
+        if trainer.fast_dev_run or not trainer.is_global_zero or not best.is_file():
             return
         try:
             epoch, score = report.best_epoch(folder)
@@ -326,7 +327,7 @@ def _guard(folder: Path, asked: str | None, checkpoint: str | None) -> None:
 def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | None:
     if path is None:
         if subcommand != "fit":
-            rank_zero_warn("no --ckpt_path: the network is used as it was initialised")
+            rank_zero_warn("no --ckpt_path: the network is used as it was initialized")
         return None
     if path in ("best", "last"):
         file = Path(folder) / CHECKPOINTS / f"{path}.ckpt"

@@ -120,7 +120,7 @@ class RunConfig(SaveConfigCallback):
     """Save the configuration in the run's folder; Lightning's goes where the logger logs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         with written_whole(Path(trainer.default_root_dir) / CONFIG) as partial:

@@ -13,7 +13,7 @@ def upsample(x: Tensor, size: torch.Size, align_corners: bool = True) -> Tensor:
 
     Strided convolutions sample a ``16 k + 1`` wide image (513, say) at the pixels 0, 16, ...,
     16 k: aligned corners put the features back exactly there. At any other size they stretch, by up
-    to a stride at the far end; the centres of pixels, ``align_corners=False``, then lie closer.
+    to a stride at the far end; the centers of pixels, ``align_corners=False``, then lie closer.
     """
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 

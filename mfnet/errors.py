@@ -8,6 +8,7 @@ import pydoc
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -122,7 +123,7 @@ def refusal(error: Exception) -> str:
 def _own_flags(message: str, key: str) -> list[str]:
     """The arguments of the class that does not accept one."""
     found = re.search(r"class_path '([\w.]+)'", message)
-    kind = pydoc.locate(found[1]) if found else None
+    kind: Any = pydoc.locate(found[1]) if found else None
     return [f"--{key}.{name}" for name in inspect.signature(kind).parameters] if kind else []
 
 

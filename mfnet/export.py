@@ -31,8 +31,8 @@ LARGEST_ERROR = 1e-3  # of the largest logit
 METADATA = "mfnet"
 
 
-class Normalised(nn.Module):
-    """A network on images in 0 to 1, float (B, C, H, W), that normalises them itself."""
+class Normalized(nn.Module):
+    """A network on images in 0 to 1, float (B, C, H, W), that normalizes them itself."""
 
     def __init__(self, network: TrainedNetwork) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Normalised(nn.Module):
         return self.network(tv.normalize(images, *self.network.normalisation))
 
 
-Exported = TrainedNetwork | Normalised
+Exported = TrainedNetwork | Normalized
 
 
 def _write_onnx(model: Exported, path: Path, metadata: str) -> None:
@@ -110,7 +110,7 @@ FORMATS = {
 
 
 def export(
-    source: str | Path, to: str, output: str | Path | None = None, normalise: bool = False
+    source: str | Path, to: str, output: str | Path | None = None, normalize: bool = False
 ) -> tuple[Path, float]:
     """Write a trained network to a file that takes any batch, height and width.
 
@@ -122,7 +122,7 @@ def export(
         output: the file or, of weights, the folder; default: ``network.onnx``, ``network.pt2``,
             ``network.aoti.pt2`` or ``weights`` in the source's folder, of a network in the package
             in the current one.
-        normalise: whether the program takes RGB in 0 to 1 and normalises it itself.
+        normalize: whether the program takes RGB in 0 to 1 and normalizes it itself.
 
     Returns:
         Where it is, and the largest difference of its logits from the network's, in units of the
@@ -135,8 +135,8 @@ def export(
     """
     if to not in (*FORMATS, "weights"):
         raise ValueError(f"to: expected {', '.join(FORMATS)} or weights, got {to!r}")
-    if to == "weights" and normalise:
-        raise ValueError("normalise: weights hold the network alone; predict() normalises")
+    if to == "weights" and normalize:
+        raise ValueError("normalise: weights hold the network alone; predict() normalizes")
     packages = () if to == "weights" else FORMATS[to].packages
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
@@ -150,8 +150,8 @@ def export(
         with _folder_written_whole(path) as partial:
             network.save_pretrained(partial)
             return path, _compare(network, TrainedNetwork.from_pretrained(partial))
-    model = Normalised(network) if normalise else network
-    metadata = json.dumps(_metadata(network, normalise))
+    model = Normalized(network) if normalize else network
+    metadata = json.dumps(_metadata(network, normalize))
     with written_whole(path) as partial:
         try:
             FORMATS[to].write(model.eval(), partial, metadata)
@@ -164,12 +164,12 @@ def export(
         return path, _compare(model, FORMATS[to].run(partial))
 
 
-def _metadata(network: TrainedNetwork, normalise: bool) -> dict[str, Any]:
+def _metadata(network: TrainedNetwork, normalize: bool) -> dict[str, Any]:
     return {
         "class_names": network.class_names,
         "palette": network.palette,
         "resize": network.resize,
-        "normalisation": None if normalise else network.normalisation._asdict(),
+        "normalisation": None if normalize else network.normalisation._asdict(),
     }
 
 
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = "default: in RUN's folder; of a shipped network, in the current one"
     parser.add_argument("--output", metavar="PATH", help=where)
     parser.add_argument(
-        "--normalise", action="store_true", help="take RGB in 0 to 1 and normalise it inside"
+        "--normalise", action="store_true", help="take RGB in 0 to 1 and normalize it inside"
     )
     options = parser.parse_args(arguments)
     path, error = export(options.run, options.to, options.output, options.normalise)

@@ -21,7 +21,7 @@ Freeze = Literal["statistics"] | bool
 LISTED = 10  # names of tensors of one kind that are told
 
 
-def initialise(network: nn.Module, source: str | Path) -> str:
+def initialize(network: nn.Module, source: str | Path) -> str:
     """Give a network every tensor of a trained one whose name and shape fit.
 
     A learned Z of another grid is resampled, bilinearly.

@@ -46,8 +46,8 @@ data
   --data.resize [H,W]      resize images and masks first
   --data.batch_size N      images per process in a step         (4)
   --data.num_workers N     processes that load images
-  --data.channels N        of the images: 1 grey, 3 RGB, or the bands of a TIFF  (3)
-  --data.label_map M       what numbers or colours in masks mean: '{{0: 0, 255: 1}}', a YAML file
+  --data.channels N        of the images: 1 gray, 3 RGB, or the bands of a TIFF  (3)
+  --data.label_map M       what numbers or colors in masks mean: '{{0: 0, 255: 1}}', a YAML file
   --data.predict_images P  what predict reads: files, folders, globs
   --data.help CLASS        all options of CLASS
 network
@@ -96,7 +96,7 @@ training
 EVALUATION = f"""\
 how images are shown to the network
   --tile N                         larger ones in windows of N x N   (predict: {TILE}, else: whole)
-  --overlap S                      share of a window that its neighbours cover   (0.25)
+  --overlap S                      share of a window that its neighbors cover   (0.25)
   --scales [0.5,1,1.5]             averaged over scales
   --flip true                      averaged with the mirrored image
 """
@@ -140,8 +140,8 @@ def data_classes() -> list[str]:
 def nested_flags() -> list[str]:
     """The flags that belong to a class or function which is itself an argument's value."""
     classes = [getattr(mfnet.data, name) for name in data_classes()]
-    initialisers = [base.__init__ for cls in classes for base in cls.__mro__[:-1]]
-    data = [name for function in initialisers for name in inspect.signature(function).parameters]
+    initializers = [base.__init__ for cls in classes for base in cls.__mro__[:-1]]
+    data = [name for function in initializers for name in inspect.signature(function).parameters]
     network = list(inspect.signature(create_model).parameters)
     names = [f"--data.{name}" for name in data if name not in ("self", "args", "kwargs")]
     names += [f"--model.network.{name}" for name in network if name != "kwargs"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from mfnet.normalisation import Normalisation
+from mfnet.normalization import Normalization
 
 Forward = Callable[[Tensor], Tensor]
 TILE = 1025  # 16 * 64 + 1, a size that features at stride 16 sample to its last pixel
@@ -35,7 +35,7 @@ class Inference:
     Args:
         tile: side of the windows that larger images are cut into; ``None``: whole images. At scale
             s the network sees a window of s times that side.
-        overlap: share of a window's side, in [0, 1), that its neighbours cover at least.
+        overlap: share of a window's side, in [0, 1), that its neighbors cover at least.
         scales: of the images, averaged.
         flip: average with the mirrored image, at each scale.
 
@@ -68,14 +68,14 @@ class Inference:
         return self.tile is None and tuple(self.scales) == (1.0,) and not self.flip
 
     def probabilities(self, network: Forward, images: Tensor) -> Tensor:
-        """Float32 (B, classes, H, W) of normalised images (B, C, H, W)."""
+        """Float32 (B, classes, H, W) of normalized images (B, C, H, W)."""
         return torch.cat(list(self._strips(network, images)), dim=-2)
 
     def predict(
         self,
         network: Forward,
         image: Tensor,
-        normalisation: Normalisation,
+        normalization: Normalization,
         device: torch.device | str,
         size: Sequence[int] | None = None,
         probabilities: bool = False,
@@ -84,9 +84,9 @@ class Inference:
         a row of windows beside the image and the labels.
 
         Args:
-            network: logits (1, classes, h, w) of normalised images (1, C, h, w).
+            network: logits (1, classes, h, w) of normalized images (1, C, h, w).
             image: uint8 (C, h, w).
-            normalisation: what the network wants.
+            normalization: what the network wants.
             device: where the network is.
             size: (H, W) of the result; default: the image's.
             probabilities: whether to return them too.
@@ -94,9 +94,9 @@ class Inference:
 
         def on_window(window: Tensor) -> Tensor:
             pixels = tv.to_dtype(window.to(device), torch.float32, scale=True)
-            return network(tv.normalize(pixels, *normalisation))
+            return network(tv.normalize(pixels, *normalization))
 
-        strips = (strip[0] for strip in self._strips(on_window, image[None]))
+        strips: Iterator[Tensor] = (strip[0] for strip in self._strips(on_window, image[None]))
         if size is not None and tuple(size) != tuple(image.shape[-2:]):
             strips = _resized_strips(torch.cat(list(strips), dim=-2), size)
         labels, kept = [], []
@@ -188,7 +188,7 @@ def _resized_strips(maps: Tensor, size: Sequence[int]) -> Iterator[Tensor]:
     wide = F.interpolate(maps[None], (maps.shape[-2], width), mode="bilinear")
     rows = wide.shape[-2]
     for top in range(0, height, 256):
-        # Where the rows' centres lie, as in bilinear interpolation without aligned corners.
+        # Where the rows' centers lie, as in bilinear interpolation without aligned corners.
         lines = torch.arange(top, min(top + 256, height), device=maps.device) + 0.5
         place = (lines * rows / height - 0.5).clamp(0, rows - 1)
         above = place.long()

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -40,22 +39,20 @@ class LabelCheck(Callback):
         self._done: set[str] = set()
         self._tables: list[tuple[Sequence[Path], Tensor]] = []
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._check("training", trainer.train_dataloader, trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._check("training", trainer.train_dataloader, trainer, pl_module)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._check("validation", trainer.val_dataloaders, trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._check("test", trainer.test_dataloaders, trainer, pl_module)
 
-    def _check(
-        self, split: str, loader: Any, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> None:
+    def _check(self, split: str, loader: Any, trainer: Any, pl_module: Any) -> None:
         dataset = getattr(loader, "dataset", None)
         skip = trainer.sanity_checking or trainer.fast_dev_run or split in self._done
         if skip or not isinstance(dataset, SegmentationDataset):
@@ -69,7 +66,7 @@ class LabelCheck(Callback):
             return
         self._done.add(split)
         _judge(split, over_ranks(record.counts()), pl_module.class_names)
-        tables = trainer.strategy.all_gather(record.colours().to(pl_module.device)).cpu()
+        tables = trainer.strategy.all_gather(record.colors().to(pl_module.device)).cpu()
         self._tables += [(record.masks, table) for table in tables.reshape(-1, 2, 256)]
         check_palettes(self._tables)
 

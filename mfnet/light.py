@@ -93,12 +93,13 @@ class FactorizedDecoder(nn.Module):
         rank: K, the number of bases.
     """
 
-    align_corners: ClassVar[bool] = False  # pixels are squares: their centres lie between corners
+    align_corners: ClassVar[bool] = False  # pixels are squares: their centers lie between corners
 
     def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
         super().__init__()
         self.low = Projection(low_channels, width)
         self.coarse = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
+        # Named as in the weights that are trained already, hence the spelling.
         self.neighbours = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
         with torch.no_grad():
             self.neighbours.weight[:, :, 1, 1] += 1  # training begins near the pixel alone

@@ -34,6 +34,8 @@ class CrossEntropy(nn.Module):
         weight: of each class, ``(classes,)``; the mean is then a weighted one.
     """
 
+    weight: Tensor | None
+
     def __init__(self, weight: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
@@ -93,7 +95,7 @@ def prepared(loss: nn.Module) -> nn.Module:
     for module in loss.modules():
         takes = signature(type(module)).parameters.get("ignore_index")
         if takes is not None and getattr(module, "ignore_index", None) == takes.default:
-            module.ignore_index = IGNORE_INDEX
+            module.ignore_index = IGNORE_INDEX  # type: ignore[assignment]
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer, persistent=False)
     return loss
@@ -154,7 +156,7 @@ def balanced_class_weights(dataset: Any) -> Tensor:
 def median_frequency(masks: Iterable[NDArray[Any]], classes: int) -> Tensor:
     """Class weights ``median / f_c``, float32 (classes,); 0 for a class without a pixel.
 
-    ``f_c`` is the share of class c of the labelled pixels of the images that it occurs in (Eigen
+    ``f_c`` is the share of class c of the labeled pixels of the images that it occurs in (Eigen
     and Fergus, ICCV 2015), ``median`` that of all ``f_c``.
 
     Args:
@@ -162,7 +164,7 @@ def median_frequency(masks: Iterable[NDArray[Any]], classes: int) -> Tensor:
         classes: their number.
 
     Raises:
-        ValueError: no pixel is labelled.
+        ValueError: no pixel is labeled.
     """
     pixels, around = torch.zeros(2, classes, dtype=torch.float64)
     for labels in masks:
@@ -170,7 +172,7 @@ def median_frequency(masks: Iterable[NDArray[Any]], classes: int) -> Tensor:
         pixels += counts
         around += counts.sum() * (counts > 0)
     if not pixels.any():
-        raise ValueError("class_weights: expected masks with a labelled pixel, got none")
+        raise ValueError("class_weights: expected masks with a labeled pixel, got none")
     frequency = pixels / around
     weights = frequency[pixels > 0].quantile(0.5) / frequency
     return weights.nan_to_num(0.0).float()

@@ -4,6 +4,7 @@ own callbacks before hours are spent on them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -63,7 +64,7 @@ class MonitorCheck(Callback):
     """Stop after the sanity check, not after an epoch, where a callback watches a validation
     metric that is not logged."""
 
-    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         logged = sorted(trainer.callback_metrics)
         for callback in trainer.callbacks:
             metric = getattr(callback, "monitor", None)
@@ -79,10 +80,10 @@ class MonitorCheck(Callback):
 class EpochScores(Callback):
     """Print the scores of each validation in a line of their own, with a progress bar or not."""
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._print("val", trainer)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         self._print("test", trainer)
 
     def _print(self, stage: str, trainer: L.Trainer) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -37,7 +36,7 @@ def build_optimizer(groups: Groups, make: OptimizerCallable, head_lr: float) -> 
 
 def scheduled(
     optimizer: Optimizer, make: LRSchedulerCallable | None, factor: Callable[[], float]
-) -> OptimizerLRScheduler:
+) -> Any:
     """What ``configure_optimizers`` returns: the scheduler that ``make`` makes steps once an epoch.
 
     Without one, the rates are multiplied by ``factor()`` at every step.

@@ -35,7 +35,7 @@ def published(network: nn.Module, backbone_lr: float, head_lr: float) -> Groups:
 
     MFNet and DeepLabV3+: backbone and learned factors Y, Z at ``backbone_lr``, the others at
     ``head_lr``. EMANet, known by its decoder: the weights of convolutions at ``backbone_lr``; those
-    of normalisations, and all biases, at ``head_lr`` without weight decay.
+    of normalizations, and all biases, at ``head_lr`` without weight decay.
     """
     trainable = [p for p in network.parameters() if p.requires_grad]
     if isinstance(getattr(network, "decoder", None), PointwiseDecoder):

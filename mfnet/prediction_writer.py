@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -53,7 +52,7 @@ class PredictionWriter(BasePredictionWriter):
         self._skipped: list[Skipped] = []
         self._written = 0
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         self._skipped, self._written = [], 0
         pl_module.keep_probabilities = "probabilities" in self.kinds
         paths = trainer.predict_dataloaders.dataset.paths
@@ -67,8 +66,8 @@ class PredictionWriter(BasePredictionWriter):
 
     def write_on_batch_end(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Any,
+        pl_module: Any,
         prediction: Prediction | Skipped,
         batch_indices: Sequence[int] | None,
         batch: tuple[Tensor, Tensor, Sequence[str]],
@@ -90,7 +89,7 @@ class PredictionWriter(BasePredictionWriter):
                 save_mask(labels, data.palette, path)
             else:
                 assert prediction.probabilities is not None  # asked for in on_predict_start
-                arrays = {
+                arrays: dict[str, Any] = {
                     "probabilities": prediction.probabilities.numpy(),
                     "class_names": np.array(data.class_names),
                 }
@@ -98,7 +97,7 @@ class PredictionWriter(BasePredictionWriter):
                     np.savez_compressed(partial, **arrays)
         self._written += 1
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         of_ranks = [(self._written, self._skipped)]
         if dist.is_available() and dist.is_initialized():
             of_ranks *= dist.get_world_size()

@@ -20,7 +20,7 @@ from mfnet.data import voc
 from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
 from mfnet.inference import TILE, Inference, Prediction
-from mfnet.normalisation import Normalisation
+from mfnet.normalization import Normalization
 from mfnet.outputs import read_output
 
 SOURCE = "a run's folder, a checkpoint, a folder of weights or a shipped network's name"
@@ -55,7 +55,7 @@ class TrainedNetwork(
 ):
     """A segmentation network with all that its use needs.
 
-    ``forward`` takes normalised images (B, C, H, W) and returns the network's logits; for
+    ``forward`` takes normalized images (B, C, H, W) and returns the network's logits; for
     photographs there is :meth:`predict`. ``save_pretrained(folder)``, ``from_pretrained(folder)``
     and ``push_to_hub(name)`` are huggingface_hub's: ``config.json`` holds the arguments below,
     ``model.safetensors`` the weights, neither can hold code.
@@ -64,8 +64,8 @@ class TrainedNetwork(
         network: ``class_path`` of an ``nn.Module`` or of a function that returns one, ``init_args``
             and ``dict_kwargs``, as the command line's ``--model.network`` takes them.
         class_names: the classes, in the order of the logits.
-        palette: RGB of each class; default: PASCAL's colours.
-        normalisation: ``mean`` and ``std`` that images are normalised with, C numbers each.
+        palette: RGB of each class; default: PASCAL's colors.
+        normalisation: ``mean`` and ``std`` that images are normalized with, C numbers each.
         resize: (height, width) that images were resized to in training; :meth:`predict` does so.
 
     Attributes:
@@ -85,9 +85,9 @@ class TrainedNetwork(
         self.network = build(network)
         self.class_names = list(class_names)
         given = voc.pascal_palette(len(class_names)) if palette is None else palette
-        self.palette = [tuple(colour) for colour in given]
-        self.normalisation = Normalisation(*(tuple(normalisation[k]) for k in ("mean", "std")))
-        self.resize = None if resize is None else tuple(resize)
+        self.palette = [(red, green, blue) for red, green, blue in given]
+        self.normalisation = Normalization(*(tuple(normalisation[k]) for k in ("mean", "std")))
+        self.resize = None if resize is None else (resize[0], resize[1])
         self.channels = len(self.normalisation.mean)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class TrainedNetwork(
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> TrainedNetwork:
-        # The mixin's own default leaves what the file lacks as it was initialised.
+        # The mixin's own default leaves what the file lacks as it was initialized.
         return super()._from_pretrained(strict=strict, **kwargs)
 
 

@@ -28,7 +28,7 @@ from mfnet.scores import CONFUSION, class_table, markdown_table, read_confusion
 from mfnet.visualize import Array, draw_confusion, draw_curves, draw_grid, save_figure
 
 CURVES = {"mIoU": "val/mIoU", "fwIoU": "val/fwIoU"}
-SUMMARY_KEYS = {
+SUMMARY_KEYS: dict[str, Any] = {
     "model": str,
     "backbone": str,
     "parameters": int,
@@ -299,7 +299,7 @@ def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
     save_figure(curves, output / "curves.png")
     save_figure(grid, output / "predictions.png")
     for name, picture in pictures.items():
-        save_figure(draw_confusion(runs[name].confusion, classes), output / picture)
+        save_figure(draw_confusion(np.asarray(runs[name].confusion), classes), output / picture)
     with written_whole(output / "report.md") as partial:
         partial.write_text(
             "# Comparison\n\n"
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="mfnet report",
         description="Draw curves, predictions and confusion matrices, and write tables, of runs.",
     )
-    path = {"type": lambda text: Path(text).expanduser()}
+    path: Any = {"type": lambda text: Path(text).expanduser()}
     parser.add_argument("runs", nargs="+", metavar="RUN", **path, help="run folder")
     parser.add_argument(
         "--output", **path, default=Path("report"), metavar="DIR", help="default: %(default)s"

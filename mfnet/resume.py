@@ -33,7 +33,7 @@ def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
     epochs = trainer.max_epochs or -1
     if epochs > 0:
         shares.append(max(epochs_done(trainer), resumed_at) / epochs)
-    return float(min(max(shares), 1))
+    return float(min(max(shares), Fraction(1)))
 
 
 def share_warmed_up(trainer: L.Trainer, resumed_at: Fraction, epochs: float) -> float:
@@ -43,12 +43,13 @@ def share_warmed_up(trainer: L.Trainer, resumed_at: Fraction, epochs: float) -> 
     """
     if epochs == 0:
         return 1.0
-    return float(min(max(epochs_done(trainer), resumed_at) / Fraction(epochs), 1))
+    return float(min(max(epochs_done(trainer), resumed_at) / Fraction(epochs), Fraction(1)))
 
 
 def epochs_done(trainer: L.Trainer) -> Fraction:
     """Epochs done, in optimizer steps of the one under way; exact, so that resuming is."""
-    started = max(1, trainer.fit_loop.epoch_progress.current.started)
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    started = max(1, epochs.started)
     if trainer.num_training_batches in (0, math.inf):
         return Fraction(started - 1)
     accumulated = trainer.accumulate_grad_batches
@@ -62,7 +63,8 @@ def continue_epoch(trainer: L.Trainer) -> None:
     loader, fit_loop = trainer.train_dataloader, trainer.fit_loop
     if not isinstance(loader, ResumableLoader):
         return
-    inside = fit_loop.epoch_progress.current.started > fit_loop.epoch_progress.current.processed
+    epochs: Any = fit_loop.epoch_progress.current
+    inside = epochs.started > epochs.processed
     done = loader.batches_done if inside else loader.start_over()
     fit_loop.epoch_loop.restarting = inside  # with max_steps Lightning restarts finished epochs too
     progress = fit_loop.epoch_loop.batch_progress.current

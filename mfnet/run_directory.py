@@ -181,7 +181,7 @@ class ContinuedCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> Any:  # the base's is of another class in Fabric
         if self._experiment is None:
             self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment

@@ -21,10 +21,10 @@ class SyncBatchNormPlugin(TorchSyncBatchNorm):
     Converted layers stay when training ends: they evaluate as plain BatchNorm.
     """
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: Any) -> nn.Module:
         model = convert_sync_batchnorm(model)
         if model.trainer.strategy.root_device.type == "cpu":
-            stand_ins = {
+            stand_ins: dict[type, type] = {
                 nn.SyncBatchNorm: CPUSyncBatchNorm,
                 SyncBatchNormAct: _CPUSyncBatchNormAct,
             }
@@ -43,6 +43,11 @@ class CPUSyncBatchNorm(_BatchNorm):
     through them. (No subclass: ``DistributedDataParallel`` refuses those on CPUs.)
     """
 
+    # None only where track_running_stats is False.
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def _check_input_dim(self, input: Tensor) -> None:
         """Any rank will do, as for ``SyncBatchNorm``."""
 
@@ -54,15 +59,15 @@ class CPUSyncBatchNorm(_BatchNorm):
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         count = _AllReduceSum.apply(values.new_tensor(values.numel() / values.shape[1]))
         mean = _AllReduceSum.apply(values.sum(dims)) / count
-        centred = values - mean.view(shape)
-        var = _AllReduceSum.apply(centred.square().sum(dims)) / count
+        centered = values - mean.view(shape)
+        var = _AllReduceSum.apply(centered.square().sum(dims)) / count
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             momentum = self.momentum or 1 / int(self.num_batches_tracked)
             with torch.no_grad():
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(var * count / (count - 1), momentum)
-        y = centred * torch.rsqrt(var + self.eps).view(shape)
+        y = centered * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(x.dtype)
@@ -70,6 +75,9 @@ class CPUSyncBatchNorm(_BatchNorm):
 
 class _CPUSyncBatchNormAct(CPUSyncBatchNorm):
     """The same for timm's ``SyncBatchNormAct``, whose submodules it finds in its place."""
+
+    act: nn.Module
+    drop: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))

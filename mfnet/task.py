@@ -20,11 +20,11 @@ from mfnet import losses, optimizers, resume
 from mfnet.checkpoint import RECORD, misfit, named_as, read_checkpoint
 from mfnet.constants import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
-from mfnet.fine_tuning import Freeze, frozen_modules, initialise
+from mfnet.fine_tuning import Freeze, frozen_modules, initialize
 from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrapped
-from mfnet.normalisation import IMAGENET, Normalisation, Numbers, normalisation_of
+from mfnet.normalization import IMAGENET, Normalization, Numbers, normalization_of
 from mfnet.outputs import read_output
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.pretrained import arguments_of, build
@@ -77,7 +77,7 @@ class SegmentationTask(L.LightningModule):
         reconstruction_weight: weight of the reconstruction loss (the paper's lambda; EncNet's
             SE-loss has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
-        image_mean: mean of each channel that images are normalised with, in 0 to 1. ``None``: what
+        image_mean: mean of each channel that images are normalized with, in 0 to 1. ``None``: what
             timm's configuration says of the weights of the timm model inside the network,
             ImageNet's where there is none, and, where images are not of 3 channels, the mean of
             those three numbers in every channel; after a checkpoint was loaded, the checkpoint's.
@@ -95,7 +95,7 @@ class SegmentationTask(L.LightningModule):
         class_weights: a number for each class, for a loss that takes ``weight``; ``"auto"``:
             :func:`mfnet.losses.median_frequency` of the training masks, counted before training.
         auxiliary_weight: weight of the loss of auxiliary logits.
-        init_from: a trained network to start from, :func:`mfnet.fine_tuning.initialise`; read when
+        init_from: a trained network to start from, :func:`mfnet.fine_tuning.initialize`; read when
             training starts, and not where it goes on from a checkpoint.
         freeze_backbone: whether the backbone stays as it is, parameters and statistics;
             ``"statistics"``: its BatchNorm statistics alone.
@@ -106,7 +106,7 @@ class SegmentationTask(L.LightningModule):
             number of channels.
 
     Attributes:
-        normalisation: the mean and standard deviation in effect. The data modules look here.
+        normalization: the mean and standard deviation in effect. The data modules look here.
         confusion_counts: int64 (classes, classes), rows the truth, of the last validation or test,
             all ranks' together; ``None`` before.
         network_config: ``class_path`` and ``init_args`` that built the network, if known.
@@ -163,7 +163,7 @@ class SegmentationTask(L.LightningModule):
                 )
         self.channels = channels
         self._given = image_mean, image_std
-        self.normalisation = self._unless_given(normalisation_of(network).for_channels(channels))
+        self.normalization = self._unless_given(normalization_of(network).for_channels(channels))
         self.lr_warmup = lr_warmup
         if lr_warmup < 0 or (lr_warmup and lr_scheduler is not None):
             raise ValueError(
@@ -213,12 +213,12 @@ class SegmentationTask(L.LightningModule):
         self._resumed_at = Fraction(0)  # a checkpoint, loaded next, tells otherwise
         self._configured = self._stored_kinds = None
         if stage == "fit" and self.class_weights == "auto":
-            data = getattr(self.trainer.datamodule, "train_set", None)
+            data = getattr(self._data(), "train_set", None)
             self.training_loss = self._weighted(losses.balanced_class_weights(data).tolist())
 
     def on_fit_start(self) -> None:
         if self.init_from is not None and self.trainer.ckpt_path is None:
-            rank_zero_info(initialise(self.network, self.init_from))
+            rank_zero_info(initialize(self.network, self.init_from))
             self.init_from = None  # a second fit goes on with what the first has trained
         # As configured: a checkpoint that is loaded next brings those of its own run.
         self._configured = resume.settings(self.trainer)
@@ -239,7 +239,7 @@ class SegmentationTask(L.LightningModule):
             module.eval()
 
     def on_train_epoch_start(self) -> None:
-        self._keep_frozen()  # synchronised BatchNorm has put modules of its own there
+        self._keep_frozen()  # synchronized BatchNorm has put modules of its own there
         optimizers = self.trainer.optimizers
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for index, group in enumerate(groups):
@@ -274,7 +274,7 @@ class SegmentationTask(L.LightningModule):
             per_epoch["train/auxiliary"] = beside.detach()
             loss = loss + self.auxiliary_weight * beside
         if collected:
-            reconstruction = sum(collected)
+            reconstruction: Any = sum(collected)
             per_epoch["train/reconstruction"] = reconstruction.detach()
             loss = loss + weight * reconstruction
 
@@ -313,7 +313,7 @@ class SegmentationTask(L.LightningModule):
         if isinstance(batch, Skipped):
             return batch
         (image,), (original,), (path,) = batch
-        how = self.normalisation, self.device, original.shape[-2:], self.keep_probabilities
+        how = self.normalization, self.device, original.shape[-2:], self.keep_probabilities
         try:
             return self.inference.predict(self, image, *how)
         # What one image is too small or too large for is no reason to leave out the others.
@@ -321,6 +321,7 @@ class SegmentationTask(L.LightningModule):
             return Skipped(path, str(error))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer: torch.optim.Optimizer
         if self.optimizer is None:
             optimizer = torch.optim.SGD(
                 self._groups(), momentum=self.momentum, weight_decay=self.weight_decay
@@ -355,7 +356,7 @@ class SegmentationTask(L.LightningModule):
         where = "the checkpoint" if path is None else f"checkpoint '{path}'"
         record = checkpoint.get(RECORD, {})
         # Before checkpoints told, ImageNet's was used for every network.
-        stored = Normalisation(**record.get("normalisation", IMAGENET._asdict()))
+        stored = Normalization(**record.get("normalisation", IMAGENET._asdict()))
         if len(stored.mean) != self.channels:
             raise ValueError(
                 f"{where} does not fit: its images have "
@@ -374,7 +375,7 @@ class SegmentationTask(L.LightningModule):
                 f"{where} does not fit: its classes are "
                 f"{', '.join(classes)}; those of the data are {', '.join(self.class_names)}"
             )
-        self.normalisation = self._unless_given(stored)
+        self.normalization = self._unless_given(stored)
         self._resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
         self._stored_kinds = resume.stored_kinds(checkpoint, record)
         resume.mark_finished_epoch(checkpoint)
@@ -382,19 +383,22 @@ class SegmentationTask(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         resume.mark_unfinished_epoch(self.trainer, checkpoint)
         checkpoint[EPOCHS_DONE] = list(resume.epochs_done(self.trainer).as_integer_ratio())
-        data = self.trainer.datamodule
+        data = self._data()
         palette, resize = getattr(data, "palette", None), getattr(data, "resize", None)
         checkpoint[RECORD] = {
             "class_names": self.class_names,
-            "palette": palette and [list(map(int, colour)) for colour in palette],
+            "palette": palette and [list(map(int, color)) for color in palette],
             "resize": resize and list(resize),
             "normalisation": {
-                name: list(value) for name, value in self.normalisation._asdict().items()
+                name: list(value) for name, value in self.normalization._asdict().items()
             },
             "network": self.network_config,
         }
         if self._kinds != resume.OWN_KINDS:
             checkpoint[RECORD][resume.KINDS] = list(self._kinds)
+
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def _groups(self) -> Groups:
         return parameter_groups(self.network, self.parameter_groups, self.backbone_lr, self.head_lr)
@@ -413,9 +417,9 @@ class SegmentationTask(L.LightningModule):
             f"'{self.parameter_groups}' they are {', '.join(own)}"
         )
 
-    def _unless_given(self, normalisation: Normalisation) -> Normalisation:
-        pairs = zip(self._given, normalisation, strict=True)
-        return Normalisation(*(tuple(own if given is None else given) for given, own in pairs))
+    def _unless_given(self, normalization: Normalization) -> Normalization:
+        pairs = zip(self._given, normalization, strict=True)
+        return Normalization(*(tuple(own if given is None else given) for given, own in pairs))
 
     def _rate_factor(self) -> float:
         warmed_up = resume.share_warmed_up(self.trainer, self._resumed_at, self.lr_warmup)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def paint_film(
                 for frame in film.decode(read):
                     image = frame.to_image()
                     labels = network.predict(image, tile=tile).numpy()
-                    picture = overlay(np.array(image), labels, network.palette)
+                    picture: Any = overlay(np.array(image), labels, network.palette)
                     picture = np.ascontiguousarray(picture[: written.height, : written.width])
                     painted.mux(written.encode(av.VideoFrame.from_ndarray(picture)))
                     pictures += 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -16,28 +18,28 @@ from PIL import Image
 from mfnet.constants import IGNORE_INDEX
 from mfnet.files import written_whole
 
-Colour = tuple[int, int, int]
-Array = NDArray[np.generic]
+Color = tuple[int, int, int]
+Array = NDArray[Any]
 
-IGNORE_COLOUR: Colour = (224, 224, 224)
+IGNORE_COLOR: Color = (224, 224, 224)
 
-# Okabe and Ito's colours, distinct under the common colour-vision deficiencies; their yellow is
+# Okabe and Ito's colors, distinct under the common color-vision deficiencies; their yellow is
 # left out, too pale for a line on white. Line styles and markers repeat the distinction.
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def colourise(mask: Array, palette: Sequence[Colour]) -> Array:
+def colorize(mask: Array, palette: Sequence[Color]) -> Array:
     """Paint a mask of class indices (H, W) with ``palette``: uint8 RGB (H, W, 3).
 
-    Ignored pixels (255) become light grey. Raises ``ValueError`` for another rank and for a label
+    Ignored pixels (255) become light gray. Raises ``ValueError`` for another rank and for a label
     that is neither a class nor 255.
     """
     return np.array(_painted(np.asarray(mask), palette))
 
 
-def _painted(mask: Array, palette: Sequence[Colour]) -> Image.Image:
+def _painted(mask: Array, palette: Sequence[Color]) -> Image.Image:
     if mask.ndim != 2:
         raise ValueError(f"mask: expected shape (H, W), got {mask.shape}")
     wrong = mask[((mask < 0) | (mask >= len(palette))) & (mask != IGNORE_INDEX)]
@@ -46,14 +48,14 @@ def _painted(mask: Array, palette: Sequence[Colour]) -> Image.Image:
             f"mask: expected labels 0 to {len(palette) - 1} or {IGNORE_INDEX}, got "
             f"{wrong.min() if wrong.min() < 0 else wrong.max()}"
         )
-    colours = np.full((IGNORE_INDEX + 1, 3), IGNORE_COLOUR, np.uint8)
-    colours[: len(palette)] = palette
+    colors = np.full((IGNORE_INDEX + 1, 3), IGNORE_COLOR, np.uint8)
+    colors[: len(palette)] = palette
     picture = Image.fromarray(np.ascontiguousarray(mask, np.uint8))
-    picture.putpalette(colours.tobytes())
+    picture.putpalette(colors.tobytes())
     return picture.convert("RGB")
 
 
-def overlay(image: Array, mask: Array, palette: Sequence[Colour], opacity: float = 0.55) -> Array:
+def overlay(image: Array, mask: Array, palette: Sequence[Color], opacity: float = 0.55) -> Array:
     """Blend the painted mask (H, W) over a uint8 RGB image (H, W, 3) of the same size.
 
     Ignored pixels (255) show the image alone. Raises ``ValueError`` when the shapes differ.
@@ -73,7 +75,7 @@ def save_image(image: Array, path: Path) -> None:
         Image.fromarray(np.ascontiguousarray(image)).save(partial)
 
 
-def save_mask(mask: Array, palette: Sequence[Colour], path: Path) -> None:
+def save_mask(mask: Array, palette: Sequence[Color], path: Path) -> None:
     """Write class indices uint8 (H, W) as a palette PNG; no half-written file is left behind."""
     picture = Image.fromarray(np.ascontiguousarray(mask))
     picture.putpalette(np.asarray(palette, np.uint8).tobytes())
@@ -98,7 +100,7 @@ def draw_grid(
     truths: Sequence[Array],
     predictions: Mapping[str, Sequence[Array]],
     class_names: Sequence[str],
-    palette: Sequence[Colour],
+    palette: Sequence[Color],
 ) -> Figure:
     """One row per image: the image, the truth, one column per entry of ``predictions``.
 
@@ -109,7 +111,7 @@ def draw_grid(
     for title, masks in {"truth": truths, **predictions}.items():
         if len(masks) != len(images):
             raise ValueError(f"{title}: expected {len(images)} masks, got {len(masks)}")
-        columns[title] = [colourise(mask, palette) for mask in masks]
+        columns[title] = [colorize(mask, palette) for mask in masks]
     if not images:
         raise ValueError("images: expected at least one, got none")
 
@@ -117,10 +119,10 @@ def draw_grid(
     labels = np.unique(np.concatenate([np.unique(mask) for mask in shown]))
     entries = [(class_names[i], palette[i]) for i in labels if i != IGNORE_INDEX]
     if IGNORE_INDEX in labels:
-        entries.append(("ignored", IGNORE_COLOUR))
+        entries.append(("ignored", IGNORE_COLOR))
     handles = [
-        Patch(facecolor=np.divide(colour, 255), edgecolor="#555555", label=name)
-        for name, colour in entries
+        Patch(facecolor=np.divide(color, 255), edgecolor="#555555", label=name)
+        for name, color in entries
     ]
 
     # Everything is laid out in inches, so that rows of any aspect ratio leave no empty bands.
@@ -179,7 +181,7 @@ def draw_curves(
     total = 3.4 + legend
     figure = Figure(figsize=(width, total), layout="constrained")
     engine = figure.get_layout_engine()
-    assert engine is not None  # asked for in the line above
+    assert isinstance(engine, ConstrainedLayoutEngine)  # asked for above
     engine.set(rect=(0, legend / total, 1, 0.98 - legend / total))
     handles = {}
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -189,7 +191,7 @@ def draw_curves(
             (handles[name],) = axes.plot(
                 epochs,
                 100 * np.asarray(values, dtype=float),
-                color=LINE_COLOURS[index % len(LINE_COLOURS)],
+                color=LINE_COLORS[index % len(LINE_COLORS)],
                 linestyle=LINE_STYLES[index % len(LINE_STYLES)],
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=4,
@@ -218,7 +220,7 @@ def draw_curves(
 def draw_confusion(counts: Array, class_names: Sequence[str]) -> Figure:
     """A confusion matrix (classes, classes), rows the truth: the share of each row, in percent.
 
-    A class without a pixel in the truth has a grey row. A cell below half a percent has no number.
+    A class without a pixel in the truth has a gray row. A cell below half a percent has no number.
     """
     counts = np.asarray(counts, dtype=float)
     pixels = counts.sum(1, keepdims=True)
@@ -230,14 +232,14 @@ def draw_confusion(counts: Array, class_names: Sequence[str]) -> Figure:
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes(
         (margin / width, margin / height, side / width, side / height),
-        facecolor=np.divide(IGNORE_COLOUR, 255),
+        facecolor=np.divide(IGNORE_COLOR, 255),
     )
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
         if share >= 0.005:
-            colour = "white" if share > 0.55 else "black"
+            color = "white" if share > 0.55 else "black"
             text = f"{100 * share:.0f}"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     ticks = range(len(class_names))
     axes.set_xticks(ticks, class_names, rotation=90, fontsize=9)
     axes.set_yticks(ticks, class_names, fontsize=9)

@@ -22,8 +22,8 @@ class EMAUnit(nn.Module):
     ``DistributedDataParallel`` finds no unused parameters.
 
     In training every forward moves the bases that the next one starts from,
-    ``factorizer.bases``, towards the mean over the batch (and over the ranks of an initialised
-    process group) of those found; as published, without normalising them again. The rounds
+    ``factorizer.bases``, toward the mean over the batch (and over the ranks of an initialized
+    process group) of those found; as published, without normalizing them again. The rounds
     accumulate in float32 or wider, under autocast and in half-precision networks too.
 
     Loads the state dict of EMANet's ``EMAU`` as it is.

@@ -44,11 +44,13 @@ class NonLocalBlock(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        for conv in (self.theta, self.phi, self.g, self.w[0]):
-            nn.init.normal_(conv.weight, std=0.01)
-        for conv in (self.theta, self.phi, self.g):
-            nn.init.zeros_(conv.bias)
-        nn.init.zeros_(self.w[1].weight)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.zeros_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         # (B, 1, N, C / 2), one head: the layout that the fused kernels take.

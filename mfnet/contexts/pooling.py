@@ -21,7 +21,7 @@ class ImagePooling(ASPPPooling):
     bins. On a grid smaller than the bins these overlap, and the "upsampling" picks among them.
 
     Of one image and one bin, BatchNorm gets a single value per channel: there is no variance to
-    normalise by, and torch raises. Such a batch is normalised with the running statistics, which
+    normalize by, and torch raises. Such a batch is normalized with the running statistics, which
     it leaves as they are: as in evaluation, gradient included. All others, and a
     ``SyncBatchNorm`` that gathers several ranks, behave as in torchvision.
     """

@@ -4,7 +4,7 @@ from mfnet.constants import IGNORE_INDEX
 from mfnet.data.datamodule import PascalVOC, SegmentationDataModule, Synthetic, VOCFolder
 from mfnet.data.files import DataError
 from mfnet.data.photographs import Photographs
-from mfnet.data.transforms import as_rgb, denormalise
+from mfnet.data.transforms import as_rgb, denormalize
 
 __all__ = [
     "IGNORE_INDEX",
@@ -15,5 +15,5 @@ __all__ = [
     "Synthetic",
     "VOCFolder",
     "as_rgb",
-    "denormalise",
+    "denormalize",
 ]

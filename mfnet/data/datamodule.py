@@ -28,7 +28,7 @@ from mfnet.data.loader import ResumableLoader
 from mfnet.data.prediction import PredictionDataset, collate_one, find_images
 from mfnet.data.transforms import Recipe
 from mfnet.data.voc import Palette, Sample, Split
-from mfnet.normalisation import IMAGENET, Normalisation
+from mfnet.normalization import IMAGENET, Normalization
 
 CHANNELS = 3  # of images in RGB
 MOSTLY = 0.5  # the share of padding in a crop from which on it is worth a word
@@ -37,8 +37,8 @@ MOSTLY = 0.5  # the share of padding in a crop from which on it is worth a word
 class SegmentationDataModule(L.LightningDataModule):
     """What all data sets share; a subclass says which classes and files there are.
 
-    Batches are ``(image, mask)``: float32 (B, C, H, W), normalised as the trainer's module says in
-    ``normalisation`` (without one: by ImageNet's mean and standard deviation), and int64 (B, H, W)
+    Batches are ``(image, mask)``: float32 (B, C, H, W), normalized as the trainer's module says in
+    ``normalization`` (without one: by ImageNet's mean and standard deviation), and int64 (B, H, W)
     with 255 where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one
     image, uint8 (1, C, h, w) and (1, C, H, W), or a :class:`mfnet.data.prediction.Skipped`.
 
@@ -65,7 +65,7 @@ class SegmentationDataModule(L.LightningDataModule):
         """
         Args:
             recipe: ``paper`` (scaled and cropped, in validation too) or ``modern`` (random scale,
-                crop, flip, colour jitter; validation on whole images).
+                crop, flip, color jitter; validation on whole images).
             crop_size: side, or (height, width), of the training crop.
             resize: (height, width) that every image and mask is resized to before all else. What
                 is measured is then measured at this size.
@@ -74,10 +74,10 @@ class SegmentationDataModule(L.LightningDataModule):
                 all images come out at one size, else 1, so that no padding touches a result.
             num_workers: processes that load images; by default up to 4, as processors allow.
             predict_images: the images to predict: a file, a folder or a glob, or several.
-            label_map: what the numbers or colours in the masks mean: a mapping ('{0: 0, 255: 1}',
+            label_map: what the numbers or colors in the masks mean: a mapping ('{0: 0, 255: 1}',
                 '{"#000000": sky, "#ff0000": ignore}'), or the path of a YAML or JSON file that
                 holds one; see docs/data.md.
-            channels: C of the images, and of the network that the command line builds: 1 is grey, 3
+            channels: C of the images, and of the network that the command line builds: 1 is gray, 3
                 RGB, any other number that of the bands in the files; see docs/data.md.
         """
         super().__init__()
@@ -135,7 +135,7 @@ class SegmentationDataModule(L.LightningDataModule):
                 self.channels,
             )
 
-    # A checkpoint is loaded between setup and these: the normalisation may be another since.
+    # A checkpoint is loaded between setup and these: the normalization may be another since.
 
     def train_dataloader(self) -> DataLoader:
         self.train_set.transform = self._transform(transforms.train_transform)
@@ -218,18 +218,18 @@ class SegmentationDataModule(L.LightningDataModule):
         )
 
     def _transform(self, make: Callable[..., v2.Transform]) -> v2.Transform:
-        return make(self.recipe, self.crop_size, self.resize, self._normalisation())
+        return make(self.recipe, self.crop_size, self.resize, self._normalization())
 
-    def _normalisation(self) -> Normalisation:
+    def _normalization(self) -> Normalization:
         module = None if self.trainer is None else self.trainer.lightning_module
-        normalisation = getattr(module, "normalisation", IMAGENET.for_channels(self.channels))
-        if len(normalisation.mean) != self.channels:
+        normalization = getattr(module, "normalization", IMAGENET.for_channels(self.channels))
+        if len(normalization.mean) != self.channels:
             raise ValueError(
                 f"channels: images of {self.channels} channels need as many means, the trainer's "
-                f"module has {len(normalisation.mean)}: SegmentationTask(..., "
+                f"module has {len(normalization.mean)}: SegmentationTask(..., "
                 f"channels={self.channels})"
             )
-        return normalisation
+        return normalization
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
@@ -254,11 +254,11 @@ class VOCFolder(SegmentationDataModule):
         """
         super().__init__(**kwargs)
         self.root = Path(root).expanduser()
-        self.class_names, colours = voc.read_classes(self.root)
+        self.class_names, colors = voc.read_classes(self.root)
         if self.label_map is None:
-            self.palette = voc.completed(colours, self.num_classes)
+            self.palette = voc.completed(colors, self.num_classes)
         else:
-            self.palette = self.label_map.palette(colours, self.num_classes)
+            self.palette = self.label_map.palette(colors, self.num_classes)
 
     def list_samples(self, split: Split) -> list[Sample]:
         return voc.list_folder(self.root, split)

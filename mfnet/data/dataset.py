@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from mfnet.data.voc import Sample
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of a normalised float32 image (C, H, W) and an int64 mask (H, W).
+    """Pairs of a normalized float32 image (C, H, W) and an int64 mask (H, W).
 
     An item is asked for by its index, or by ``(index, seed)``: then all that is random in the
     transform follows from the seed, in whichever process the item is made.
@@ -70,7 +71,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         sample = self.samples[index]
         image, mask = read_pair(sample.image, sample.mask, self.channels)
         labels = to_labels(mask, self.num_classes, self.label_map)
-        # A label map says whether the numbers or the colours count.
+        # A label map says whether the numbers or the colors count.
         self.record.add(index, labels, mask if self.label_map is None else None)
         return self.transform(image, tv_tensors.Mask(torch.from_numpy(labels)))
 
@@ -87,7 +88,8 @@ class TrainSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        seeds = torch.randint(2**62, (len(self.dataset),), generator=generator).tolist()
+        count = len(self.dataset)  # type: ignore[arg-type]
+        seeds = torch.randint(2**62, (count,), generator=generator).tolist()
         skip, self.skip = self.skip, 0
         return ((index, seeds[index]) for index in islice(super().__iter__(), skip, None))
 
@@ -103,8 +105,9 @@ class ShardSampler(DistributedSampler):
         ValueError: there are fewer samples than replicas.
     """
 
-    def __init__(self, dataset: Dataset, num_replicas: int, rank: int) -> None:
+    def __init__(self, dataset: Any, num_replicas: int, rank: int) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False)
+        self._indices = range(rank, len(dataset), num_replicas)
         if len(dataset) < num_replicas:
             raise ValueError(
                 f"expected a sample for each process, got {len(dataset)} samples for "
@@ -112,15 +115,15 @@ class ShardSampler(DistributedSampler):
             )
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+        return iter(self._indices)
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))
+        return len(self._indices)
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Batch of images (B, C, H, W) and masks (B, H, W), padded on the right and at the bottom to
-    the largest H and W: images with 0, the mean colour, masks with 255."""
+    the largest H and W: images with 0, the mean color, masks with 255."""
     height = max(image.shape[-2] for image, _ in samples)
     width = max(image.shape[-1] for image, _ in samples)
     padded = []

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torchvision import tv_tensors
 
 LARGEST = 2**30  # pixels of an image
@@ -40,8 +41,8 @@ class DataError(ValueError):
 class StoredMask(NamedTuple):
     """A mask as its file holds it, upright as its EXIF orientation says.
 
-    ``pixels`` are numbers (H, W) of an integer dtype or colours uint8 (H, W, 3); ``palette`` are
-    the colours uint8 (n, 3) of the numbers, where the file has them.
+    ``pixels`` are numbers (H, W) of an integer dtype or colors uint8 (H, W, 3); ``palette`` are
+    the colors uint8 (n, 3) of the numbers, where the file has them.
     """
 
     path: Path
@@ -53,9 +54,9 @@ class StoredMask(NamedTuple):
 def read_image(path: str | Path, channels: int = 3) -> tv_tensors.Image:
     """Image, uint8 (channels, H, W), upright as its EXIF orientation says.
 
-    3 channels are RGB and 1 is grey, whatever the file holds; transparency is left out then, so
-    that the colours are those stored. Any other number is that of the file's bands, in their order:
-    of a TIFF (read with rasterio), or of what Pillow reads (4 of RGBA, 2 of grey with alpha).
+    3 channels are RGB and 1 is gray, whatever the file holds; transparency is left out then, so
+    that the colors are those stored. Any other number is that of the file's bands, in their order:
+    of a TIFF (read with rasterio), or of what Pillow reads (4 of RGBA, 2 of gray with alpha).
     16-bit images are scaled by the range of 16 bits.
 
     Raises:
@@ -108,7 +109,7 @@ def read_pair(
 def read_mask(path: str | Path) -> StoredMask:
     """The mask in an image file, or in a ``.mat`` file of SBD.
 
-    Float masks of whole numbers are numbers; transparency is left out where the colour alone says
+    Float masks of whole numbers are numbers; transparency is left out where the color alone says
     what a pixel is.
 
     Raises:
@@ -130,8 +131,8 @@ def read_mask(path: str | Path) -> StoredMask:
         pixels = pixels.astype(np.int32)
     elif mode not in ("P", "L", "I") and not mode.startswith("I;16") and (mode != "RGB" or deep):
         raise DataError(
-            f"{path}: expected a mask of whole numbers (palette, grey, 16 or 32 bits) or of 8-bit "
-            f"colours (RGB, RGBA), got mode {mode}{' of 16 bits' if deep else ''}"
+            f"{path}: expected a mask of whole numbers (palette, gray, 16 or 32 bits) or of 8-bit "
+            f"colors (RGB, RGBA), got mode {mode}{' of 16 bits' if deep else ''}"
         )
     palette = None if flat is None else np.array(flat, np.uint8).reshape(-1, 3)
     return StoredMask(Path(path), mode, pixels, palette)
@@ -146,10 +147,10 @@ def image_size(path: str | Path, channels: int = 3) -> tuple[int, int]:
 
 
 def read_palette(path: str | Path) -> list[tuple[int, int, int]]:
-    """RGB colours of a palette image; empty for a grey one. Raises ``DataError``."""
+    """RGB colors of a palette image; empty for a gray one. Raises ``DataError``."""
     with _opened(path, "mask") as file:
         flat = file.getpalette("RGB") if file.mode == "P" else None
-    return [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)] if flat else []
+    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True)) if flat else []
 
 
 def has_image_suffix(path: Path) -> bool:
@@ -160,7 +161,7 @@ def has_image_suffix(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: str | Path, kind: str) -> Iterator[Image.Image]:
+def _opened(path: str | Path, kind: str) -> Iterator[ImageFile.ImageFile]:
     """The only picture of a file; raises ``DataError`` for all that Pillow finds wrong with it."""
     try:
         with _large_pictures(), Image.open(path) as file:
@@ -190,7 +191,7 @@ def _count_pictures(file: Image.Image) -> int:
     frames = getattr(file, "n_frames", 1)
     if frames == 1 or file.format in ("MPO", "PSD"):  # a preview, layers: the first is the picture
         return 1
-    if file.format != "TIFF":
+    if not isinstance(file, TiffImageFile):
         return frames
     reduced = 0
     for frame in range(1, frames):  # overviews, as GeoTIFFs have them
@@ -213,15 +214,15 @@ def _converted(
         return _image(pixels)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's converter clips these to 0 to 255.
-        grey = _scaled(np.array(image), image.mode, path, file_format)
-        return tv_tensors.Image(torch.from_numpy(grey).expand(channels, -1, -1).contiguous())
+        gray = _scaled(np.array(image), image.mode, path, file_format)
+        return tv_tensors.Image(torch.from_numpy(gray).expand(channels, -1, -1).contiguous())
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        alpha = image.getextrema()[3]
-        colours = image.convert("RGB").getextrema()
-        if alpha[0] < alpha[1] and all(low == high for low, high in colours):
+        extrema: Any = image.getextrema()  # lowest and highest of each band
+        *colors, alpha = extrema
+        if alpha[0] < alpha[1] and all(low == high for low, high in colors):
             raise DataError(
-                f"{path}: expected an image, got one colour throughout, only its transparency "
+                f"{path}: expected an image, got one color throughout, only its transparency "
                 "differs: lay it over a background"
             )
     return _image(np.array(image.convert("L" if channels == 1 else "RGB")))
@@ -236,7 +237,7 @@ def _image(pixels: NDArray[np.uint8]) -> tv_tensors.Image:
 def _scaled(
     pixels: NDArray[Any], mode: str, path: str | Path, file_format: str | None
 ) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits as uint8, if their range is known."""
+    """Gray values of more than 8 bits as uint8, if their range is known."""
     # Pillow scales PGM's values to 16 bits, whatever their maximum.
     if not mode.startswith("I;16") and not (mode == "I" and file_format == "PPM"):
         raise DataError(
@@ -304,23 +305,23 @@ def _band_size(path: str | Path) -> tuple[int, int]:
 
 
 def _without_alpha(pixels: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8]:
-    """Colours (H, W, 3), or grey values (H, W), of pixels with an alpha channel."""
+    """Colors (H, W, 3), or gray values (H, W), of pixels with an alpha channel."""
     alpha = pixels[..., -1]
-    colours = pixels[..., :-1]
+    colors = pixels[..., :-1]
     if (alpha != 255).any():
-        packed = packed_colours(colours if colours.shape[-1] == 3 else colours.repeat(3, -1))
+        packed = packed_colors(colors if colors.shape[-1] == 3 else colors.repeat(3, -1))
         both = np.intersect1d(packed[alpha == 255], packed[alpha != 255])
         if both.size:
             raise DataError(
-                f"{path}: expected a mask without transparency, got colour #{both[0]:06x} opaque "
+                f"{path}: expected a mask without transparency, got color #{both[0]:06x} opaque "
                 "and transparent"
             )
-    return np.ascontiguousarray(colours.squeeze(-1) if colours.shape[-1] == 1 else colours)
+    return np.ascontiguousarray(colors.squeeze(-1) if colors.shape[-1] == 1 else colors)
 
 
-def packed_colours(colours: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """RGB colours (..., 3) as numbers 0xrrggbb."""
-    red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
+def packed_colors(colors: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """RGB colors (..., 3) as numbers 0xrrggbb."""
+    red, green, blue = np.moveaxis(colors.astype(np.int32), -1, 0)
     return red << 16 | green << 8 | blue
 
 

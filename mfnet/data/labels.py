@@ -1,4 +1,4 @@
-"""From the numbers or colours of a stored mask to class indices, and a record of what occurs."""
+"""From the numbers or colors of a stored mask to class indices, and a record of what occurs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from mfnet.constants import IGNORE_INDEX
-from mfnet.data.files import DataError, StoredMask, packed_colours
+from mfnet.data.files import DataError, StoredMask, packed_colors
 from mfnet.data.voc import Palette, pascal_palette
 
 IGNORE = "ignore"
@@ -22,7 +22,7 @@ OTHER = "other"
 Key = int | str
 
 _UNLISTED = -1
-_NO_COLOUR = -1  # of a number outside its palette
+_NO_COLOR = -1  # of a number outside its palette
 _SHOWN = 8  # values named in an error
 _JPEG = " (JPEG blurs masks: save them as PNG)"
 
@@ -71,12 +71,12 @@ with suppress(ImportError):  # only the command line needs it
 
 
 class LabelMap:
-    """Turns the numbers or the colours of a mask into class indices.
+    """Turns the numbers or the colors of a mask into class indices.
 
-    Keys are all numbers, or all colours (``"#ff0000"`` or ``"255,0,0"``), and values a class index,
+    Keys are all numbers, or all colors (``"#ff0000"`` or ``"255,0,0"``), and values a class index,
     a class name, or ``ignore``. What a mask holds and no key names is refused, unless there is a
-    key ``other``. Numbers apply to palette, grey, bilevel, 16 and 32-bit masks; colours to RGB and
-    RGBA masks, to palette masks by their palettes and to grey ones, whose number v is v, v, v.
+    key ``other``. Numbers apply to palette, gray, bilevel, 16 and 32-bit masks; colors to RGB and
+    RGBA masks, to palette masks by their palettes and to gray ones, whose number v is v, v, v.
 
     Args:
         entries: the mapping.
@@ -89,38 +89,38 @@ class LabelMap:
     def __init__(self, entries: Mapping[Key, Key], class_names: Sequence[str]) -> None:
         self._other = _UNLISTED
         numbers: dict[int, int] = {}
-        colours: dict[int, int] = {}
+        colors: dict[int, int] = {}
         for key, value in entries.items():
             label = _label(key, value, class_names)
             if key == OTHER:
                 self._other = label
                 continue
             kind, code = _parse_key(key)
-            codes = colours if kind == "colour" else numbers
+            codes = colors if kind == "color" else numbers
             if codes.setdefault(code, label) != label:
                 raise ValueError(f"label_map: {kind} {key!r} is listed twice, for two classes")
-        if bool(numbers) == bool(colours):
+        if bool(numbers) == bool(colors):
             raise ValueError(
-                f"label_map: expected keys that are all numbers or all colours, got {[*entries]}"
+                f"label_map: expected keys that are all numbers or all colors, got {[*entries]}"
             )
-        self.by_colour = bool(colours)
-        listed = sorted((colours or numbers).items())
-        self._codes = np.array(
-            [code for code, _ in listed], dtype=np.int32 if colours else np.int64
-        )
+        self.by_color = bool(colors)
+        listed = sorted((colors or numbers).items())
+        self._codes = np.array([code for code, _ in listed], dtype=np.int32 if colors else np.int64)
         self._labels = np.array([label for _, label in listed], dtype=np.int16)
 
     def __call__(self, mask: StoredMask) -> NDArray[np.uint8]:
         """Class indices uint8 (H, W), 255 where ignored.
 
         Raises:
-            DataError: the mask holds what is not listed, or numbers where colours are listed, or
+            DataError: the mask holds what is not listed, or numbers where colors are listed, or
                 the reverse.
         """
-        codes = _codes(mask, self.by_colour)
+        codes = _codes(mask, self.by_color)
         if codes is None:
-            listed, got = ("colours", "numbers") if self.by_colour else ("numbers", "colours")
-            found = _describe(_codes(mask, not self.by_colour), mask, not self.by_colour)
+            listed, got = ("colors", "numbers") if self.by_color else ("numbers", "colors")
+            others = _codes(mask, not self.by_color)
+            assert others is not None  # a mask has numbers or colors
+            found = _describe(others, mask, not self.by_color)
             raise DataError(
                 f"{mask.path}: expected {listed}, as label_map lists {listed}, got a mask of mode "
                 f"{mask.mode} with {got} {found}"
@@ -130,20 +130,20 @@ class LabelMap:
         if unlisted.any():
             raise DataError(
                 f"{mask.path}: label_map does not list "
-                f"{_describe(codes, mask, self.by_colour, unlisted)}; give each its class or "
+                f"{_describe(codes, mask, self.by_color, unlisted)}; give each its class or "
                 f"'{IGNORE}', or say with '{OTHER}' what all that is not listed is"
             )
         return labels.astype(np.uint8)
 
     def palette(self, stored: Palette, num_classes: int) -> Palette:
-        """A colour for each class: its first one in the map or, where the map lists numbers, that
+        """A color for each class: its first one in the map or, where the map lists numbers, that
         of its first number in a mask's palette ``stored``; PASCAL's where there is none."""
         result = pascal_palette(num_classes)
         listed = zip(self._codes.tolist(), self._labels.tolist(), strict=True)
         for code, label in reversed(list(listed)):
             if label == IGNORE_INDEX:
                 continue
-            if self.by_colour:
+            if self.by_color:
                 result[label] = (code >> 16, code >> 8 & 255, code & 255)
             elif 0 <= code < len(stored):
                 result[label] = stored[code]
@@ -170,12 +170,12 @@ def to_labels(
     """
     if label_map is not None:
         return label_map(mask)
-    codes = _codes(mask, colours=False)
+    codes = _codes(mask, colors=False)
     if codes is None:
-        codes = packed_colours(mask.pixels)
+        codes = packed_colors(mask.pixels)
         raise DataError(
-            f"{mask.path}: expected a palette (P) or grey (L) mask of class indices, got mode "
-            f"{mask.mode} with colours {_describe(codes, mask, True)}; say what each colour is, "
+            f"{mask.path}: expected a palette (P) or gray (L) mask of class indices, got mode "
+            f"{mask.mode} with colors {_describe(codes, mask, True)}; say what each color is, "
             f"a class or '{IGNORE}': {_flag(codes, True)}"
         )
     wrong = (codes < 0) | ((codes >= num_classes) & (codes != IGNORE_INDEX))
@@ -185,7 +185,7 @@ def to_labels(
         hint = _flag(codes, False)
         if values == [num_classes]:
             shifted = f"{{0: {IGNORE}, 1: 0, 2: 1, ...}}"
-            hint += f" (if 0 is unlabelled and the classes begin with 1: '{shifted}')"
+            hint += f" (if 0 is unlabeled and the classes begin with 1: '{shifted}')"
         raise DataError(
             f"{mask.path}: expected labels 0 to {num_classes - 1} or {IGNORE_INDEX}, "
             f"got {values[:_SHOWN]}{more}; say what each number is, a class or '{IGNORE}': {hint}"
@@ -210,55 +210,55 @@ def _label(key: Key, value: Key, class_names: Sequence[str]) -> int:
 
 
 def _parse_key(key: Key) -> tuple[str, int]:
-    """``("number", n)`` or ``("colour", 0xrrggbb)``."""
+    """``("number", n)`` or ``("color", 0xrrggbb)``."""
     text = str(key).strip() if type(key) in (int, str) else ""
     # Digits in a string too: JSON has no other keys than strings.
     if re.fullmatch(r"-?[0-9]+", text) and abs(int(text)) < 2**32:
         return "number", int(text)
     if re.fullmatch(r"#[0-9a-fA-F]{6}", text):
-        return "colour", int(text[1:], 16)
+        return "color", int(text[1:], 16)
     channels = re.fullmatch(r"([0-9]{1,3})\s*,\s*([0-9]{1,3})\s*,\s*([0-9]{1,3})", text)
     if channels and max(map(int, channels.groups())) <= 255:
         red, green, blue = map(int, channels.groups())
-        return "colour", red << 16 | green << 8 | blue
+        return "color", red << 16 | green << 8 | blue
     raise ValueError(
-        f'label_map: expected as keys numbers (255), colours in quotes ("#ff0000", '
+        f'label_map: expected as keys numbers (255), colors in quotes ("#ff0000", '
         f"\"255,0,0\") or '{OTHER}', got {key!r}"
     )
 
 
-def _codes(mask: StoredMask, colours: bool) -> NDArray[Any] | None:
-    """The pixels (H, W) as packed colours or as numbers; None if the mask has no such thing."""
+def _codes(mask: StoredMask, colors: bool) -> NDArray[Any] | None:
+    """The pixels (H, W) as packed colors or as numbers; None if the mask has no such thing."""
     if mask.pixels.ndim == 3:
-        return packed_colours(mask.pixels) if colours else None
-    if not colours:
+        return packed_colors(mask.pixels) if colors else None
+    if not colors:
         return mask.pixels
     if mask.palette is not None:
-        table = np.full(256, _NO_COLOUR, np.int32)
-        table[: len(mask.palette)] = packed_colours(mask.palette)
+        table = np.full(256, _NO_COLOR, np.int32)
+        table[: len(mask.palette)] = packed_colors(mask.palette)
         return table[mask.pixels]
     if mask.pixels.dtype == np.uint8:
         return mask.pixels * np.int32(0xFFFFFF if mask.mode == "1" else 0x010101)
     return None
 
 
-def _found(codes: NDArray[Any], colours: bool) -> tuple[list[str], NDArray[np.intp]]:
-    """Numbers or packed colours, as a label map writes them, and their counts, largest first."""
+def _found(codes: NDArray[Any], colors: bool) -> tuple[list[str], NDArray[np.intp]]:
+    """Numbers or packed colors, as a label map writes them, and their counts, largest first."""
     values, counts = np.unique(codes, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    written = '"#{:06x}"' if colours else "{}"
-    names = [written.format(v) if v >= 0 or not colours else "no colour" for v in values[order]]
+    written = '"#{:06x}"' if colors else "{}"
+    names = [written.format(v) if v >= 0 or not colors else "no color" for v in values[order]]
     return names, counts[order]
 
 
 def _describe(
     codes: NDArray[Any],
     mask: StoredMask,
-    colours: bool,
+    colors: bool,
     where: NDArray[np.bool_] | None = None,
 ) -> str:
     """What is found, with shares of the mask: ``"#000000" (61 %), "#ff0000" (39 %)``."""
-    found, counts = _found(codes if where is None else codes[where], colours)
+    found, counts = _found(codes if where is None else codes[where], colors)
     shares = 100 * counts / codes.size
     shown = ", ".join(f"{f} ({s:.3g} %)" for f, s in zip(found[:_SHOWN], shares, strict=False))
     if len(found) <= _SHOWN:
@@ -267,9 +267,9 @@ def _describe(
     return f"{shown} and {len(found) - _SHOWN} more{_JPEG if jpeg else ''}"
 
 
-def _flag(codes: NDArray[Any], colours: bool) -> str:
+def _flag(codes: NDArray[Any], colors: bool) -> str:
     """The flag to fill in."""
-    found = _found(codes, colours)[0] if colours else np.unique(codes).tolist()
+    found = _found(codes, colors)[0] if colors else np.unique(codes).tolist()
     more = ", ..." if len(found) > _SHOWN else ""
     entries = ", ".join(f"{name}: ..." for name in found[:_SHOWN])
     return f"--data.label_map '{{{entries}{more}}}'"

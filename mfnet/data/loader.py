@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,10 +20,12 @@ class ResumableLoader(DataLoader):
     ``iter``: a resumed Lightning creates the iterator before it tells the sampler the epoch.
     """
 
+    sampler: Any
+    batch_size: int
     _served = 0  # samples of this rank
     _skip = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:  # torch asks for a class of its own
         self._served, self._skip = self._skip, 0
         self.sampler.skip = self._served
         for batch in super().__iter__():

@@ -18,10 +18,10 @@ class Photographs(SegmentationDataModule):
         """
         Args:
             class_names: the classes, in the order of the logits; by default the checkpoint's.
-            palette: RGB of each class; by default the checkpoint's, or else PASCAL's colours.
+            palette: RGB of each class; by default the checkpoint's, or else PASCAL's colors.
 
         Raises:
-            ValueError: no class names, or not as many colours as names.
+            ValueError: no class names, or not as many colors as names.
         """
         super().__init__(**kwargs)
         if not class_names:
@@ -30,10 +30,10 @@ class Photographs(SegmentationDataModule):
                 "checkpoint of a trained network; an older one needs --config RUN/config.yaml, too"
             )
         self.class_names = list(class_names)
-        self.palette = [tuple(colour) for colour in palette or voc.pascal_palette(len(class_names))]
+        self.palette = [(r, g, b) for r, g, b in palette or voc.pascal_palette(len(class_names))]
         if len(self.palette) != len(self.class_names):
             raise ValueError(
-                f"palette: expected {len(self.class_names)} colours, one for each class, got "
+                f"palette: expected {len(self.class_names)} colors, one for each class, got "
                 f"{len(self.palette)}"
             )
 

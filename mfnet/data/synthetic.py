@@ -1,7 +1,7 @@
 """A generated data set in VOC layout: textured shapes on a cluttered background.
 
-A class is a shape with a texture and a range of colours. Ranges overlap and brightness, contrast,
-size, position and rotation vary, so colour alone does not tell the classes apart. As in PASCAL VOC,
+A class is a shape with a texture and a range of colors. Ranges overlap and brightness, contrast,
+size, position and rotation vary, so color alone does not tell the classes apart. As in PASCAL VOC,
 a thin outline between regions is 255 (ignored).
 """
 
@@ -71,7 +71,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArra
     mask = np.zeros((size, size), dtype=np.uint8)
     for label in rng.permutation(np.arange(1, len(CLASSES)))[: rng.integers(2, len(CLASSES))]:
         inside, texture = _shape(rng, size, CLASSES[label])
-        image[inside] = _colour(rng, _HUES[label - 1]) * texture[inside, None]
+        image[inside] = _color(rng, _HUES[label - 1]) * texture[inside, None]
         mask[inside] = label
     light = rng.uniform(0.7, 1.2) * image + rng.uniform(-0.1, 0.1)
     noisy = light + rng.normal(0, 0.04, image.shape)
@@ -96,21 +96,21 @@ def _write(folder: Path, counts: dict[str, int], size: int, seed: int) -> None:
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
 
 
-def _colour(rng: np.random.Generator, hue: float) -> Array:
+def _color(rng: np.random.Generator, hue: float) -> Array:
     hue = (hue + rng.uniform(-_HUE_SPREAD, _HUE_SPREAD)) % 1
     return np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.35, 0.9), rng.uniform(0.6, 1.0)))
 
 
 def _background(rng: np.random.Generator, size: int) -> Array:
-    """A gradient between two colours of any hue, crossed by streaks, lit in soft patches."""
+    """A gradient between two colors of any hue, crossed by streaks, lit in soft patches."""
     y, x = _grid(size)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = 0.5 + 0.35 * (np.cos(angle) * x + np.sin(angle) * y)[..., None]
-    image = ramp * _colour(rng, rng.random()) + (1 - ramp) * _colour(rng, rng.random())
+    image = ramp * _color(rng, rng.random()) + (1 - ramp) * _color(rng, rng.random())
     for _ in range(rng.integers(2, 6)):
         angle = rng.uniform(0, 2 * np.pi)
         distance = np.cos(angle) * x + np.sin(angle) * y - rng.uniform(-0.9, 0.9)
-        image[np.abs(distance) < rng.uniform(0.01, 0.04)] = _colour(rng, rng.random())
+        image[np.abs(distance) < rng.uniform(0.01, 0.04)] = _color(rng, rng.random())
     patches = Image.fromarray(rng.random((5, 5), dtype=np.float32))
     soft = np.asarray(patches.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
     return image * (0.6 + 0.5 * soft[..., None])

@@ -38,9 +38,9 @@ def read_lines(path: Path) -> list[Line]:
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
-        line = len(_LINE_END.split(raw[: error.start].decode("latin-1")))
+        bad = len(_LINE_END.split(raw[: error.start].decode("latin-1")))
         raise ValueError(
-            f"{path}, line {line}: expected UTF-8 text, got byte 0x{raw[error.start]:02x}; "
+            f"{path}, line {bad}: expected UTF-8 text, got byte 0x{raw[error.start]:02x}; "
             "save the file as UTF-8"
         ) from error
     lines = []

@@ -1,17 +1,17 @@
 """Joint transforms of image and mask, on torchvision's ``transforms.v2`` and ``tv_tensors``.
 
-Two recipes, both ending in a normalised float32 image (C, H, W) and an int64 mask (H, W):
+Two recipes, both ending in a normalized float32 image (C, H, W) and an int64 mask (H, W):
 
 ``paper``
     MFNet was trained with the loaders of the DeepLab family around pytorch-deeplab-xception.
     Training: horizontal flip; rescaling so that the shorter side is 0.5 to 2 times the crop; a
     random crop, padded where the image is smaller; Gaussian blur of every other image. Evaluation:
-    rescaling so that the shorter side is the crop size, then the centre crop, so accuracy is
+    rescaling so that the shorter side is the crop size, then the center crop, so accuracy is
     measured on that crop and not on whole images. docs/paper.md lists what those loaders do
     otherwise; above all, they pad masks with class 0, here it is 255 (ignored).
 ``modern``
     Training: rescaling by 0.5 to 2 times the image's own size, padding and random crop, horizontal
-    flip, colour jitter of images in RGB. Evaluation: the whole image at its own size.
+    flip, color jitter of images in RGB. Evaluation: the whole image at its own size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mfnet.constants import IGNORE_INDEX
-from mfnet.normalisation import IMAGENET, Normalisation
+from mfnet.normalization import IMAGENET, Normalization
 
 Recipe = Literal["paper", "modern"]
 
@@ -70,12 +70,12 @@ def train_transform(
     recipe: Recipe,
     crop_size: tuple[int, int],
     resize: tuple[int, int] | None = None,
-    normalisation: Normalisation = IMAGENET,
+    normalization: Normalization = IMAGENET,
 ) -> v2.Transform:
     """Augmentation of (image, mask) to ``crop_size`` (h, w); ``resize`` (h, w) comes first."""
-    # The mean colour is 0 after normalisation.
-    colour = tuple(round(255 * mean) for mean in normalisation.mean)
-    fill = {tv_tensors.Image: colour, tv_tensors.Mask: IGNORE_INDEX}
+    # The mean color is 0 after normalization.
+    color = tuple(round(255 * mean) for mean in normalization.mean)
+    fill = {tv_tensors.Image: color, tv_tensors.Mask: IGNORE_INDEX}
     crop = v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill)
     flip = v2.RandomHorizontalFlip()
     if recipe == "paper":
@@ -83,29 +83,29 @@ def train_transform(
         steps = [flip, Rescale((0.5, 2.0), cover=crop_size), crop, blur]
     else:
         jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.05)
-        steps = [Rescale((0.5, 2.0)), crop, flip, *([jitter] if len(colour) == 3 else [])]
-    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors(normalisation)])
+        steps = [Rescale((0.5, 2.0)), crop, flip, *([jitter] if len(color) == 3 else [])]
+    return v2.Compose([*_resize(resize), *steps, *_to_normalized_tensors(normalization)])
 
 
 def eval_transform(
     recipe: Recipe,
     crop_size: tuple[int, int],
     resize: tuple[int, int] | None = None,
-    normalisation: Normalisation = IMAGENET,
+    normalization: Normalization = IMAGENET,
 ) -> v2.Transform:
-    """Deterministic transform of (image, mask): centre crop (paper) or whole image (modern)."""
+    """Deterministic transform of (image, mask): center crop (paper) or whole image (modern)."""
     steps = [Rescale(cover=crop_size), v2.CenterCrop(crop_size)] if recipe == "paper" else []
-    return v2.Compose([*_resize(resize), *steps, *_to_normalised_tensors(normalisation)])
+    return v2.Compose([*_resize(resize), *steps, *_to_normalized_tensors(normalization)])
 
 
-def denormalise(image: Tensor, normalisation: Normalisation = IMAGENET) -> Tensor:
-    """Undo the normalisation: float (..., C, H, W) -> uint8 of the same shape."""
-    mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in normalisation)
+def denormalize(image: Tensor, normalization: Normalization = IMAGENET) -> Tensor:
+    """Undo the normalization: float (..., C, H, W) -> uint8 of the same shape."""
+    mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in normalization)
     return ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def as_rgb(image: Tensor) -> Tensor:
-    """An image (C, H, W) as it is shown, (3, H, W): its first three channels, or one as grey."""
+    """An image (C, H, W) as it is shown, (3, H, W): its first three channels, or one as gray."""
     return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
 
@@ -114,10 +114,10 @@ def _resize(size: tuple[int, int] | None) -> list[v2.Transform]:
 
 
 def resized(inpt: Any, size: tuple[int, int]) -> Any:
-    """Images bilinearly, masks by the nearest neighbour.
+    """Images bilinearly, masks by the nearest neighbor.
 
     torchvision resizes a Mask in a mode of its own, which rounds down where images, PIL and the
-    exact mode look at pixel centres: labels would move by up to half a pixel against their image.
+    exact mode look at pixel centers: labels would move by up to half a pixel against their image.
     """
     if not isinstance(inpt, tv_tensors.Mask):
         return F.resize(inpt, list(size), antialias=True)
@@ -126,10 +126,10 @@ def resized(inpt: Any, size: tuple[int, int]) -> Any:
     return tv_tensors.wrap(exact.squeeze(0), like=inpt)
 
 
-def _to_normalised_tensors(normalisation: Normalisation) -> list[v2.Transform]:
+def _to_normalized_tensors(normalization: Normalization) -> list[v2.Transform]:
     dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
     return [
         v2.ToDtype(dtypes, scale=True),
-        v2.Normalize(*normalisation),
+        v2.Normalize(*normalization),
         v2.ToPureTensor(),
     ]

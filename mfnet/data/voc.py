@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 def pascal_palette(num_classes: int) -> Palette:
-    """PASCAL's colours: the bits of the class index, dealt out to R, G, B from the top bit down."""
+    """PASCAL's colors: the bits of the class index, dealt out to R, G, B from the top bit down."""
 
     def channel(index: int, first: int) -> int:
         return sum((index >> (first + 3 * bit) & 1) << (7 - bit) for bit in range(3))
@@ -137,10 +137,10 @@ def _warn_of_repetitions(samples: list[Sample], lines: list[Line], split_file: P
 
 
 def read_classes(root: str | Path) -> tuple[list[str], Palette]:
-    """Class names of a folder in VOC layout, and the colours of its first mask, by name.
+    """Class names of a folder in VOC layout, and the colors of its first mask, by name.
 
     Names are the lines of ``classes.txt``. Without it, the classes are PASCAL's 21 if that mask
-    carries PASCAL's palette. A grey mask has no colours.
+    carries PASCAL's palette. A gray mask has no colors.
 
     Raises:
         FileNotFoundError: no ``root``; no ``classes.txt``, and the palette is not PASCAL's.
@@ -150,22 +150,22 @@ def read_classes(root: str | Path) -> tuple[list[str], Palette]:
     file = _require(Path(root)) / "classes.txt"
     folder = Path(root) / "SegmentationClass"
     masks = [path for path in folder.iterdir() if has_image_suffix(path)] if folder.is_dir() else []
-    colours = read_palette(min(masks)) if masks else []
+    colors = read_palette(min(masks)) if masks else []
     if file.is_file():
         names = read_class_names(file)
-    elif colours[: len(PASCAL_CLASSES)] == pascal_palette(len(PASCAL_CLASSES)):
+    elif colors[: len(PASCAL_CLASSES)] == pascal_palette(len(PASCAL_CLASSES)):
         names = list(PASCAL_CLASSES)
     else:
         raise FileNotFoundError(
             f"{file}: missing, and the masks do not carry PASCAL's palette; "
             "expected one class name per line, in the order of the class indices"
         )
-    return names, colours
+    return names, colors
 
 
-def completed(colours: Palette, num_classes: int) -> Palette:
-    """As many colours as there are classes: PASCAL's where there are too few."""
-    return colours[:num_classes] + pascal_palette(num_classes)[len(colours) :]
+def completed(colors: Palette, num_classes: int) -> Palette:
+    """As many colors as there are classes: PASCAL's where there are too few."""
+    return colors[:num_classes] + pascal_palette(num_classes)[len(colors) :]
 
 
 def list_pascal(

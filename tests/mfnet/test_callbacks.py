@@ -98,7 +98,7 @@ def test_record_of_a_fit(tmp_path):
         "gflops": pytest.approx(convolutions / 1e9),
         "input_size": list(SIZE),
         "class_names": ["background", "disc", "square"],
-        "palette": [list(colour) for colour in PALETTE],
+        "palette": [list(color) for color in PALETTE],
     }
     samples = read_samples(tmp_path)
     assert samples["epoch"] == 1

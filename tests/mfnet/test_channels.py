@@ -1,4 +1,4 @@
-"""Images of other than three channels: networks, weights, files, normalisation, whole runs."""
+"""Images of other than three channels: networks, weights, files, normalization, whole runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mfnet import create_model
 from mfnet.__main__ import main
 from mfnet.backbone import Backbone
 from mfnet.cli import MFNetCLI
-from mfnet.data import DataError, VOCFolder, as_rgb, denormalise, synthetic
+from mfnet.data import DataError, VOCFolder, as_rgb, denormalize, synthetic
 from mfnet.data.files import image_size, read_image, read_pair
 from mfnet.data.transforms import train_transform
-from mfnet.normalisation import IMAGENET, Normalisation
+from mfnet.normalization import IMAGENET, Normalization
 from mfnet.task import RECORD, SegmentationTask
 
 BANDS = np.random.default_rng(0).integers(0, 2**16, (5, 40, 50), dtype=np.uint16)
@@ -78,18 +78,18 @@ def test_weights_of_as_many_channels_load_as_they_are(tmp_path: Path) -> None:
         Backbone("resnet18", path, in_channels=1)
 
 
-# Normalisation and transforms
+# Normalization and transforms
 
 
-def test_normalisation_of_other_channels_is_the_mean_of_three() -> None:
+def test_normalization_of_other_channels_is_the_mean_of_three() -> None:
     assert IMAGENET.for_channels(3) is IMAGENET
     assert IMAGENET.for_channels(1) == ((pytest.approx(0.449),), (pytest.approx(0.226),))
     assert IMAGENET.for_channels(5).std == (pytest.approx(0.226),) * 5
     network = create_model("mfnet", 2, "tf_efficientnet_lite0", in_channels=4)
     task = SegmentationTask(network, ["a", "b"], channels=4)
-    assert task.normalisation == Normalisation((0.5,) * 4, (0.5,) * 4)
+    assert task.normalization == Normalization((0.5,) * 4, (0.5,) * 4)
     task = SegmentationTask(network, ["a", "b"], image_mean=(0.1, 0.2, 0.3, 0.4), channels=4)
-    assert task.normalisation == Normalisation((0.1, 0.2, 0.3, 0.4), (0.5,) * 4)
+    assert task.normalization == Normalization((0.1, 0.2, 0.3, 0.4), (0.5,) * 4)
     with pytest.raises(ValueError, match=r"image_std: expected 4 numbers, .* got \[0\.5\]"):
         SegmentationTask(network, ["a", "b"], image_std=(0.5,), channels=4)
 
@@ -97,20 +97,20 @@ def test_normalisation_of_other_channels_is_the_mean_of_three() -> None:
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("recipe", ["modern", "paper"])
 def test_training_images_keep_their_channels(recipe: Any, channels: int) -> None:
-    normalisation = IMAGENET.for_channels(channels)
-    transform = train_transform(recipe, (48, 64), None, normalisation)
+    normalization = IMAGENET.for_channels(channels)
+    transform = train_transform(recipe, (48, 64), None, normalization)
     values = torch.arange(1, channels + 1) * 40
     image = tv_tensors.Image(values[:, None, None].expand(-1, 8, 8).to(torch.uint8))
     torch.manual_seed(0)
     out, _ = transform(image, tv_tensors.Mask(torch.zeros(8, 8, dtype=torch.uint8)))
     assert out.shape == (channels, 48, 64)
-    seen = denormalise(out, normalisation)
+    seen = denormalize(out, normalization)
     assert (seen[:, 24, 32] == values).all() == (recipe == "paper" or channels != 3)
     if recipe == "modern" and channels != 3:  # of the padding, which is the mean
         assert out[:, 0, 0].abs().max() < 0.02
 
 
-def test_an_image_is_shown_in_three_of_its_channels_or_grey() -> None:
+def test_an_image_is_shown_in_three_of_its_channels_or_gray() -> None:
     image = torch.arange(5)[:, None, None].expand(5, 2, 2)
     assert as_rgb(image)[:, 0, 0].tolist() == [0, 1, 2]
     assert as_rgb(image[4:])[:, 0, 0].tolist() == [4, 4, 4]
@@ -121,7 +121,7 @@ def test_an_image_is_shown_in_three_of_its_channels_or_grey() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1"])
-def test_one_channel_is_grey(mode: str, tmp_path: Path) -> None:
+def test_one_channel_is_gray(mode: str, tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), (255, 255, 255)).convert(mode).save(tmp_path / "i.png")
     image = read_image(tmp_path / "i.png", channels=1)
     assert image.shape == (1, 40, 50)
@@ -129,7 +129,7 @@ def test_one_channel_is_grey(mode: str, tmp_path: Path) -> None:
     assert (image == 255).all()
 
 
-def test_grey_of_16_bits_and_of_colours(tmp_path: Path) -> None:
+def test_gray_of_16_bits_and_of_colors(tmp_path: Path) -> None:
     Image.fromarray(BANDS[0]).save(tmp_path / "deep.png")
     deep = read_image(tmp_path / "deep.png", channels=1)
     assert torch.equal(deep, scaled(BANDS[:1]))

@@ -104,13 +104,13 @@ def test_aspp_is_torchvisions() -> None:
         torch.testing.assert_close(context.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_aspp_trains_on_one_image(synchronised: bool) -> None:
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_aspp_trains_on_one_image(synchronized: bool) -> None:
     context: nn.Module = aspp(8, 16)
-    if synchronised:  # outside of a process group it is a plain BatchNorm
+    if synchronized:  # outside of a process group it is a plain BatchNorm
         context = nn.SyncBatchNorm.convert_sync_batchnorm(context)
     _, conv, norm, _ = context.convs[-1]
-    assert isinstance(norm, nn.SyncBatchNorm) == synchronised
+    assert isinstance(norm, nn.SyncBatchNorm) == synchronized
     nn.init.normal_(norm.running_mean)
     mean = norm.running_mean.clone()
     x = torch.randn(1, 8, 9, 9)

@@ -56,8 +56,8 @@ def test_the_page(run, capsys):
     path, error = export(run, "onnx", "network.onnx")
     assert str(path) == "network.onnx"
     assert error < 1e-5
-    export(run, "pt2", "network.pt2", normalise=True)
-    export(run, "aoti", "network.aoti.pt2", normalise=True)
+    export(run, "pt2", "network.pt2", normalize=True)
+    export(run, "aoti", "network.aoti.pt2", normalize=True)
     for number, block in enumerate(blocks("docs/deploy.md")):
         exec(compile(block, f"docs/deploy.md, block {number}", "exec"), {})
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -126,7 +126,7 @@ def test_weights_into_a_folder_that_is_there(run, capsys):
     ("arguments", "message"),
     [
         ({"to": "tflite"}, "to: expected onnx, pt2, aoti or weights, got 'tflite'"),
-        ({"to": "weights", "normalise": True}, "normalise: weights hold the network alone"),
+        ({"to": "weights", "normalize": True}, "normalise: weights hold the network alone"),
         ({"to": "onnx"}, "onnx needs onnxscript, onnxruntime: pip install onnxscript onnxruntime"),
     ],
 )

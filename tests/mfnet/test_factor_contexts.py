@@ -49,7 +49,7 @@ def test_em_unit_is_the_published_iteration() -> None:
     torch.testing.assert_close(unit.factorizer.bases, 0.9 * start + 0.1 * bases.mean(dim=0))
 
 
-def test_em_bases_start_normalised_and_rest_in_evaluation() -> None:
+def test_em_bases_start_normalized_and_rest_in_evaluation() -> None:
     unit = EMAUnit(8, bases=5).eval()
     torch.testing.assert_close(unit.factorizer.bases.norm(dim=0), torch.ones(5))
     start = unit.factorizer.bases.clone()

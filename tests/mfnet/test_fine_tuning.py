@@ -13,7 +13,7 @@ import mfnet
 from mfnet.__main__ import main
 from mfnet.cli import MFNetCLI
 from mfnet.data import synthetic
-from mfnet.fine_tuning import initialise
+from mfnet.fine_tuning import initialize
 from mfnet.pretrained import TrainedNetwork
 
 
@@ -52,7 +52,7 @@ def test_what_fits_is_taken_and_what_does_not_is_told(trained: Path, tmp_path: P
     given = mfnet.load(trained).network.state_dict()
     network = ours(5, (6, 10))
     own = {key: value.clone() for key, value in network.state_dict().items()}
-    told = initialise(network, trained)
+    told = initialize(network, trained)
     after = network.state_dict()
     classifier = {"decoder.classifier.weight", "decoder.classifier.bias"}
     (z,) = [key for key in own if key.endswith(".z")]
@@ -82,17 +82,17 @@ def test_files_of_tensors_and_wrapped_networks(tmp_path: Path) -> None:
     )
     for file in ("a.pth", "a.safetensors"):
         network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-        told = initialise(torch.compile(network), tmp_path / file)
+        told = initialize(torch.compile(network), tmp_path / file)
         assert torch.equal(network[0].weight, layer.weight)
         assert "2 of 4 tensors taken; not in it: 1.weight, 1.bias; in it, but not" in told
         assert told.endswith("network: extra")
     (tmp_path / "bad.pth").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"bad.pth' is not a file of tensors by name"):
-        initialise(own, tmp_path / "bad.pth")
+        initialize(own, tmp_path / "bad.pth")
     with pytest.raises(FileNotFoundError, match="no file or folder"):
-        initialise(own, tmp_path / "nothing.pth")
+        initialize(own, tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match="none of its tensors fits"):
-        initialise(nn.Conv2d(1, 1, 1), tmp_path / "a.pth")
+        initialize(nn.Conv2d(1, 1, 1), tmp_path / "a.pth")
 
 
 def flags(images: Path, folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A checkpoint tells network, classes and normalisation: no command line needs to repeat them."""
+"""A checkpoint tells network, classes and normalization: no command line needs to repeat them."""
 
 from __future__ import annotations
 

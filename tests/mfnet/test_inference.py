@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from mfnet.inference import Inference
-from mfnet.normalisation import IMAGENET, Normalisation
+from mfnet.normalization import IMAGENET, Normalization
 
-PLAIN = Normalisation((0.0,) * 3, (1.0,) * 3)
+PLAIN = Normalization((0.0,) * 3, (1.0,) * 3)
 
 
 def pointwise(images):
@@ -53,7 +53,7 @@ def test_no_seams():
     assert steps.max() > 0
 
 
-def test_a_network_that_sees_its_neighbourhood_differs_at_no_window_border():
+def test_a_network_that_sees_its_neighborhood_differs_at_no_window_border():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
     images = torch.randn(1, 3, 70, 90)
@@ -99,7 +99,7 @@ def test_prediction_at_any_size(tile, size):
     assert torch.equal(without.labels, got.labels)
 
 
-def test_windows_are_normalised_as_training_images_are():
+def test_windows_are_normalized_as_training_images_are():
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
     Inference().predict(

@@ -26,14 +26,14 @@ BINARY = (
     r"two classes; .* --data\.label_map '\{0: 0, 255: 1\}'"
 )
 
-Colours = Sequence[tuple[int, int, int]]
+Colors = Sequence[tuple[int, int, int]]
 
 
 def write(
     root: Path,
     masks: dict[str, Sequence[int]],
     classes: Sequence[str] = CLASSES,
-    palettes: dict[str, Colours] | None = None,
+    palettes: dict[str, Colors] | None = None,
 ) -> Path:
     """A data set; the mask of each image (train*, val*) has columns of the numbers given."""
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -189,9 +189,9 @@ def test_nothing_to_score_is_said(tmp_path: Path, recwarn: pytest.WarningsRecord
 
 @pytest.mark.parametrize("permuted", [True, False])
 def test_palettes_of_the_splits_are_compared(tmp_path: Path, permuted: bool) -> None:
-    colours = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
-    swapped = [colours[i] for i in (0, 2, 1)] if permuted else colours
-    palettes = {"train": colours, "val": swapped}
+    colors = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
+    swapped = [colors[i] for i in (0, 2, 1)] if permuted else colors
+    palettes = {"train": colors, "val": swapped}
     write(tmp_path / "data", {"train": [0, 1, 2], "val": [0, 1, 2]}, palettes=palettes)
     if not permuted:
         run(tmp_path / "data")
@@ -214,7 +214,7 @@ class TwoRanks(SingleDeviceStrategy):
         return tensor + self.other["counts" if tensor.numel() == 256 else "read"]
 
     def all_gather(self, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.stack([tensor, self.other["colours"]])
+        return torch.stack([tensor, self.other["colors"]])
 
 
 @pytest.mark.parametrize("case", ["half", "one class", "two classes", "contradiction"])
@@ -225,10 +225,10 @@ def test_ranks_are_judged_together(
     write(tmp_path / "data", {"train": [0], "val0": [0], "val1": [0]}, palettes=black)
     counts = torch.zeros(256, dtype=torch.int64)
     counts[0 if case == "one class" else 1] = WIDTH * HEIGHT
-    colours = torch.full((2, 256), -1)
-    colours[:, 0] = torch.tensor([0xFF0000 if case == "contradiction" else 0, 1])
+    colors = torch.full((2, 256), -1)
+    colors[:, 0] = torch.tensor([0xFF0000 if case == "contradiction" else 0, 1])
     read = torch.tensor([0, 0 if case == "half" else 1])
-    strategy = TwoRanks({"read": read, "counts": counts, "colours": colours})
+    strategy = TwoRanks({"read": read, "counts": counts, "colors": colors})
     options = {"strategy": strategy, "limit_val_batches": 1}
     if case == "one class":
         with pytest.raises(DataError, match=r"class 0 'background' \(100 %\)"):

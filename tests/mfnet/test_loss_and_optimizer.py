@@ -281,7 +281,7 @@ def test_val_loss_has_no_class_weights_and_checkpoints_no_loss(tmp_path: Path) -
 
 def test_median_frequency() -> None:
     masks = [np.array([[0, 0, 0, 1]], np.uint8), np.array([[2, 255, 0, 255]], np.uint8)]
-    # 0: 4 of 6, 1: 1 of the 4 in its image, 2: 1 of the 2 that are labelled; the median is 1/2.
+    # 0: 4 of 6, 1: 1 of the 4 in its image, 2: 1 of the 2 that are labeled; the median is 1/2.
     expected = torch.tensor([0.75, 2.0, 1.0, 0.0])
     torch.testing.assert_close(median_frequency(masks, 4), expected)
 

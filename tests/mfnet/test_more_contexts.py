@@ -37,7 +37,7 @@ def numbers(*tensors: Tensor) -> list[Array]:
     return [tensor.detach().numpy() for tensor in tensors]
 
 
-def normalised(values: Array, norm: nn.Module, training: bool) -> Array:
+def normalized(values: Array, norm: nn.Module, training: bool) -> Array:
     """BatchNorm over axis 1."""
     axes = tuple(axis for axis in range(values.ndim) if axis != 1)
     shape = [1, -1] + [1] * (values.ndim - 2)
@@ -198,7 +198,7 @@ def test_ppm_is_the_pyramid_of_its_paper(training: bool, size: tuple[int, int]) 
     for bins, branch in zip((1, 2, 3, 6), context.branches, strict=True):
         _, conv, norm, _ = branch
         assert conv.weight.shape == (2, 8, 1, 1)
-        level = np.maximum(normalised(convolved(pooled(parts[0], bins), conv), norm, training), 0)
+        level = np.maximum(normalized(convolved(pooled(parts[0], bins), conv), norm, training), 0)
         parts.append(resampled(level, size))
     expected = context.bottleneck(torch.from_numpy(np.concatenate(parts, axis=1)))
     torch.testing.assert_close(context(x), expected)
@@ -298,10 +298,10 @@ def test_encoding_context_is_the_papers_module(training: bool) -> None:
 
     (project, project_norm, _), layer, norm, _ = context.encode
     (lower,) = numbers(context.lower(x))
-    features = np.maximum(normalised(convolved(lower, project), project_norm, training), 0)
+    features = np.maximum(normalized(convolved(lower, project), project_norm, training), 0)
     parameters = numbers(layer.codewords, layer.smoothing)
     codes = np.stack([encoded(image, *parameters) for image in features.reshape(2, 512, -1)])
-    code = np.maximum(normalised(codes, norm, training), 0).mean(1)
+    code = np.maximum(normalized(codes, norm, training), 0).mean(1)
     weight, bias = numbers(context.attend[0].weight, context.attend[0].bias)
     gamma = 1 / (1 + np.exp(-(code @ weight.T + bias)))
     published = np.maximum(lower + lower * gamma[:, :, None, None], 0)
@@ -392,7 +392,7 @@ def test_nonlocal_block_is_the_papers_equations(training: bool) -> None:
     affinity /= affinity.sum(2, keepdims=True)
     y = np.einsum("bij,bcj->bci", affinity, g).reshape(2, 3, 3, 5)
     conv, norm = block.w
-    expected = normalised(convolved(y, conv), norm, training) + values
+    expected = normalized(convolved(y, conv), norm, training) + values
     torch.testing.assert_close(block(x).detach(), torch.from_numpy(expected))
 
 

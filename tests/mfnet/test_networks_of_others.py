@@ -21,7 +21,7 @@ from mfnet import create_model
 from mfnet.__main__ import main
 from mfnet.data import synthetic
 from mfnet.flops import count_flops
-from mfnet.normalisation import IMAGENET
+from mfnet.normalization import IMAGENET
 from mfnet.outputs import read_output
 from mfnet.task import SegmentationTask
 
@@ -86,9 +86,9 @@ def test_every_kind_of_answer_trains_and_predicts(answer: str) -> None:
     task._evaluate((IMAGES, MASKS))
     assert task.confusion.compute().sum() == (MASKS != 255).sum()
     shown = torch.randint(0, 256, (1, 3, *IMAGES.shape[-2:]), dtype=torch.uint8)
-    normalised = tv.normalize(shown / 255, *IMAGENET)
+    normalized = tv.normalize(shown / 255, *IMAGENET)
     labels = task.predict_step((shown, shown, ["x"]), 0).labels
-    assert torch.equal(labels, task(normalised).argmax(1)[0].byte())
+    assert torch.equal(labels, task(normalized).argmax(1)[0].byte())
 
 
 def test_the_weight_of_an_auxiliary_output() -> None:

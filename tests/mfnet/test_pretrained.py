@@ -12,7 +12,7 @@ import mfnet
 from mfnet.data import DataError
 from mfnet.pretrained import TrainedNetwork, build
 
-# A network as small as they come: as many classes as colours.
+# A network as small as they come: as many classes as colors.
 TINY = {"class_path": "mfops.FactorizedContext", "init_args": {"channels": 3, "rank": 2}}
 TOLD = {
     "class_names": ["sky", "road", "car"],

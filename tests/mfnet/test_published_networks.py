@@ -182,7 +182,7 @@ def renamed(name: str, key: str) -> str:
 
 
 def unlike_its_start(net: nn.Module) -> nn.Module:
-    """Normalisations at neither one nor zero, so that each has to be found."""
+    """Normalizations at neither one nor zero, so that each has to be found."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (

@@ -30,7 +30,7 @@ from mfnet.scores import (
     write_class_scores,
     write_confusion,
 )
-from mfnet.visualize import IGNORE_COLOUR, draw_confusion
+from mfnet.visualize import IGNORE_COLOR, draw_confusion
 
 NAMES = ["sky", "road", "car", "a, b"]
 
@@ -133,7 +133,7 @@ def test_the_picture_shows_shares_of_rows() -> None:
     assert [(t.get_text(), t.get_position()) for t in axes.texts] == [
         ("75", (0, 0)), ("25", (1, 0)), ("100", (1, 2))
     ]  # fmt: skip
-    assert to_rgb(axes.get_facecolor()) == to_rgb(np.divide(IGNORE_COLOUR, 255))
+    assert to_rgb(axes.get_facecolor()) == to_rgb(np.divide(IGNORE_COLOR, 255))
     assert [label.get_text() for label in axes.get_yticklabels()] == NAMES[:3]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction", "truth")
 

@@ -1,4 +1,4 @@
-"""Drawing: exact colours, readable refusals, whole files."""
+"""Drawing: exact colors, readable refusals, whole files."""
 
 import errno
 
@@ -8,8 +8,8 @@ from PIL import Image
 
 from mfnet.files import written_whole
 from mfnet.visualize import (
-    IGNORE_COLOUR,
-    colourise,
+    IGNORE_COLOR,
+    colorize,
     draw_curves,
     draw_grid,
     overlay,
@@ -21,24 +21,24 @@ PALETTE = [(0, 0, 0), (200, 10, 30), (0, 0, 250)]
 NAMES = ["background", "disc", "square"]
 
 
-def test_colourise_paints_classes_and_ignored_pixels():
-    painted = colourise(np.array([[0, 1], [2, 255]]), PALETTE)
+def test_colorize_paints_classes_and_ignored_pixels():
+    painted = colorize(np.array([[0, 1], [2, 255]]), PALETTE)
     assert painted.dtype == np.uint8
     assert painted.tolist() == [
         [list(PALETTE[0]), list(PALETTE[1])],
-        [list(PALETTE[2]), list(IGNORE_COLOUR)],
+        [list(PALETTE[2]), list(IGNORE_COLOR)],
     ]
 
 
 @pytest.mark.parametrize("label", [3, -1])
-def test_colourise_refuses_unknown_labels(label):
+def test_colorize_refuses_unknown_labels(label):
     with pytest.raises(ValueError, match=rf"mask: expected labels 0 to 2 or 255, got {label}"):
-        colourise(np.array([[0, label]]), PALETTE)
+        colorize(np.array([[0, label]]), PALETTE)
 
 
-def test_colourise_refuses_other_ranks():
+def test_colorize_refuses_other_ranks():
     with pytest.raises(ValueError, match=r"mask: expected shape \(H, W\), got \(1, 2, 2\)"):
-        colourise(np.zeros((1, 2, 2), dtype=int), PALETTE)
+        colorize(np.zeros((1, 2, 2), dtype=int), PALETTE)
 
 
 def test_overlay_blends_classes_and_keeps_ignored_pixels():

@@ -14,7 +14,7 @@ def write_image(path, size=(40, 50), value=100):
 def write_mask(path, mask, palette=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(mask, dtype=np.uint8))
-    image.putpalette([channel for colour in palette or pascal_palette(256) for channel in colour])
+    image.putpalette([channel for color in palette or pascal_palette(256) for channel in color])
     image.save(path)
 
 

@@ -6,7 +6,7 @@ import torch
 from made_up import write_image, write_mask
 from PIL import Image, ImageOps
 
-from mfnet.data import DataError, VOCFolder, denormalise
+from mfnet.data import DataError, VOCFolder, denormalize
 from mfnet.data.files import read_image, read_mask
 
 
@@ -40,7 +40,7 @@ def _wrong_label(folder):
     write_mask(folder / "SegmentationClass" / "b.png", mask)
 
 
-def _colour_mask(folder):
+def _color_mask(folder):
     write_image(folder / "SegmentationClass" / "b.png")
 
 
@@ -65,7 +65,7 @@ def _loading_error(folder, damage, num_workers):
         (_no_image, "JPEGImages/b.jpg: cannot read image: cannot identify image file"),
         (_other_size, "b.png: expected the size of its image, 40 x 50, got 50 x 40"),
         (_wrong_label, "b.png: expected labels 0 to 2 or 255, got [3, 254]"),
-        (_colour_mask, "b.png: expected a palette (P) or grey (L) mask of class indices, got mode"),
+        (_color_mask, "b.png: expected a palette (P) or gray (L) mask of class indices, got mode"),
         (_gone, "JPEGImages/b.jpg: cannot read image: "),
     ],
 )
@@ -105,9 +105,9 @@ RAMP = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32
 
 @pytest.mark.parametrize("name", ["i.png", "i.tif", "big_endian.tif", "i.jp2", "i.pgm"])
 def test_16_bit_images_are_scaled(tmp_path, name):
-    grey = Image.fromarray(RAMP.astype(">u2") if "big" in name else RAMP)
+    gray = Image.fromarray(RAMP.astype(">u2") if "big" in name else RAMP)
     options = {"irreversible": False} if name.endswith("jp2") else {}
-    grey.save(tmp_path / name, **options)
+    gray.save(tmp_path / name, **options)
     image = read_image(tmp_path / name)
     assert image.dtype == torch.uint8
     expected = torch.from_numpy((RAMP / 257).round()).byte()
@@ -141,10 +141,10 @@ def test_bilevel_images_become_rgb(tmp_path):
     assert torch.equal(read_image(tmp_path / "i.png"), expected.expand(3, 40, 50))
 
 
-def _with_transparency(path, colours):
+def _with_transparency(path, colors):
     """An image whose left half is transparent."""
-    image = Image.new("RGBA", (50, 40), (*colours[0], 0))
-    image.paste((*colours[1], 255), (25, 0, 50, 40))
+    image = Image.new("RGBA", (50, 40), (*colors[0], 0))
+    image.paste((*colors[1], 255), (25, 0, 50, 40))
     if path.stem == "P":
         image = image.convert("RGB").quantize(2)
         image.info["transparency"] = bytes([0, 255])
@@ -162,7 +162,7 @@ def test_transparency_is_left_out(tmp_path, mode, recwarn):
 
 def test_a_picture_in_the_transparency_alone_is_refused(tmp_path):
     path = _with_transparency(tmp_path / "RGBA.png", [(0, 0, 0), (0, 0, 0)])
-    with pytest.raises(DataError, match=r"RGBA\.png: expected an image, got one colour throughout"):
+    with pytest.raises(DataError, match=r"RGBA\.png: expected an image, got one color throughout"):
         read_image(path)
 
 
@@ -204,7 +204,7 @@ def test_exif_orientation_is_applied_where_the_mask_agrees(folder, orientation, 
     data.setup("validate")
     image, mask = data.val_set[0]
     expected = stored if orientation > 4 and not upright_mask else upright
-    assert torch.equal(denormalise(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert torch.equal(denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
     assert image.shape[1:] == mask.shape
 
 

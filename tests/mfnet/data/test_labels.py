@@ -23,22 +23,22 @@ from mfnet.data.labels import LabelMap
 REGIONS = np.arange(40 * 50).reshape(40, 50) // 500
 LABELS = torch.tensor([0, 1, 2, 255])
 NUMBERS = np.array([5, 7, 9, 255])
-COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 128, 255), (255, 255, 255)], dtype=np.uint8)
+COLORS = np.array([(0, 0, 0), (255, 0, 0), (0, 128, 255), (255, 255, 255)], dtype=np.uint8)
 BY_NUMBER = {5: 0, 7: "road", 9: 2, 255: "ignore"}
-BY_COLOUR = {"#000000": "sky", "255,0,0": 1, "0, 128, 255": "car", "#FFffFF": 255}
+BY_COLOR = {"#000000": "sky", "255,0,0": 1, "0, 128, 255": "car", "#FFffFF": 255}
 
 
 def drawn(kind: str) -> Image.Image:
     numbers = NUMBERS[REGIONS]
     if kind in ("RGB", "RGBA"):
-        return Image.fromarray(COLOURS[REGIONS]).convert(kind)
+        return Image.fromarray(COLORS[REGIONS]).convert(kind)
     if kind == "RGBA, partly transparent":
-        image = Image.fromarray(COLOURS[REGIONS])
+        image = Image.fromarray(COLORS[REGIONS])
         image.putalpha(Image.fromarray((REGIONS > 0).astype(np.uint8) * 255))
         return image
     if kind == "permuted palette":
         image = Image.fromarray((3 - REGIONS).astype(np.uint8))
-        image.putpalette(COLOURS[::-1].tobytes())
+        image.putpalette(COLORS[::-1].tobytes())
         return image
     image = {
         "L": numbers.astype(np.uint8),
@@ -66,8 +66,8 @@ def labels_of(folder, mask: Image.Image, name: str = "x.png", **arguments) -> to
     ("kind", "label_map"),
     [
         *((kind, BY_NUMBER) for kind in ("L", "LA", "P", "I;16", "I;16B", "I", "F")),
-        *((kind, BY_COLOUR) for kind in ("RGB", "RGBA", "RGBA, partly transparent")),
-        ("permuted palette", BY_COLOUR),
+        *((kind, BY_COLOR) for kind in ("RGB", "RGBA", "RGBA, partly transparent")),
+        ("permuted palette", BY_COLOR),
     ],
 )
 def test_label_map_of_every_kind_of_mask(folder, kind, label_map):
@@ -83,8 +83,8 @@ def test_label_map_of_bilevel_masks(folder, label_map):
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
-def test_colours_apply_to_grey_masks(folder, mode):
-    """An optimiser of PNGs that turns a black and white RGB mask into grey changes nothing."""
+def test_colors_apply_to_gray_masks(folder, mode):
+    """An optimizer of PNGs that turns a black and white RGB mask into gray changes nothing."""
     mask = Image.fromarray((REGIONS > 1).astype(np.uint8) * 255).convert(mode)
     labels = labels_of(folder, mask, ".png", label_map={"#000000": 2, "#ffffff": 1})
     assert torch.equal(labels, 2 - torch.from_numpy(REGIONS > 1).long())
@@ -116,15 +116,15 @@ SHARES = '"#000000" (25 %), "#0080ff" (25 %), "#ff0000" (25 %), "#ffffff" (25 %)
             "RGB",
             None,
             [
-                f"mode RGB with colours {SHARES}",
+                f"mode RGB with colors {SHARES}",
                 "--data.label_map '{\"#000000\": ..., \"#0080ff\": ..., \"#ff0000\": ..., ",
             ],
         ),
-        ("RGBA", None, ["mode RGBA with colours", "--data.label_map"]),
+        ("RGBA", None, ["mode RGBA with colors", "--data.label_map"]),
         ("L", None, ["0 to 2 or 255, got [5, 7, 9]", "'{5: ..., 7: ..., 9: ..., 255: ...}'"]),
         ("I;16", None, ["got [5, 7, 9]", "--data.label_map"]),
-        ("RGB", BY_NUMBER, ["label_map lists numbers", f"colours {SHARES}"]),
-        ("I;16", BY_COLOUR, ["label_map lists colours", "numbers 5 (25 %), 7 (25 %)"]),
+        ("RGB", BY_NUMBER, ["label_map lists numbers", f"colors {SHARES}"]),
+        ("I;16", BY_COLOR, ["label_map lists colors", "numbers 5 (25 %), 7 (25 %)"]),
         ("RGB", {"#000000": 0}, ['does not list "#0080ff" (25 %), "#ff0000"', "ignore", "other"]),
         ("L", {5: 0, 7: 1}, ["label_map does not list 9 (25 %), 255 (25 %)"]),
         ("permuted palette", {"#000000": 0}, ['does not list "#0080ff" (25 %)']),
@@ -141,14 +141,14 @@ def test_what_is_not_listed_is_refused_by_name(folder, kind, label_map, pieces):
 
 
 def test_shifted_labels_are_refused_with_the_map_to_type(folder):
-    mask = Image.fromarray(REGIONS.astype(np.uint8))  # 0 = unlabelled, 1, 2, 3 are the classes
+    mask = Image.fromarray(REGIONS.astype(np.uint8))  # 0 = unlabeled, 1, 2, 3 are the classes
     with pytest.raises(DataError, match=r"got \[3\].* '\{0: ignore, 1: 0, 2: 1, \.\.\.\}'"):
         labels_of(folder, mask, ".png")
     labels = labels_of(folder, mask, ".png", label_map={0: "ignore", 1: 0, 2: 1, 3: 2})
     assert torch.equal(labels, torch.tensor([255, 0, 1, 2])[torch.from_numpy(REGIONS)])
 
 
-def test_blurred_colours_name_jpeg(folder):
+def test_blurred_colors_name_jpeg(folder):
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     mask = folder / "SegmentationClass" / "x.jpg"
     Image.fromarray(noise).save(mask)
@@ -177,8 +177,8 @@ def test_what_is_no_mask_is_refused(folder, kind):
     path = folder / "SegmentationClass" / "x.png"
     if kind == "float":
         mask, message = Image.new("F", (50, 40), 0.5), "got mode F"
-    elif kind == "both":  # the same colour, once opaque and once transparent
-        mask, message = Image.new("RGBA", (50, 40)), "got colour #000000 opaque and transparent"
+    elif kind == "both":  # the same color, once opaque and once transparent
+        mask, message = Image.new("RGBA", (50, 40)), "got color #000000 opaque and transparent"
         mask.putpixel((0, 0), (0, 0, 0, 255))
     elif kind == "16-bit RGB":
         mask, message = None, "got mode RGB of 16 bits"
@@ -198,8 +198,8 @@ def test_what_is_no_mask_is_refused(folder, kind):
     [
         ({}, "label_map: expected entries like"),
         ([1], r"label_map: expected entries like .* got \[1\]"),
-        ({5: 0, "#000000": 1}, "expected keys that are all numbers or all colours"),
-        ({"other": 1}, "expected keys that are all numbers or all colours"),
+        ({5: 0, "#000000": 1}, "expected keys that are all numbers or all colors"),
+        ({"other": 1}, "expected keys that are all numbers or all colors"),
         ({5: 3}, r"label_map: 5: expected a class index \(0 to 2\), .* got 3"),
         ({5: -1}, "label_map: 5: expected a class index"),
         ({5: True}, "label_map: 5: expected a class index"),
@@ -209,7 +209,7 @@ def test_what_is_no_mask_is_refused(folder, kind):
         ({"256,0,0": 1}, "got '256,0,0'"),
         ({1.5: 1}, "got 1.5"),
         ({10**20: 1}, "got 1" + 20 * "0"),
-        ({"#ff0000": 1, "255,0,0": 2}, "colour '255,0,0' is listed twice, for two classes"),
+        ({"#ff0000": 1, "255,0,0": 2}, "color '255,0,0' is listed twice, for two classes"),
         ({5: 1, "5": 2}, "number '5' is listed twice"),
         ("nowhere.yaml", "label_map: nowhere.yaml: no such file"),
     ],
@@ -268,27 +268,27 @@ def test_the_record_of_a_run_holds_the_map(folder, how, monkeypatch):
     config = parser().parse_args(["--config=config.yaml"])
     assert parser().dump(config) == record
     data = parser().instantiate(config).data
-    assert data.label_map.by_colour
+    assert data.label_map.by_color
     assert data.palette[:2] == [(0, 0, 0), (255, 0, 0)]
 
 
-def test_classes_are_shown_in_the_colours_of_the_map(folder):
+def test_classes_are_shown_in_the_colors_of_the_map(folder):
     data = VOCFolder(str(folder), label_map={"#102030": 2, "#FF0000": "sky", "#00ff00": "ignore"})
     assert data.palette == [(255, 0, 0), (128, 0, 0), (16, 32, 48)]
     data = VOCFolder(str(folder), label_map={0: "ignore", 1: 0, 2: 1, 7: 1, 300: 2})
     assert data.palette == [(128, 0, 0), (0, 128, 0), (0, 128, 0)]  # PASCAL's 1 and 2, and class 2
 
 
-RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)
+RED, GREEN, BLUE, GRAY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)
 
 
 @pytest.fixture
 def permuted(tmp_path):
-    """In b the numbers 1 and 2 have swapped their colours."""
+    """In b the numbers 1 and 2 have swapped their colors."""
     splits = {"train": ["a", "b", "c"], "val": ["x"]}
     root = write_voc(tmp_path / "set", splits, classes=["p", "q", "r"])
     for name in "abcx":
-        palette = [GREY, GREEN, BLUE] if name == "b" else [GREY, BLUE, GREEN]
+        palette = [GRAY, GREEN, BLUE] if name == "b" else [GRAY, BLUE, GREEN]
         write_mask(root / "SegmentationClass" / f"{name}.png", REGIONS % 3, palette)
     return root
 
@@ -302,7 +302,7 @@ def test_palettes_that_contradict_each_other_are_refused(permuted, num_workers):
     message = str(caught.value)
     assert "SegmentationClass/b.png" in message
     assert "SegmentationClass/a.png" in message or "SegmentationClass/c.png" in message
-    assert "number 1 has the colour #" in message
+    assert "number 1 has the color #" in message
     assert "#00ff00" in message
     assert "#0000ff" in message
     assert "--data.label_map" in message
@@ -311,7 +311,7 @@ def test_palettes_that_contradict_each_other_are_refused(permuted, num_workers):
 @pytest.mark.parametrize(
     "label_map",
     [
-        {"#090909": 0, "#0000ff": 1, "#00ff00": 2},  # by their colours: no contradiction
+        {"#090909": 0, "#0000ff": 1, "#00ff00": 2},  # by their colors: no contradiction
         {0: 0, 1: 1, 2: 2},  # the numbers are said to count
     ],
 )
@@ -325,13 +325,13 @@ def test_a_label_map_settles_contradicting_palettes(permuted, label_map):
     assert np.array_equal(masks[0], REGIONS % 3)
 
 
-def test_colours_that_no_pixel_has_do_not_contradict(tmp_path):
+def test_colors_that_no_pixel_has_do_not_contradict(tmp_path):
     splits = {"train": ["a", "b", "c"], "val": ["x"]}
     root = write_voc(tmp_path, splits, (2, 2), classes=["p", "q", "r"])
     masks = root / "SegmentationClass"
-    write_mask(masks / "a.png", [[0, 255], [1, 1]], [GREY, RED, BLUE, *[GREEN] * 253])
-    write_mask(masks / "b.png", [[0, 255], [2, 2]], [GREY, GREEN, GREEN, *[BLUE] * 253])
-    Image.fromarray(np.array([[0, 1], [2, 2]], dtype=np.uint8)).save(masks / "c.png")  # grey
+    write_mask(masks / "a.png", [[0, 255], [1, 1]], [GRAY, RED, BLUE, *[GREEN] * 253])
+    write_mask(masks / "b.png", [[0, 255], [2, 2]], [GRAY, GREEN, GREEN, *[BLUE] * 253])
+    Image.fromarray(np.array([[0, 1], [2, 2]], dtype=np.uint8)).save(masks / "c.png")  # gray
     data = VOCFolder(str(root), crop_size=33, num_workers=0)
     data.setup("fit")
     assert len(list(data.train_dataloader())) == 1

@@ -43,8 +43,8 @@ def test_it_is_in_voc_layout(tmp_path):
     assert share[255] < 0.15
 
 
-def test_classes_are_not_told_apart_by_mean_colour(tmp_path):
-    """The nearest mean colour, fitted on the very images, stays far from the 0.60 of the demo."""
+def test_classes_are_not_told_apart_by_mean_color(tmp_path):
+    """The nearest mean color, fitted on the very images, stays far from the 0.60 of the demo."""
     root = synthetic.generate(tmp_path / "set", train=40, val=1, size=65)
     samples = list_folder(root, "train")
     pixels = np.concatenate([np.array(Image.open(s.image)).reshape(-1, 3) for s in samples])

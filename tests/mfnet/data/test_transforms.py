@@ -1,16 +1,16 @@
-"""The two recipes: sizes, padding, alignment of image and mask, normalisation."""
+"""The two recipes: sizes, padding, alignment of image and mask, normalization."""
 
 import pytest
 import torch
 from torchvision import tv_tensors
 
-from mfnet.data import denormalise
+from mfnet.data import denormalize
 from mfnet.data.transforms import (
     Rescale,
     eval_transform,
     train_transform,
 )
-from mfnet.normalisation import IMAGENET, Normalisation
+from mfnet.normalization import IMAGENET, Normalization
 
 
 def _pair(height, width, margin=12):
@@ -38,7 +38,7 @@ def test_train_sizes_and_types(recipe, size, crop, resize):
 
 @pytest.mark.parametrize("size", [(61, 83), (90, 47), (65, 65), (500, 375)])
 @pytest.mark.parametrize("crop", [(65, 65), (33, 49), (513, 513)])
-def test_paper_evaluates_on_a_centre_crop_without_padding(size, crop):
+def test_paper_evaluates_on_a_center_crop_without_padding(size, crop):
     image, mask = eval_transform("paper", crop)(*_pair(*size))
     assert image.shape == (3, *crop)
     assert mask.shape == crop
@@ -61,7 +61,7 @@ def test_image_and_mask_stay_aligned(recipe):
     for seed in range(10):
         torch.manual_seed(seed)
         image, mask = transform(*_pair(161, 183, margin=40))
-        brightness = denormalise(image).float().mean(0)
+        brightness = denormalize(image).float().mean(0)
         white, black = brightness[mask == 1], brightness[mask == 0]
         # Interpolation mixes the two within a pixel of their border.
         assert white.median() > black.median() + 100
@@ -102,8 +102,8 @@ def test_labels_lie_on_their_pixels_in_training(case):
 
 
 @pytest.mark.parametrize("resize", [(120, 160), (31, 45), (97, 107), (360, 479)])
-def test_resized_labels_are_those_at_the_pixels_centres(resize):
-    # Odd sizes: no centre of a new pixel lies on the border of two old ones.
+def test_resized_labels_are_those_at_the_pixels_centers(resize):
+    # Odd sizes: no center of a new pixel lies on the border of two old ones.
     board = torch.arange(201)[:, None].add(torch.arange(243)).remainder(2).to(torch.uint8)
     image = tv_tensors.Image(board.mul(255).expand(3, -1, -1).contiguous())
     for transform in (
@@ -119,13 +119,13 @@ def test_resized_labels_are_those_at_the_pixels_centres(resize):
 
 
 @pytest.mark.parametrize("recipe", ["paper", "modern"])
-def test_padding_is_ignored_and_of_the_mean_colour(recipe):
+def test_padding_is_ignored_and_of_the_mean_color(recipe):
     transform = train_transform(recipe, (97, 97))
     padded = 0
     for seed in range(10):
         torch.manual_seed(seed)
         image, mask = transform(*_pair(40, 40))
-        # Blur mixes colours across 3 pixels.
+        # Blur mixes colors across 3 pixels.
         inside = (mask != 255).float()[None, None]
         outside = torch.nn.functional.max_pool2d(inside, 7, 1, 3)[0, 0] == 0
         padded += outside.any().item()
@@ -171,20 +171,20 @@ def test_scales_cover_the_range():
     assert 57 < max(covered) <= 60
 
 
-@pytest.mark.parametrize("normalisation", [IMAGENET, Normalisation((0.5,) * 3, (0.25,) * 3)])
-def test_normalisation_and_its_inverse(normalisation):
+@pytest.mark.parametrize("normalization", [IMAGENET, Normalization((0.5,) * 3, (0.25,) * 3)])
+def test_normalization_and_its_inverse(normalization):
     image = tv_tensors.Image(torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8))
-    out = eval_transform("modern", (40, 50), normalisation=normalisation)(image)
-    mean, std = (torch.tensor(values)[:, None, None] for values in normalisation)
+    out = eval_transform("modern", (40, 50), normalization=normalization)(image)
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalization)
     torch.testing.assert_close(out, (image / 255 - mean) / std)
-    undone = denormalise(out, normalisation)
+    undone = denormalize(out, normalization)
     assert torch.equal(undone, image.as_subclass(torch.Tensor))
-    assert torch.equal(denormalise(out[None], normalisation)[0], undone)
+    assert torch.equal(denormalize(out[None], normalization)[0], undone)
 
 
-def test_training_pads_with_the_mean_of_its_own_normalisation():
+def test_training_pads_with_the_mean_of_its_own_normalization():
     transform = train_transform(
-        "paper", (97, 97), normalisation=Normalisation((0.5,) * 3, (1,) * 3)
+        "paper", (97, 97), normalization=Normalization((0.5,) * 3, (1,) * 3)
     )
     torch.manual_seed(1)
     image, mask = transform(*_pair(40, 40))

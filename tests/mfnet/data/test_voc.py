@@ -33,12 +33,12 @@ def test_folder_gives_files_classes_and_palette(folder):
 
 
 def test_palette_is_the_masks_own(tmp_path):
-    colours = [(9, 8, 7), (1, 2, 3), *pascal_palette(256)[2:]]
-    root = write_voc(tmp_path, {"train": "a", "val": "b"}, classes=["p", "q"], palette=colours)
+    colors = [(9, 8, 7), (1, 2, 3), *pascal_palette(256)[2:]]
+    root = write_voc(tmp_path, {"train": "a", "val": "b"}, classes=["p", "q"], palette=colors)
     assert VOCFolder(str(root)).palette == [(9, 8, 7), (1, 2, 3)]
 
 
-def test_grey_masks_have_pascals_palette(folder):
+def test_gray_masks_have_pascals_palette(folder):
     Image.fromarray(np.zeros((40, 50), np.uint8)).save(folder / "SegmentationClass" / "a.png")
     assert VOCFolder(str(folder)).palette == pascal_palette(3)
 

@@ -1,4 +1,4 @@
-"""Images are normalised as the network's weights want it, and a checkpoint says how."""
+"""Images are normalized as the network's weights want it, and a checkpoint says how."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from mfnet import create_model
 from mfnet.checkpoint import RECORD
 from mfnet.data import Synthetic
-from mfnet.normalisation import IMAGENET, Normalisation, normalisation_of
+from mfnet.normalization import IMAGENET, Normalization, normalization_of
 from mfnet.task import SegmentationTask
 
-HALF = Normalisation((0.5,) * 3, (0.5,) * 3)
+HALF = Normalization((0.5,) * 3, (0.5,) * 3)
 
 
 class Wants(nn.Module):
@@ -52,10 +52,10 @@ def trainer(folder: Path) -> L.Trainer:
 
 def test_timm_says_what_the_weights_want() -> None:
     network = create_model("mfnet", num_classes=3, backbone="tf_efficientnet_lite0")
-    assert normalisation_of(network) == HALF
-    assert normalisation_of(nn.Sequential(network)) == HALF
-    assert normalisation_of(create_model("mfnet", backbone="resnet18")) == IMAGENET
-    assert normalisation_of(nn.Conv2d(3, 3, 1)) == IMAGENET
+    assert normalization_of(network) == HALF
+    assert normalization_of(nn.Sequential(network)) == HALF
+    assert normalization_of(create_model("mfnet", backbone="resnet18")) == IMAGENET
+    assert normalization_of(nn.Conv2d(3, 3, 1)) == IMAGENET
 
 
 def test_training_validation_and_prediction_share_it(data: Synthetic, tmp_path: Path) -> None:
@@ -82,17 +82,17 @@ def test_it_travels_in_the_checkpoint(data: Synthetic, tmp_path: Path) -> None:
     record = torch.load(tmp_path / "run.ckpt", weights_only=True)[RECORD]
     assert record["normalisation"] == {"mean": [0.5] * 3, "std": [0.25] * 3}
     assert record["class_names"] == data.class_names
-    assert record["palette"] == [list(colour) for colour in data.palette]
+    assert record["palette"] == [list(color) for color in data.palette]
 
     plain = nn.Module()  # whose weights say nothing
     plain.conv = nn.Conv2d(3, data.num_classes, 1)
     plain.forward = plain.conv.forward
     other = SegmentationTask(plain, data.class_names)
-    assert other.normalisation == IMAGENET
+    assert other.normalization == IMAGENET
     trainer(tmp_path).validate(
         other, datamodule=data, ckpt_path=tmp_path / "run.ckpt", verbose=False
     )
-    assert other.normalisation == Normalisation((0.5,) * 3, (0.25,) * 3)
+    assert other.normalization == Normalization((0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_it_travels_in_the_checkpoint(data: Synthetic, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_set_by_hand_comes_first_then_the_checkpoint(
-    record: dict, given: tuple[float, float, float] | None, expected: Normalisation
+    record: dict, given: tuple[float, float, float] | None, expected: Normalization
 ) -> None:
     task = SegmentationTask(Wants(2), ["a", "b"], image_mean=given)
-    assert task.normalisation == ((given or HALF.mean), HALF.std)
+    assert task.normalization == ((given or HALF.mean), HALF.std)
     task.on_load_checkpoint({"state_dict": task.state_dict(), RECORD: record})
-    assert task.normalisation == expected
+    assert task.normalization == expected
 
 
 def test_a_checkpoint_of_other_classes_is_refused() -> None:
