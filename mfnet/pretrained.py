@@ -15,7 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from mfnet.checkpoint import RECORD, WEIGHTS, find_checkpoint, misfit, named_as, read_checkpoint
+from mfnet.checkpoint import (
+    RECORD,
+    WEIGHTS,
+    find_checkpoint,
+    match_names,
+    mismatch,
+    read_checkpoint,
+)
 from mfnet.data import voc
 from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
@@ -163,9 +170,9 @@ def load(source: str | Path) -> TrainedNetwork:
     arguments = arguments_of(checkpoint.get(RECORD, {}), path)
     network = TrainedNetwork(**arguments)
     own = network.state_dict()
-    state = named_as(own, checkpoint.get("state_dict", {}))
+    state = match_names(own, checkpoint.get("state_dict", {}))
     state = {key: value for key, value in state.items() if key.startswith(PREFIX)}
-    fault = misfit(state, own)
+    fault = mismatch(state, own)
     if fault:
         raise ValueError(f"checkpoint '{path}' does not fit: {fault}")
     network.load_state_dict(state)
