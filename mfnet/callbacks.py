@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mfnet.data import as_rgb, denormalize
 from mfnet.files import written_whole
 from mfnet.flops import count_flops
-from mfnet.models import evaluation_parameters, unwrapped
+from mfnet.models import evaluation_parameters, unwrap
 from mfnet.normalization import IMAGENET
 from mfnet.scores import CONFUSION, class_table, write_class_scores, write_confusion
 
@@ -77,7 +77,7 @@ class RunRecord(Callback):
             write_confusion(counts, pl_module.class_names, folder / CONFUSION)
 
     def _write_summary(self, path: Path, trainer: Any, pl_module: Any) -> None:
-        network = unwrapped(pl_module.network)
+        network = unwrap(pl_module.network)
         channels, height, width = self._chosen[0][0].shape
         try:
             gflops = count_flops(network, (height, width), channels) / 1e9

@@ -98,7 +98,7 @@ def _read_weights(folder: Path) -> dict[str, Any]:
     return {"pytorch-lightning_version": L.__version__, "state_dict": state, RECORD: record}
 
 
-def named_as(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def match_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``given`` under the names that the network has for them, compiled or not.
 
     Bases had no method in their name before: ``bases``, now ``em_bases``.
@@ -113,7 +113,7 @@ def uncompiled(key: str) -> str:
     return key.replace("_orig_mod.", "")
 
 
-def misfit(given: Mapping[str, Tensor] | None, own: Mapping[str, Tensor]) -> str:
+def mismatch(given: Mapping[str, Tensor] | None, own: Mapping[str, Tensor]) -> str:
     """What keeps a checkpoint's tensors from being loaded, in a few words; empty if nothing."""
     if given is None:
         return "it holds no 'state_dict', so it was not written by a training run"

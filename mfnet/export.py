@@ -40,7 +40,7 @@ class Normalized(nn.Module):
         self.channels = network.channels
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(tv.normalize(images, *self.network.normalization))
+        return self.network(tv.normalize(images, *self.network.normalisation))
 
 
 Exported = TrainedNetwork | Normalized
@@ -169,7 +169,7 @@ def _metadata(network: TrainedNetwork, normalize: bool) -> dict[str, Any]:
         "class_names": network.class_names,
         "palette": network.palette,
         "resize": network.resize,
-        "normalisation": None if normalize else network.normalization._asdict(),
+        "normalisation": None if normalize else network.normalisation._asdict(),
     }
 
 

@@ -11,8 +11,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mfnet.checkpoint import RECORD, find_checkpoint, named_as, read_checkpoint
-from mfnet.models import unwrapped
+from mfnet.checkpoint import RECORD, find_checkpoint, match_names, read_checkpoint
+from mfnet.models import unwrap
 from mfnet.parameter_groups import backbone_of
 from mfnet.pretrained import PREFIX
 from mfops.factorizers import LearnedFactorizer, resampled
@@ -38,10 +38,10 @@ def initialize(network: nn.Module, source: str | Path) -> str:
         FileNotFoundError: there is no such file, folder or name.
         ValueError: it is none of these, or nothing in it fits.
     """
-    network = unwrapped(network)
+    network = unwrap(network)
     state, record = _read(Path(source).expanduser())
     own = network.state_dict()
-    given = named_as(own, {key.removeprefix(PREFIX): value for key, value in state.items()})
+    given = match_names(own, {key.removeprefix(PREFIX): value for key, value in state.items()})
     given |= _resampled_factors(network, given, record)
     taken = {key: given[key] for key in own if key in given and given[key].shape == own[key].shape}
     if not taken:
@@ -73,7 +73,7 @@ def frozen_modules(network: nn.Module, freeze: Freeze) -> list[nn.Module]:
         raise ValueError(f"freeze_backbone: expected true, false or statistics, got {freeze!r}")
     if not freeze:
         return []
-    backbone = backbone_of(unwrapped(network))
+    backbone = backbone_of(unwrap(network))
     if backbone is None:
         raise ValueError(
             f"freeze_backbone: {type(network).__name__} has neither a backbone nor an encoder"

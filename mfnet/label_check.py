@@ -65,13 +65,13 @@ class LabelCheck(Callback):
         if not over_ranks(record.read.int()).all():
             return
         self._done.add(split)
-        _judge(split, over_ranks(record.counts()), pl_module.class_names)
+        _check_classes(split, over_ranks(record.counts()), pl_module.class_names)
         tables = trainer.strategy.all_gather(record.colors().to(pl_module.device)).cpu()
         self._tables += [(record.masks, table) for table in tables.reshape(-1, 2, 256)]
         check_palettes(self._tables)
 
 
-def _judge(split: str, counts: Tensor, class_names: Sequence[str]) -> None:
+def _check_classes(split: str, counts: Tensor, class_names: Sequence[str]) -> None:
     """Warn of classes without a pixel; refuse where fewer than two have any."""
     names = [f"{label} '{name}'" for label, name in enumerate(class_names)]
     present = [name for name, count in zip(names, counts.tolist(), strict=False) if count]

@@ -79,7 +79,7 @@ class WeightedSum(nn.Module):
         return sum(weight * loss(logits, masks) for weight, loss in pairs)
 
 
-def prepared(loss: nn.Module) -> nn.Module:
+def prepare(loss: nn.Module) -> nn.Module:
     """``loss``, ignoring 255, and without a trace in checkpoints: a run's flags say what it is.
 
     Modules in it that take ``ignore_index`` and have kept its default are given 255.
@@ -121,7 +121,7 @@ def with_class_weights(loss: nn.Module, weights: Tensor) -> nn.Module:
     return loss
 
 
-def checked_class_weights(weights: Sequence[float], classes: int) -> Tensor:
+def check_class_weights(weights: Sequence[float], classes: int) -> Tensor:
     """The weights as float32 (classes,).
 
     Raises:
@@ -178,11 +178,11 @@ def median_frequency(masks: Iterable[NDArray[Any]], classes: int) -> Tensor:
     return weights.nan_to_num(0.0).float()
 
 
-def evaluated(loss: nn.Module, logits: Tensor, masks: Tensor) -> Tensor:
+def evaluate(loss: nn.Module, logits: Tensor, masks: Tensor) -> Tensor:
     """``loss(logits, masks)`` in float32, a scalar; 0 where no pixel counts.
 
     Args:
-        loss: a module that :func:`prepared` has seen.
+        loss: a module that :func:`prepare` has seen.
         logits: (B, classes, H, W).
         masks: int64 (B, H, W), 255 where ignored.
 

@@ -127,7 +127,7 @@ def forward_parameters(network: nn.Module) -> Mapping[str, Parameter]:
         return {}
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """The network inside ``torch.compile``, ``DistributedDataParallel`` and averaging wrappers."""
     while True:
         takes = forward_parameters(network).values()

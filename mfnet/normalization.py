@@ -21,6 +21,21 @@ class Normalization(NamedTuple):
             return self
         return Normalization(*((sum(three) / len(three),) * channels for three in self))
 
+    def replaced(self, mean: Numbers | None, std: Numbers | None) -> Normalization:
+        """Itself, with the given numbers in place of its own.
+
+        Raises:
+            ValueError: there is not one for each channel.
+        """
+        channels = len(self.mean)
+        for name, given in (("image_mean", mean), ("image_std", std)):
+            if given is not None and len(given) != channels:
+                raise ValueError(
+                    f"{name}: expected {channels} numbers, one for each channel of the images, got "
+                    f"{list(given)}"
+                )
+        return Normalization(tuple(mean or self.mean), tuple(std or self.std))
+
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

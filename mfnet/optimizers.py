@@ -34,7 +34,7 @@ def build_optimizer(groups: Groups, make: OptimizerCallable, head_lr: float) -> 
     return optimizer
 
 
-def scheduled(
+def build_scheduler(
     optimizer: Optimizer, make: LRSchedulerCallable | None, factor: Callable[[], float]
 ) -> Any:
     """What ``configure_optimizers`` returns: the scheduler that ``make`` makes steps once an epoch.

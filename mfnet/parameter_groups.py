@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mfnet.decoder import PointwiseDecoder
-from mfnet.models import unwrapped
+from mfnet.models import unwrap
 from mfops.factorizers import LearnedFactorizer
 
 Groups = list[dict[str, Any]]
@@ -62,7 +62,7 @@ def parameter_groups(
     network: nn.Module, grouping: Grouping, backbone_lr: float, head_lr: float
 ) -> Groups:
     """The groups that hold something, of a network that may be compiled or wrapped."""
-    groups = _GROUPINGS[grouping](unwrapped(network), backbone_lr, head_lr)
+    groups = _GROUPINGS[grouping](unwrap(network), backbone_lr, head_lr)
     return [group for group in groups if group["params"]]
 
 

@@ -60,7 +60,7 @@ class PredictionWriter(BasePredictionWriter):
         if len(folders) == 1:
             folders = dict.fromkeys(folders, self.output)
         self._targets = {
-            kind: targets(paths, folder, SUFFIXES[kind]) for kind, folder in folders.items()
+            kind: output_files(paths, folder, SUFFIXES[kind]) for kind, folder in folders.items()
         }
         self.output.mkdir(parents=True, exist_ok=True)
 
@@ -114,7 +114,7 @@ class PredictionWriter(BasePredictionWriter):
             )
 
 
-def targets(paths: Sequence[str | Path], output: Path, suffix: str) -> dict[Path, Path]:
+def output_files(paths: Sequence[str | Path], output: Path, suffix: str) -> dict[Path, Path]:
     """The file in ``output`` for each image; see :class:`PredictionWriter`.
 
     Raises:

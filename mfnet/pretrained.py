@@ -15,7 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from mfnet.checkpoint import RECORD, WEIGHTS, find_checkpoint, misfit, named_as, read_checkpoint
+from mfnet.checkpoint import (
+    RECORD,
+    WEIGHTS,
+    find_checkpoint,
+    match_names,
+    mismatch,
+    read_checkpoint,
+)
 from mfnet.data import voc
 from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
@@ -86,9 +93,9 @@ class TrainedNetwork(
         self.class_names = list(class_names)
         given = voc.pascal_palette(len(class_names)) if palette is None else palette
         self.palette = [(red, green, blue) for red, green, blue in given]
-        self.normalization = Normalization(*(tuple(normalisation[k]) for k in ("mean", "std")))
+        self.normalisation = Normalization(*(tuple(normalisation[k]) for k in ("mean", "std")))
         self.resize = None if resize is None else (resize[0], resize[1])
-        self.channels = len(self.normalization.mean)
+        self.channels = len(self.normalisation.mean)
 
     def forward(self, images: Tensor) -> Tensor:
         return read_output(self.network(images), images, len(self.class_names), self.network)[0]
@@ -128,7 +135,7 @@ class TrainedNetwork(
         self.eval()
         try:
             size = pixels.shape[-2:]
-            return inference.predict(self, shown, self.normalization, device, size, **keep)
+            return inference.predict(self, shown, self.normalisation, device, size, **keep)
         finally:
             self.train(training)
 
@@ -163,9 +170,9 @@ def load(source: str | Path) -> TrainedNetwork:
     arguments = arguments_of(checkpoint.get(RECORD, {}), path)
     network = TrainedNetwork(**arguments)
     own = network.state_dict()
-    state = named_as(own, checkpoint.get("state_dict", {}))
+    state = match_names(own, checkpoint.get("state_dict", {}))
     state = {key: value for key, value in state.items() if key.startswith(PREFIX)}
-    fault = misfit(state, own)
+    fault = mismatch(state, own)
     if fault:
         raise ValueError(f"checkpoint '{path}' does not fit: {fault}")
     network.load_state_dict(state)

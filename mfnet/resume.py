@@ -115,7 +115,7 @@ def schedules(trainer: L.Trainer) -> list[dict[str, Any]]:
     return plans
 
 
-def words(kinds: Kinds) -> str:
+def describe(kinds: Kinds) -> str:
     """The classes, for a message."""
     return " and ".join("polynomial decay" if kind == OWN_KINDS[1] else kind for kind in kinds)
 

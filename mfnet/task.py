@@ -17,13 +17,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfnet import losses, optimizers, resume
-from mfnet.checkpoint import RECORD, misfit, named_as, read_checkpoint
+from mfnet.checkpoint import RECORD, match_names, mismatch, read_checkpoint
 from mfnet.constants import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
 from mfnet.fine_tuning import Freeze, frozen_modules, initialize
 from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
-from mfnet.models import forward_parameters, unwrapped
+from mfnet.models import forward_parameters, unwrap
 from mfnet.normalization import IMAGENET, Normalization, Numbers, normalization_of
 from mfnet.outputs import read_output
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
@@ -155,15 +155,10 @@ class SegmentationTask(L.LightningModule):
         self.parameter_groups = parameter_groups
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction_warmup = reconstruction_warmup
-        for name, given in (("image_mean", image_mean), ("image_std", image_std)):
-            if given is not None and len(given) != channels:
-                raise ValueError(
-                    f"{name}: expected {channels} numbers, one for each channel of the images, got "
-                    f"{list(given)}"
-                )
         self.channels = channels
         self._given = image_mean, image_std
-        self.normalization = self._unless_given(normalization_of(network).for_channels(channels))
+        own = normalization_of(network).for_channels(channels)
+        self.normalization = own.replaced(image_mean, image_std)
         self.lr_warmup = lr_warmup
         if lr_warmup < 0 or (lr_warmup and lr_scheduler is not None):
             raise ValueError(
@@ -172,7 +167,7 @@ class SegmentationTask(L.LightningModule):
             )
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.loss = losses.prepared(losses.CrossEntropy() if loss is None else loss)
+        self.loss = losses.prepare(losses.CrossEntropy() if loss is None else loss)
         self.class_weights = class_weights
         self.training_loss = self._weighted(
             [1.0] * len(self.class_names) if class_weights == "auto" else class_weights
@@ -257,7 +252,7 @@ class SegmentationTask(L.LightningModule):
         # have no gradient during the warm-up, which DistributedDataParallel does not accept.
         warming_up = self.current_epoch < self.reconstruction_warmup
         weight = 0.0 if warming_up else self.reconstruction_weight
-        takes = forward_parameters(unwrapped(self.network))
+        takes = forward_parameters(unwrap(self.network))
         with collect_losses() as collected:
             if "return_loss" in takes:
                 labels = {"masks": masks} if "masks" in takes else {}
@@ -266,11 +261,11 @@ class SegmentationTask(L.LightningModule):
             else:
                 output = self.network(images)
         logits, auxiliary = read_output(output, images, len(self.class_names), self.network)
-        loss = losses.evaluated(self.training_loss, logits, masks)
+        loss = losses.evaluate(self.training_loss, logits, masks)
         name = "ce" if isinstance(self.loss, losses.CrossEntropy) else type(self.loss).__name__
         per_epoch = {"train/loss": loss.detach(), f"train/{name}": loss.detach()}
         if auxiliary is not None:
-            beside = losses.evaluated(self.training_loss, auxiliary, masks)
+            beside = losses.evaluate(self.training_loss, auxiliary, masks)
             per_epoch["train/auxiliary"] = beside.detach()
             loss = loss + self.auxiliary_weight * beside
         if collected:
@@ -328,14 +323,14 @@ class SegmentationTask(L.LightningModule):
             )
         else:
             optimizer = optimizers.build_optimizer(self._groups(), self.optimizer, self.head_lr)
-        config = optimizers.scheduled(optimizer, self.lr_scheduler, self._rate_factor)
+        config = optimizers.build_scheduler(optimizer, self.lr_scheduler, self._rate_factor)
         parts = (optimizer, config["lr_scheduler"]["scheduler"])
         self._kinds = tuple(type(part).__name__ for part in parts)
         if self._stored_kinds not in (None, self._kinds):
+            stored, own = resume.describe(self._stored_kinds), resume.describe(self._kinds)
             raise ValueError(
                 f"checkpoint '{self.trainer.ckpt_path}' does not fit: optimizer and schedule of "
-                f"its run are {resume.words(self._stored_kinds)}; --optimizer and --lr_scheduler "
-                f"give this one {resume.words(self._kinds)}"
+                f"its run are {stored}; --optimizer and --lr_scheduler give this one {own}"
             )
         return config
 
@@ -365,8 +360,8 @@ class SegmentationTask(L.LightningModule):
             )
         own = self.state_dict()
         if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = named_as(own, checkpoint["state_dict"])
-        fault = misfit(checkpoint.get("state_dict"), own) or self._misfit_of_groups(checkpoint)
+            checkpoint["state_dict"] = match_names(own, checkpoint["state_dict"])
+        fault = mismatch(checkpoint.get("state_dict"), own) or self._group_mismatch(checkpoint)
         if fault:
             raise ValueError(f"{where} does not fit: {fault}")
         classes = record.get("class_names", self.class_names)
@@ -375,7 +370,7 @@ class SegmentationTask(L.LightningModule):
                 f"{where} does not fit: its classes are "
                 f"{', '.join(classes)}; those of the data are {', '.join(self.class_names)}"
             )
-        self.normalization = self._unless_given(stored)
+        self.normalization = stored.replaced(*self._given)
         self._resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
         self._stored_kinds = resume.stored_kinds(checkpoint, record)
         resume.mark_finished_epoch(checkpoint)
@@ -403,7 +398,7 @@ class SegmentationTask(L.LightningModule):
     def _groups(self) -> Groups:
         return parameter_groups(self.network, self.parameter_groups, self.backbone_lr, self.head_lr)
 
-    def _misfit_of_groups(self, checkpoint: dict[str, Any]) -> str:
+    def _group_mismatch(self, checkpoint: dict[str, Any]) -> str:
         """What keeps the state of this class's own optimizer from being loaded, if anything."""
         states = checkpoint.get("optimizer_states", [])
         stored = [group.get("name") for state in states for group in state["param_groups"]]
@@ -417,10 +412,6 @@ class SegmentationTask(L.LightningModule):
             f"'{self.parameter_groups}' they are {', '.join(own)}"
         )
 
-    def _unless_given(self, normalization: Normalization) -> Normalization:
-        pairs = zip(self._given, normalization, strict=True)
-        return Normalization(*(tuple(own if given is None else given) for given, own in pairs))
-
     def _rate_factor(self) -> float:
         warmed_up = resume.share_warmed_up(self.trainer, self._resumed_at, self.lr_warmup)
         return warmed_up * (1 - resume.share_done(self.trainer, self._resumed_at)) ** self.power
@@ -428,7 +419,7 @@ class SegmentationTask(L.LightningModule):
     def _weighted(self, class_weights: list[float] | None) -> nn.Module:
         if class_weights is None:
             return self.loss
-        weights = losses.checked_class_weights(class_weights, len(self.class_names))
+        weights = losses.check_class_weights(class_weights, len(self.class_names))
         return losses.with_class_weights(self.loss, weights.to(self.device))
 
     @torch.inference_mode(False)  # else a later fit could not update what a validation created
@@ -444,7 +435,7 @@ class SegmentationTask(L.LightningModule):
             probabilities = self.inference.probabilities(self, images)
             logits = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
         pixels = (masks != IGNORE_INDEX).sum().float()
-        self.pixel_loss.update(losses.evaluated(self.loss, logits, masks), pixels)
+        self.pixel_loss.update(losses.evaluate(self.loss, logits, masks), pixels)
         self.confusion.update(logits.argmax(1), masks)
 
     def _log_scores(self, stage: str) -> None:

@@ -95,6 +95,20 @@ def _legend_shape(entries: int, width: float, entry_width: float) -> tuple[int, 
     return rows, math.ceil(entries / rows)
 
 
+def _class_patches(
+    masks: Sequence[Array], class_names: Sequence[str], palette: Sequence[Color]
+) -> list[Patch]:
+    """Entries of a legend, for the classes that occur in the masks."""
+    labels = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
+    entries = [(class_names[i], palette[i]) for i in labels if i != IGNORE_INDEX]
+    if IGNORE_INDEX in labels:
+        entries.append(("ignored", IGNORE_COLOR))
+    return [
+        Patch(facecolor=np.divide(color, 255), edgecolor="#555555", label=name)
+        for name, color in entries
+    ]
+
+
 def draw_grid(
     images: Sequence[Array],
     truths: Sequence[Array],
@@ -116,20 +130,13 @@ def draw_grid(
         raise ValueError("images: expected at least one, got none")
 
     shown = [*truths, *(mask for masks in predictions.values() for mask in masks)]
-    labels = np.unique(np.concatenate([np.unique(mask) for mask in shown]))
-    entries = [(class_names[i], palette[i]) for i in labels if i != IGNORE_INDEX]
-    if IGNORE_INDEX in labels:
-        entries.append(("ignored", IGNORE_COLOR))
-    handles = [
-        Patch(facecolor=np.divide(color, 255), edgecolor="#555555", label=name)
-        for name, color in entries
-    ]
+    handles = _class_patches(shown, class_names, palette)
 
     # Everything is laid out in inches, so that rows of any aspect ratio leave no empty bands.
     width = max(2.4 * len(columns), 7.2)
     cell = width / len(columns)
     heights = [cell * image.shape[0] / image.shape[1] for image in images]
-    longest = max(len(name) for name, _ in entries)
+    longest = max(len(str(patch.get_label())) for patch in handles)
     rows, per_row = _legend_shape(len(handles), width, 0.55 + 0.085 * longest)
     legend = 0.15 + 0.23 * rows
     title_height = 0.3

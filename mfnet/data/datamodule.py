@@ -256,7 +256,7 @@ class VOCFolder(SegmentationDataModule):
         self.root = Path(root).expanduser()
         self.class_names, colors = voc.read_classes(self.root)
         if self.label_map is None:
-            self.palette = voc.completed(colors, self.num_classes)
+            self.palette = voc.complete_palette(colors, self.num_classes)
         else:
             self.palette = self.label_map.palette(colors, self.num_classes)
 

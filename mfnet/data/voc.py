@@ -163,7 +163,7 @@ def read_classes(root: str | Path) -> tuple[list[str], Palette]:
     return names, colors
 
 
-def completed(colors: Palette, num_classes: int) -> Palette:
+def complete_palette(colors: Palette, num_classes: int) -> Palette:
     """As many colors as there are classes: PASCAL's where there are too few."""
     return colors[:num_classes] + pascal_palette(num_classes)[len(colors) :]
 

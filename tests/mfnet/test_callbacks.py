@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from quiet import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -64,17 +65,8 @@ class Data(L.LightningDataModule):
 
 
 def trainer_with(record, folder, **options):
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=CSVLogger(folder, name="", version=0),
-        callbacks=[record],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **options,
-    )
+    logger = CSVLogger(folder, name="", version=0)
+    return quiet_trainer(logger=logger, callbacks=[record], log_every_n_steps=1, **options)
 
 
 def read_samples(folder):

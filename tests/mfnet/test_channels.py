@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_line import RESNET, flags
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -220,18 +221,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def flags(data: Path, *others: str) -> list[str]:
-    return [
-        "--data=VOCFolder", f"--data.root={data}", "--data.num_workers=0",
-        "--model.network.backbone=resnet18", "--data.crop_size=33", "--data.batch_size=2",
-        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false", "--trainer.max_epochs=1", *others,
-    ]  # fmt: skip
-
-
 def test_a_run_of_four_channels(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    main(["fit", *flags(data, "--data.channels=4", f"--trainer.default_root_dir={run}")])
+    main(["fit", *flags(data, run, RESNET, "--data.channels=4")])
     record = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)[RECORD]
     assert record["network"]["init_args"]["in_channels"] == 4
     assert record["normalisation"]["mean"] == pytest.approx([0.449] * 4)
@@ -258,12 +250,12 @@ def test_a_run_of_four_channels(data: Path, tmp_path: Path) -> None:
 def test_the_data_say_how_many_channels_a_network_has(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli = MFNetCLI(flags(data, "--data.channels=1"), run=False)
+    cli = MFNetCLI(flags(data, "", RESNET, "--data.channels=1"), run=False)
     assert cli.model.network.in_channels == cli.model.channels == 1
     cli.datamodule.setup("validate")
     assert cli.datamodule.val_set[0][0].shape == (1, 40, 40)
     with pytest.raises(SystemExit):
-        main(["fit", *flags(data, "--model.network.in_channels=4")])
+        main(["fit", *flags(data, "", RESNET, "--model.network.in_channels=4")])
     assert capsys.readouterr().err == (
         "mfnet: error: --model.network.in_channels 4: a network has as many channels as the "
         "images: --data.channels 4\n"
@@ -273,7 +265,7 @@ def test_the_data_say_how_many_channels_a_network_has(
 def test_another_library_s_network_has_them_too(data: Path) -> None:
     pytest.importorskip("segmentation_models_pytorch", reason="smp is not installed")
     unet = "--model.network=segmentation_models_pytorch.Unet"
-    given = [flag for flag in flags(data) if not flag.startswith("--model.")]
+    given = [flag for flag in flags(data, "") if not flag.startswith("--model.")]
     options = ["--model.network.encoder_name=resnet18", "--model.network.encoder_weights=null"]
     cli = MFNetCLI([*given, "--data.channels=1", unet, *options], run=False)
     assert next(cli.model.network.parameters()).shape[1] == 1

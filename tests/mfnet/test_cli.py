@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import RESNET, fails, flags
 from jsonargparse import Namespace
 from PIL import Image
 
@@ -23,43 +25,18 @@ from mfnet.cli import _network_names
 from mfnet.commands import SIGTERM_EXIT
 from mfnet.config import shipped_configs
 from mfnet.contexts import CONTEXTS
-from mfnet.data import synthetic
 from mfnet.task import SegmentationTask
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set in VOC layout: 4 + 2 images of 33 x 33."""
-    folder = tmp_path_factory.mktemp("data") / "voc"
-    return synthetic.generate(folder, train=4, val=2, size=33)
 
 
 @pytest.fixture
 def broken(images: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    for file in images.rglob("*"):
-        if file.is_file():
-            copy = tmp_path / "broken" / file.relative_to(images)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(file.read_bytes())
-    return tmp_path / "broken"
+    return Path(shutil.copytree(images, tmp_path / "broken"))
 
 
 def small(root: Path, run: Path) -> list[str]:
     """Flags for one epoch of two steps, on the data in ``root``, into the folder ``run``."""
-    return [
-        "--config=camvid",
-        "--seed_everything=1",
-        "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=1",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.default_root_dir={run}",
-        "--model.network.backbone=resnet18",
-        f"--data.root={root}",
-        "--data.crop_size=33",
-        "--data.batch_size=2",
-        "--data.num_workers=0",
-    ]
+    return ["--config=camvid", *flags(root, run, "--seed_everything=1", RESNET)]
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +45,6 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["fit", *small(images, folder)])
     return folder
-
-
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr that a user error ends in."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code not in (0, None)
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    errors = [line for line in stderr.splitlines() if line.startswith("mfnet: error: ")]
-    assert len(errors) == 1
-    assert stderr.splitlines()[-1] == errors[0]
-    return errors[0]
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ def test_the_page(run, capsys):
     assert told["resize"] == [30, 40]
     images = torch.rand(2, 3, 37, 41)
     network = mfnet.load(run)
-    mean, std = (torch.tensor(values)[:, None, None] for values in network.normalization)
+    mean, std = (torch.tensor(values)[:, None, None] for values in network.normalisation)
     torch.save((images, network((images - mean) / std).detach()), "case.pt")
     subprocess.run([sys.executable, "-c", ELSEWHERE], check=True)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import RESNET, flags
 from safetensors.torch import save_file
 from torch import nn
 
 import mfnet
 from mfnet.__main__ import main
 from mfnet.cli import MFNetCLI
-from mfnet.data import synthetic
 from mfnet.fine_tuning import initialize
 from mfnet.pretrained import TrainedNetwork
 
@@ -37,11 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     network.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=2, val=1, size=33)
 
 
 def ours(num_classes: int, size: tuple[int, int]) -> mfnet.SegmentationNetwork:
@@ -95,14 +90,10 @@ def test_files_of_tensors_and_wrapped_networks(tmp_path: Path) -> None:
         initialize(nn.Conv2d(1, 1, 1), tmp_path / "a.pth")
 
 
-def flags(images: Path, folder: Path) -> list[str]:
-    return [
-        "--data=VOCFolder", f"--data.root={images}", "--model.network.name=mfnet",
-        "--model.network.backbone=resnet18", "--model.network.context_size=[3,3]",
-        "--data.crop_size=33", "--data.batch_size=2", "--data.num_workers=0",
-        "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}",
-    ]  # fmt: skip
+def small(root: Path, run: Path) -> list[str]:
+    return flags(
+        root, run, "--model.network.name=mfnet", RESNET, "--model.network.context_size=[3,3]"
+    )
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,7 +105,7 @@ def test_a_frozen_backbone_leaves_training_as_it_entered(
 ) -> None:
     caplog.set_level("INFO")
     given = mfnet.load(trained).state_dict()
-    tune = ["fit", *flags(images, tmp_path / "run"), f"--model.init_from={trained}"]
+    tune = ["fit", *small(images, tmp_path / "run"), f"--model.init_from={trained}"]
     main([*tune, "--model.freeze_backbone=true"])
     after = state(tmp_path / "run")
     backbone = [key for key in after if key.startswith("network.backbone.")]
@@ -126,7 +117,7 @@ def test_a_frozen_backbone_leaves_training_as_it_entered(
     assert "tensors taken; of another shape: decoder.classifier" in caplog.text
     # A continuation needs neither the file nor its tensors.
     main([
-        "fit", *flags(images, tmp_path / "run"), "--model.init_from=gone", "--ckpt_path=last",
+        "fit", *small(images, tmp_path / "run"), "--model.init_from=gone", "--ckpt_path=last",
         "--model.freeze_backbone=true", "--trainer.max_epochs=2",
     ])  # fmt: skip
     assert all(torch.equal(state(tmp_path / "run")[key], given[key]) for key in backbone)
@@ -134,7 +125,7 @@ def test_a_frozen_backbone_leaves_training_as_it_entered(
 
 def test_frozen_statistics_alone(images: Path, trained: Path, tmp_path: Path) -> None:
     given = mfnet.load(trained).state_dict()
-    tune = ["fit", *flags(images, tmp_path / "run"), f"--model.init_from={trained}"]
+    tune = ["fit", *small(images, tmp_path / "run"), f"--model.init_from={trained}"]
     main([*tune, "--model.freeze_backbone=statistics"])
     after = state(tmp_path / "run")
     statistics = [k for k in after if ".backbone." in k and ("running" in k or "num_batches" in k)]
@@ -162,7 +153,7 @@ def test_frozen_statistics_alone(images: Path, trained: Path, tmp_path: Path) ->
 def test_mistakes(
     given: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = [flag for flag in flags(images, tmp_path) if "network" not in flag or len(given) < 2]
+    base = [flag for flag in small(images, tmp_path) if "network" not in flag or len(given) < 2]
     with pytest.raises(SystemExit):
         main(["fit", *base, *given])
     assert message in capsys.readouterr().err.splitlines()[-1]
@@ -171,7 +162,7 @@ def test_mistakes(
 def test_a_frozen_network_of_others(images: Path, tmp_path: Path) -> None:
     cli = MFNetCLI(
         [
-            *[flag for flag in flags(images, tmp_path) if "network" not in flag],
+            *[flag for flag in small(images, tmp_path) if "network" not in flag],
             "--model.network=segmentation_models_pytorch.Unet", "--model.network.classes=5",
             "--model.network.encoder_name=resnet18", "--model.network.encoder_weights=null",
             "--model.freeze_backbone=true",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import flags
 from PIL import Image
 
 import mfnet
@@ -19,11 +20,6 @@ from mfnet.checkpoint import RECORD
 from mfnet.cli import MFNetCLI
 from mfnet.data import synthetic
 from mfnet.task import SegmentationTask
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=2, val=1, size=33)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +32,8 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cli = MFNetCLI(["--data=VOCFolder", f"--data.root={root}", *NETWORK], run=False)
     torch.save(_of_timm(cli.model.network.backbone.features.state_dict()), weights)
     main([
-        "fit", "--data=VOCFolder", f"--data.root={root}", *NETWORK,
-        f"--model.network.backbone_weights={weights}", "--data.resize=[40,48]",
-        "--data.crop_size=33", "--data.batch_size=2", "--data.num_workers=0",
-        "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}",
+        "fit", *flags(root, folder, *NETWORK, "--data.resize=[40,48]"),
+        f"--model.network.backbone_weights={weights}",
     ])  # fmt: skip
     shutil.rmtree(root)
     weights.unlink()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -64,10 +64,7 @@ def test_gradients_are_those_of_the_sum_of_losses(
     network = Foreign()
     state = {key: value.clone() for key, value in network.state_dict().items()}
     task = Recorded(network, ["a", "b"], reconstruction_weight=0.3, reconstruction_warmup=warmup)
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(accumulate_grad_batches=accumulate)
     if scaler is not None:
         trainer.precision_plugin.scaler = scaler
         trainer.precision_plugin.pre_backward = lambda loss, module: scaler.scale(loss)
@@ -88,10 +85,7 @@ def test_gradients_are_those_of_the_sum_of_losses(
 def fitted(network: nn.Module, accumulate: int = 1, **arguments: float) -> list[Tensor]:
     """The gradients of one step of ``accumulate`` batches."""
     task = Recorded(network, ["a", "b"], **{"reconstruction_warmup": 0, **arguments})
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulate, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(accumulate_grad_batches=accumulate)
     trainer.fit(task, DataLoader(batches(accumulate), batch_size=None))
     return task.given
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
+from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from mfnet.data import DataError, VOCFolder
@@ -65,14 +66,7 @@ def run(
         str(root), crop_size=33, batch_size=1, num_workers=workers, label_map=label_map
     )
     task = SegmentationTask(nn.Conv2d(3, data.num_classes, 1), data.class_names)
-    options = {"max_epochs": 1, "callbacks": [], "enable_checkpointing": False, **options}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    trainer = quiet_trainer(**options)
     getattr(trainer, how)(task, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 

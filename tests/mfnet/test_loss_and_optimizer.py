@@ -14,8 +14,10 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 import yaml
+from command_line import CONV, flags
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
@@ -23,7 +25,6 @@ from torch.utils.data import DataLoader
 
 from mfnet.__main__ import main
 from mfnet.cli import MFNetCLI
-from mfnet.data import synthetic
 from mfnet.data.dataset import SegmentationDataset
 from mfnet.data.voc import list_folder
 from mfnet.losses import CrossEntropy, WeightedSum, balanced_class_weights, median_frequency
@@ -67,10 +68,7 @@ def fit(
     torch.manual_seed(0)
     module = SegmentationTask(Foreign(), CLASSES, **arguments)
     watch = Watch()
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=epochs, callbacks=[watch], precision=precision, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_epochs=epochs, callbacks=[watch], precision=precision)
     loader = DataLoader(batches(), batch_size=None)
     trainer.fit(module, loader, loader, ckpt_path=ckpt if ckpt and ckpt.is_file() else None)
     if ckpt:
@@ -201,7 +199,7 @@ def first_step(**arguments: Any) -> tuple[float, list[Tensor]]:
     """Loss and gradients of the first batch."""
     torch.manual_seed(0)
     task = SegmentationTask(Foreign(), CLASSES, **arguments)
-    task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    task.trainer = quiet_trainer()
     task.log = task.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     loss = task.training_step(batches()[0], 0)
     loss.backward()
@@ -252,7 +250,7 @@ def test_loss_and_gradients_are_those_by_hand(arguments: dict[str, Any], expecte
 
 def test_no_label_no_loss_whatever_the_loss() -> None:
     task = SegmentationTask(Foreign(), CLASSES, loss=nn.CrossEntropyLoss())
-    task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    task.trainer = quiet_trainer()
     task.log = task.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
     loss = task.training_step((torch.randn(2, 3, 5, 5), torch.full((2, 5, 5), 255)), 0)
     loss.backward()
@@ -286,23 +284,8 @@ def test_median_frequency() -> None:
     torch.testing.assert_close(median_frequency(masks, 4), expected)
 
 
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=4, val=2, size=33)
-
-
-NETWORK = ["--model.network=torch.nn.Conv2d", "--model.network.in_channels=3",
-           "--model.network.out_channels=5", "--model.network.kernel_size=1"]  # fmt: skip
-
-
-def flags(voc: Path, run: Path, *more: str) -> list[str]:
-    return [
-        "--data=VOCFolder", f"--data.root={voc}", "--data.crop_size=33", "--data.batch_size=2",
-        "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
-        "--trainer.enable_progress_bar=false", "--trainer.logger=false",
-        "--trainer.enable_model_summary=false", f"--trainer.default_root_dir={run}",
-        *NETWORK, *more,
-    ]  # fmt: skip
+def small(root: Path, run: Path, *more: str) -> list[str]:
+    return flags(root, run, "--trainer.logger=false", *CONV, *more)
 
 
 SUM = {
@@ -320,7 +303,7 @@ SUM = {
 }
 
 
-def test_by_class_path_and_again(voc: Path, tmp_path: Path) -> None:
+def test_by_class_path_and_again(images: Path, tmp_path: Path) -> None:
     sums = tmp_path / "sum.yaml"
     sums.write_text(yaml.safe_dump({"model": {"loss": SUM, "class_weights": "auto"}}))
     more = [
@@ -329,9 +312,9 @@ def test_by_class_path_and_again(voc: Path, tmp_path: Path) -> None:
         "--lr_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR", "--lr_scheduler.T_max=10",
     ]  # fmt: skip
     run = tmp_path / "run"
-    main(["fit", *flags(voc, run, *more)])
+    main(["fit", *small(images, run, *more)])
     again = ["--ckpt_path=last", "--trainer.max_epochs=2", "--optimizer.lr=1e-3"]
-    main(["fit", *flags(voc, run, *more, *again)])
+    main(["fit", *small(images, run, *more, *again)])
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["mfnet"]["optimizer"] == ["AdamW", "CosineAnnealingLR"]
     (state,) = checkpoint["optimizer_states"]
@@ -341,11 +324,11 @@ def test_by_class_path_and_again(voc: Path, tmp_path: Path) -> None:
     main(["validate", f"--config={run}/config.yaml", "--ckpt_path=best"])
 
 
-def test_auto_counts_the_training_masks(voc: Path, tmp_path: Path) -> None:
+def test_auto_counts_the_training_masks(images: Path, tmp_path: Path) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("a mask is not transformed to be counted")
 
-    dataset = SegmentationDataset(list_folder(voc, "train"), 5, never)
+    dataset = SegmentationDataset(list_folder(images, "train"), 5, never)
     weights = balanced_class_weights(dataset)
     seen: list[Tensor] = []
 
@@ -354,7 +337,7 @@ def test_auto_counts_the_training_masks(voc: Path, tmp_path: Path) -> None:
             super().on_train_start()
             seen.append(self.training_loss.weight)
 
-    arguments = flags(voc, tmp_path, "--model.class_weights=auto", "--trainer.fast_dev_run=true")
+    arguments = small(images, tmp_path, "--model.class_weights=auto", "--trainer.fast_dev_run=true")
     MFNetCLI(["fit", *arguments], model_class=Recorded)
     torch.testing.assert_close(seen, [weights])
     assert weights.median() == pytest.approx(1)
@@ -380,18 +363,18 @@ class KeepsArguments(SegmentationTask):
 
 
 @pytest.mark.parametrize("kind", [Rates, KeepsArguments])
-def test_a_task_of_ones_own(kind: type, voc: Path, tmp_path: Path) -> None:
+def test_a_task_of_ones_own(kind: type, images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--model.rate=0.3",)
-    cli = MFNetCLI(["fit", *flags(voc, run, *more)], model_class=kind)
+    cli = MFNetCLI(["fit", *small(images, run, *more)], model_class=kind)
     assert type(cli.model) is kind
     again = ["--ckpt_path=last", "--trainer.max_epochs=2", "--model.rate=0.2"]
-    cli = MFNetCLI(["fit", *flags(voc, run, *again)], model_class=kind)
+    cli = MFNetCLI(["fit", *small(images, run, *again)], model_class=kind)
     (optimizer,) = cli.trainer.optimizers
     assert type(optimizer) is torch.optim.Adagrad
     assert optimizer.param_groups[0]["lr"] == 0.2
     if kind is KeepsArguments:
-        arguments = flags(voc, tmp_path / "other", "--optimizer=AdamW")
+        arguments = small(images, tmp_path / "other", "--optimizer=AdamW")
         with pytest.raises(ArgumentError, match="--optimizer: expected none, as KeepsArguments"):
             MFNetCLI(["fit", *arguments], model_class=kind)
 
@@ -426,10 +409,10 @@ def test_a_task_of_ones_own(kind: type, voc: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_in_one_line(
-    more: list[str], message: str, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", *flags(voc, tmp_path, "--trainer.fast_dev_run=true", *more)])
+        main(["fit", *small(images, tmp_path, "--trainer.fast_dev_run=true", *more)])
     errors = [line for line in capsys.readouterr().err.splitlines() if "mfnet: error" in line]
     assert len(errors) == 1
     assert re.search(message, errors[0])

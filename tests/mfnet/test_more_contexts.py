@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from mfnet import create_model
 from mfnet.contexts import CONTEXTS, EncodingContext, LossContext, NonLocalContext, PPMContext
 from mfnet.contexts.encoding import Encoding
 from mfnet.contexts.nonlocal_ import NonLocalBlock
 from mfnet.contexts.pooling import ImagePooling
+from mfnet.flops import call_flops
 
 NEW = ("ppm", "encoding", "nonlocal")
 Array = np.ndarray
@@ -142,22 +143,12 @@ def test_compiles_without_graph_breaks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NEW)
-def test_exports_with_any_batch_and_size(name: str) -> None:
-    context = CONTEXTS[name](8, 16).eval()
-    free = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
-    program = torch.export.export(context, (torch.randn(2, 8, 7, 9),), dynamic_shapes={"x": free})
-    x = torch.randn(3, 8, 5, 4)
-    torch.testing.assert_close(program.module()(x), context(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", NEW)
 def test_flops_are_the_same_wherever_they_are_counted(name: str) -> None:
     counts = {}
     for device in ("cpu", "meta"):
         context = CONTEXTS[name](8, 16).eval().to(device)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            context(torch.empty(2, 8, 5, 7, device=device))
-        counts[device] = counter.get_total_flops()
+        with torch.no_grad():
+            counts[device] = call_flops(partial(context, torch.empty(2, 8, 5, 7, device=device)))
     assert counts["cpu"] == counts["meta"]
 
 
@@ -430,7 +421,5 @@ def test_nonlocal_looks_at_every_pixel() -> None:
 def test_nonlocal_flops_by_hand() -> None:
     with torch.device("meta"):
         block, x = NonLocalBlock(512).eval(), torch.empty(1, 512, 33, 33)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        block(x)
     pixels = 33 * 33
-    assert counter.get_total_flops() == 2 * pixels * 256 * (4 * 512 + 2 * pixels)
+    assert call_flops(lambda: block(x)) == 2 * pixels * 256 * (4 * 512 + 2 * pixels)

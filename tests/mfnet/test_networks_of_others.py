@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import flags
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, mobilenet_v3_large
 from torchvision.models.segmentation.fcn import FCNHead
@@ -19,7 +20,6 @@ from torchvision.transforms.v2 import functional as tv
 
 from mfnet import create_model
 from mfnet.__main__ import main
-from mfnet.data import synthetic
 from mfnet.flops import count_flops
 from mfnet.normalization import IMAGENET
 from mfnet.outputs import read_output
@@ -58,7 +58,7 @@ class Answers(nn.Module):
 def step(network: nn.Module, **arguments: Any) -> tuple[Tensor, dict[str, float], SegmentationTask]:
     """The loss of a step, and what it logs."""
     task = SegmentationTask(network, CLASSES, **arguments)
-    task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    task.trainer = quiet_trainer()
     logged: dict[str, float] = {}
     task.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     task.log_dict = lambda values, **kwargs: logged.update(values)  # type: ignore[method-assign]
@@ -149,23 +149,13 @@ def test_without_training_there_is_no_head() -> None:
         assert torch.equal(network.eval()(IMAGES), plain(IMAGES))
 
 
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=4, val=2, size=33)
-
-
-def flags(voc: Path, run: Path, *more: str) -> list[str]:
-    return [
-        "--data=VOCFolder", f"--data.root={voc}", "--data.crop_size=33", "--data.batch_size=2",
-        "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
-        "--trainer.limit_train_batches=1", "--trainer.enable_progress_bar=false",
-        "--trainer.logger=false", "--trainer.enable_model_summary=false",
-        f"--trainer.default_root_dir={run}", *more,
-    ]  # fmt: skip
+def small(root: Path, run: Path, *more: str) -> list[str]:
+    once = ("--trainer.limit_train_batches=1", "--trainer.logger=false")
+    return flags(root, run, *once, *more)
 
 
 def test_torchvisions_network_by_class_path(
-    voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, fetched = mobilenet_v3_large(weights=None).state_dict(), []
     monkeypatch.setattr(
@@ -173,12 +163,12 @@ def test_torchvisions_network_by_class_path(
     )
     run = tmp_path / "run"
     path = "--model.network=torchvision.models.segmentation.deeplabv3_mobilenet_v3_large"
-    main(["fit", *flags(voc, run, path, "--model.network.aux_loss=true")])
+    main(["fit", *small(images, run, path, "--model.network.aux_loss=true")])
     assert len(fetched) == 1  # ImageNet's, torchvision's default: predict below needs no others
     assert "train/auxiliary" in (run / "metrics.csv").read_text()
     weights = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert len(weights["network.classifier.4.bias"]) == 5  # as many as the data's classes
-    image = next((voc / "JPEGImages").iterdir())
+    image = next((images / "JPEGImages").iterdir())
     main([
         "predict", f"--ckpt_path={run}", f"--data.predict_images={image}",
         "--data.num_workers=0", "--trainer.accelerator=cpu", f"--overlays.output={tmp_path}/seen",
@@ -187,9 +177,9 @@ def test_torchvisions_network_by_class_path(
     assert len(list((tmp_path / "seen").iterdir())) == len(fetched) == 1
 
 
-def test_the_summary_is_of_the_network_that_predicts(voc: Path, tmp_path: Path) -> None:
+def test_the_summary_is_of_the_network_that_predicts(images: Path, tmp_path: Path) -> None:
     more = ["--model.network.backbone=resnet18", "--model.network.auxiliary_head=true"]
-    main(["fit", *flags(voc, tmp_path, *more)])
+    main(["fit", *small(images, tmp_path, *more)])
     assert "auxiliary" in (tmp_path / "metrics.csv").read_text()
     summary = json.loads((tmp_path / "summary.json").read_text())
     plain = create_model("mfnet", num_classes=5, backbone="resnet18")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from mfnet import create_model
@@ -40,14 +41,7 @@ def data(tmp_path: Path) -> Synthetic:
 
 
 def trainer(folder: Path) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    return quiet_trainer(default_root_dir=folder, enable_checkpointing=True)
 
 
 def test_timm_says_what_the_weights_want() -> None:

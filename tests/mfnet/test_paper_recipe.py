@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,15 +21,10 @@ from mfnet.parameter_groups import parameter_groups
 from mfnet.task import SegmentationTask
 
 BATCH, STEPS = 4, 2
-QUIET = {
-    "accelerator": "cpu",
-    "precision": "64-true",
-    "max_steps": STEPS,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+
+
+def trainer(precision: Any = "64-true", max_steps: int = STEPS) -> L.Trainer:
+    return quiet_trainer(max_epochs=None, precision=precision, max_steps=max_steps)
 
 
 def paper_task(name: str, *flags: str) -> SegmentationTask:
@@ -68,7 +65,7 @@ def test_groups_are_the_published_ones(name: str) -> None:
         "emanet": ["weights", "vectors"],
     }
     optimizer = task.configure_optimizers
-    task._trainer = L.Trainer(**QUIET)
+    task._trainer = trainer()
     assert [g["name"] for g in optimizer()["optimizer"].param_groups] == listed[name]
 
 
@@ -104,7 +101,7 @@ def test_steps_are_the_published_ones(name: str) -> None:
     expected = published_steps(task, list(data)).state_dict()
     start = {key: p.clone() for key, p in task.network.state_dict().items()}
 
-    L.Trainer(**QUIET).fit(task, data)
+    trainer().fit(task, data)
 
     for key, p in task.network.state_dict().items():
         torch.testing.assert_close(p, expected[key], rtol=0, atol=1e-9, msg=key)
@@ -115,14 +112,13 @@ def test_steps_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize(("name", "own"), [("mfnet", "backbone, factors, head"), ("emanet", "w")])
 def test_a_run_does_not_go_on_with_other_groups(name: str, own: str, tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(torch.randn(2, 3, 33, 33), torch.zeros(2, 33, 33).long()), 2)
-    quiet = {**QUIET, "precision": "32-true", "max_steps": 1}
-    before = L.Trainer(**quiet)
+    before = trainer("32-true", 1)
     before.fit(paper_task(name, "--model.parameter_groups=two_rates"), data)
     before.save_checkpoint(tmp_path / "before.ckpt")
     message = f"has the groups backbone, head; with parameter_groups 'published' they are {own}"
     with pytest.raises(ValueError, match=message):
-        L.Trainer(**quiet).fit(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
-    L.Trainer(**quiet).validate(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
+        trainer("32-true", 1).fit(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
+    trainer("32-true", 1).validate(paper_task(name), data, ckpt_path=tmp_path / "before.ckpt")
     task = paper_task(name)
     SegmentationTask.load_from_checkpoint(
         tmp_path / "before.ckpt",

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quiet import quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
 from mfnet.data.files import read_mask, read_palette
 from mfnet.data.prediction import collate_one
 from mfnet.inference import Prediction
-from mfnet.prediction_writer import PredictionWriter, targets
+from mfnet.prediction_writer import PredictionWriter, output_files
 
 PALETTE = [(30, 30, 200), (200, 30, 30)]
 
@@ -54,14 +55,7 @@ class Constant(L.LightningModule):
 
 
 def predict(paths, output, **arguments):
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        callbacks=[PredictionWriter(output, **arguments)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks=[PredictionWriter(output, **arguments)])
     trainer.predict(Constant(), datamodule=PredictData(paths), return_predictions=False)
 
 
@@ -94,10 +88,10 @@ def test_overlays_that_would_collide_are_refused_before_predicting(tmp_path):
 def test_an_overlay_never_replaces_an_image(tmp_path):
     paths = [tmp_path / "a.png"]
     with pytest.raises(ValueError, match=r"a\.png: the prediction of .* would replace an image"):
-        targets(paths, tmp_path, ".png")
-    assert targets(paths, tmp_path / "out", ".png") == {paths[0]: tmp_path / "out" / "a.png"}
+        output_files(paths, tmp_path, ".png")
+    assert output_files(paths, tmp_path / "out", ".png") == {paths[0]: tmp_path / "out" / "a.png"}
     with pytest.raises(ValueError, match="expected at least one image"):
-        targets([], tmp_path, ".png")
+        output_files([], tmp_path, ".png")
 
 
 def test_masks_and_probabilities(tmp_path):

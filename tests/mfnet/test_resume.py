@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from mfnet import SegmentationNetwork
@@ -66,14 +67,12 @@ def fit(folder: Path, workers: int = 0, interruption: Callback | None = None) ->
     context = MFContext(8, 8, rank=2, context_size=(3, 3))
     network = SegmentationNetwork(TinyBackbone(), context, DeepLabDecoder(8, 8, data.num_classes))
     task = SegmentationTask(network, data.class_names, reconstruction_warmup=1)
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        enable_checkpointing=True,
         max_epochs=EPOCHS,
         callbacks=[*checkpoint_callbacks(folder), *([interruption] if interruption else [])],
         logger=loggers(folder),
         plugins=[WholeFileCheckpointIO()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1,
     )
     last = folder / "checkpoints" / "last.ckpt"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -73,13 +74,10 @@ def fit(
     watch = Watch(stop_after)
     sampler = TrainSampler(Numbered(), ranks, 0, seed=0)
     loader = ResumableLoader(Numbered(), batch_size=batch_size, sampler=sampler, collate_fn=collate)
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        enable_checkpointing=True,
         callbacks=[watch, LastCheckpoint(folder, "last", save_on_train_epoch_end=True,
                                          enable_version_counter=False)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **{"max_epochs": EPOCHS, **trainer_arguments},
     )  # fmt: skip
     last = folder / "last.ckpt"
@@ -199,10 +197,7 @@ def test_another_optimizer_needs_no_names(tmp_path: Path, restored: bool) -> Non
     for epochs in (1, 2) if restored else (1,):
         sampler = TrainSampler(Numbered(), 1, 0, seed=0)
         loader = ResumableLoader(Numbered(), 4, sampler=sampler, collate_fn=collate)
-        trainer = L.Trainer(
-            accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path, enable_checkpointing=False,
-        )  # fmt: skip
+        trainer = quiet_trainer(max_epochs=epochs, default_root_dir=tmp_path)
         task = OwnOptimizer(network(), ["a", "b"], head_lr=0.01 * epochs)
         file = tmp_path / "run.ckpt"
         trainer.fit(task, loader, ckpt_path=file if file.is_file() else None)

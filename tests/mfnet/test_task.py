@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
@@ -43,16 +44,7 @@ def batches(count: int, batch_size: int, size: int = 33) -> DataLoader:
 
 
 def trainer(**options: object) -> L.Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "max_epochs": 1,
-    }
-    return L.Trainer(**{**defaults, **options})  # type: ignore[arg-type]
+    return quiet_trainer(num_sanity_val_steps=0, **options)
 
 
 def labels(seed: int, classes: int) -> Tensor:

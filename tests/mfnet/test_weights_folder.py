@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import fails
 from PIL import Image
 from torch import nn
 
@@ -43,22 +44,6 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedNetwork:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped")
     return save(tmp_path / "shipped" / "tiny")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.generate(tmp_path_factory.mktemp("data") / "voc", train=2, val=1, size=33)
-
-
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(arguments)
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    last = stderr.splitlines()[-1]
-    assert last.startswith("mfnet: error: ")
-    return last
 
 
 @pytest.mark.parametrize("source", ["tiny", "shipped/tiny"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from made_up import write_image, write_mask
+from quiet import quiet_trainer
 from torch import nn
 
 from mfnet.data import PascalVOC, SegmentationDataModule, Synthetic, VOCFolder, synthetic
@@ -187,14 +188,7 @@ def test_resumed_training_sees_the_batches_of_an_uninterrupted_one(tmp_path, num
         size = {"train": 3, "val": 1, "size": 33, "crop_size": 33, "batch_size": 2}
         data = Synthetic(str(tmp_path), num_workers=num_workers, **size)
         model = _Recorder()
-        trainer = L.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = quiet_trainer(max_epochs=epochs)
         trainer.fit(model, data, **kwargs)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return model.seen
