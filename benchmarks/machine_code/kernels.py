@@ -43,7 +43,7 @@ class Moves:
     threads: int
     aligned: bool
     brought_as: int = 0  # which of the tiles that the kernel's loop brings, in the code's order
-    settled_as: int | None = None  # and of those that it moves; None: the only one
+    moved_as: int | None = None  # and of those that it moves; None: the only one
 
     @property
     def granules(self) -> int:
@@ -57,10 +57,10 @@ class Moves:
             return {COPY + tile: self.granules}
         return {COPY_PART + tile: -(-self.lines * (self.length // 8 + 1) // self.threads)}
 
-    def settled(self) -> Work:
+    def moved(self) -> Work:
         if self.aligned:
             return {}
-        tile = "" if self.settled_as is None else f" of {self.settled_as}"
+        tile = "" if self.moved_as is None else f" of {self.moved_as}"
         return {f"LDS{tile}$": 5 * self.granules, f"STS.128( if)?{tile}$": self.granules}
 
     def written(self) -> Work:
@@ -105,7 +105,7 @@ def forward(aligned: bool) -> Kernel:
         copied=2 * 2 * 128 * 64,
         stretches=[
             {WAIT: 1},
-            both(z.brought(), x.brought(), x.settled(), z.settled()),
+            both(z.brought(), x.brought(), x.moved(), z.moved()),
             # Of a step's fragments two are of Y, two of Z.
             {MMA: products(128, 64, 64), LDSM: 8, LDSM_T: 8, LOAD: n, STORE: n},
             x.written(),
@@ -145,7 +145,7 @@ def backward(own_rows: bool, aligned: bool) -> Kernel:
         copied=3 * 2 * 128 * 64 if own_rows else None,
         stretches=[
             {WAIT: 1},
-            both(*(work for tile in (factor, x, g) for work in (tile.brought(), tile.settled()))),
+            both(*(work for tile in (factor, x, g) for work in (tile.brought(), tile.moved()))),
             # Of a step's fragments two are of Y, one of Z. D is kept for the second product; dX
             # takes X's place only with the blocks of rows.
             {**product, LDSM: 8, LDSM_T: 4, LOAD: 2 * n, STORE: (2 if own_rows else 1) * n},
@@ -168,8 +168,8 @@ def round_(nmf: bool, aligned: bool) -> Kernel:
         ]
     else:
         work = [{MMA: scores}, {EXP: 2 * z}, {STORE: z}, {MMA: sums, LOAD_2: 32}]
-    brought = both(x.brought(), before, x.settled())
-    # A barrier follows what is settled, on a path of its own.
+    brought = both(x.brought(), before, x.moved())
+    # A barrier follows what is moved, on a path of its own.
     work = [both(brought, work[0]), *work[1:]] if aligned else [brought, *work]
     gram = tile(64, 64) if nmf else 0
     small = 4 * (64 + 256 + 2 * 32 * 4)  # factors of Y's columns, sums by threads and by warps

@@ -125,7 +125,7 @@ def test_agrees_on_any_shape(run, method, shape, layout, type_, shared):
     check(run, guarded(make(shape, layout, dtype, method, shared)), method, operands, steps)
 
 
-RESIDENT = [("em", torch.bfloat16), ("nmf", torch.bfloat16), ("nmf", torch.float16)]
+PERSISTENT = [("em", torch.bfloat16), ("nmf", torch.bfloat16), ("nmf", torch.float16)]
 # Blocks of a cluster with nothing to do; channels and bases that are no multiples; several tiles of
 # a block, to the most columns that it takes; the most channels and bases, and with them an image
 # that fills the shared memory.
@@ -146,7 +146,7 @@ def clusters(monkeypatch) -> None:
     monkeypatch.setenv("MFOPS_EMULATOR_CLUSTERS", "1")
 
 
-@pytest.mark.parametrize(("method", "dtype"), RESIDENT)
+@pytest.mark.parametrize(("method", "dtype"), PERSISTENT)
 @pytest.mark.parametrize("shape", RESIDENT_SHAPES, ids=str)
 def test_persistent_agrees_with_float64_reference(run, clusters, shape, method, dtype):
     for i, layout in enumerate(LAYOUTS):

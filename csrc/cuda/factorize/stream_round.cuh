@@ -37,7 +37,7 @@ struct RoundParams {
 // The scores of a tile's pixels, and what is found out about each of them. A pixel's scores lie in
 // four lanes of all warps that are side by side.
 template <Type kType, int kRank, int kPixels>
-struct Scores {
+struct PixelScores {
     static constexpr WarpGrid kGrid =
         warp_grid(kPixels, kRank, kWarps, sizeof(Element<kType>) == 2 ? 16 : 8);
     using Product = Accumulators<kType, kPixels, kRank, kWarps, kGrid>;
@@ -117,7 +117,7 @@ struct RoundLayout {
     __host__ __device__ constexpr int squares() const { return scale() + padded * kPerFloat; }
     __host__ __device__ constexpr int parts() const { return squares() + kThreads * kPerFloat; }
     __host__ __device__ constexpr int elements() const {
-        return parts() + 2 * Scores<kType, kRank, kPixels>::kParts * kPerFloat;
+        return parts() + 2 * PixelScores<kType, kRank, kPixels>::kParts * kPerFloat;
     }
 };
 
@@ -143,35 +143,48 @@ struct RoundStep {
     int first, count;  // channels or rows
 };
 
+// The phases of a block's work on a tile. Accumulators are the kernel's own variables: as members
+// they would keep all others from registers while the compiler unrolls the loops over them.
 template <Type kType, bool kTransposed, Family kFamily, Epilogue kEpilogue, int kOwn, int kRank,
           int kPixels>
-__global__ void __launch_bounds__(kThreads, 1)
-    round_kernel(const __grid_constant__ RoundParams params) {
-    using At = RoundLayout<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels>;
-    using T = typename At::T;
-    using X = typename At::X;
-    using Z = typename At::Z;
-    using S = Scores<kType, kRank, kPixels>;
-    constexpr bool kNmf = kFamily == Family::kNmf, kRound = kEpilogue == Epilogue::kRound;
-    constexpr bool kFeatures = kEpilogue == Epilogue::kFeatures, kChunks = At::kChunks;
+struct RoundBlock {
+    using Layout = RoundLayout<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels>;
+    using T = typename Layout::T;
+    using X = typename Layout::X;
+    using Z = typename Layout::Z;
+    using S = PixelScores<kType, kRank, kPixels>;
+    using Scores = typename S::Product;
+    static constexpr bool kNmf = Layout::kNmf, kChunks = Layout::kChunks;
+    static constexpr bool kRound = kEpilogue == Epilogue::kRound;
+    static constexpr bool kFeatures = kEpilogue == Epilogue::kFeatures;
+    // Those of other epilogues: of any shape that the warps can share.
+    using Product = Accumulators<kProductType<kType, kWide<kType, kFamily>>, kRound ? kOwn : 128,
+                                 kRound ? kRank : 16, kWarps>;
+    using Gram =
+        Accumulators<kType, kRound && kNmf ? kRank : 128, kRound && kNmf ? kRank : 16, kWarps>;
+
+    const RoundParams& params;
     const FactorProblem& p = params.problem;
     const int padded = padded_16(p.rank), channels = static_cast<int>(p.channels);
-    const At at{padded, params.stages, channels};
+    const Layout layout{padded, params.stages, channels};
     const ColumnItem item = item_of(params.work, p.batch, 1, blockIdx.x);
     const T* const bases = static_cast<const T*>(params.bases) + item.image * p.channels * padded;
     const T* const gram = static_cast<const T*>(params.gram) + item.image * padded * padded;
-
-    float* const scale = floats_at<T>(at.scale());
-    for (int k = threadIdx.x; k < padded; k += kThreads) {
-        const float squares =
-            sum_of(params.squares + (item.image * params.slices) * padded + k,
-                   params.division == Division::kNone ? 0 : params.slices, padded);
-        scale[k] = params.factors[item.image * padded + k] / divisor(params.division, squares);
-    }
-
+    float* const scale = floats_at<T>(layout.scale());
     const int chunks = kChunks ? params.work.chunks : 1;
     const int per_tile = chunks + (kChunks && kNmf ? (padded + kOwn - 1) / kOwn : 0);
-    const auto step_of = [&](int step) {
+
+    // What columns of Y are multiplied by.
+    __device__ __forceinline__ void load_scale() const {
+        for (int k = threadIdx.x; k < padded; k += kThreads) {
+            const float squares =
+                sum_of(params.squares + (item.image * params.slices) * padded + k,
+                       params.division == Division::kNone ? 0 : params.slices, padded);
+            scale[k] = params.factors[item.image * padded + k] / divisor(params.division, squares);
+        }
+    }
+
+    __device__ __forceinline__ RoundStep step_of(int step) const {
         const int tile = step / per_tile, chunk = step - tile * per_tile;
         const bool gram = chunk >= chunks;
         const int first = (gram ? chunk - chunks : chunk) * kOwn;
@@ -181,28 +194,27 @@ __global__ void __launch_bounds__(kThreads, 1)
                          .pixel = static_cast<int64_t>(item.first_tile + tile) * kPixels,
                          .first = first,
                          .count = min((gram ? padded : channels) - first, kOwn)};
-    };
+    }
     // The rows of Y, or of Y^T Y, that a step multiplies by.
-    const auto rows_tile = [&](int slot) {
-        return Tile<T>{kChunks ? at.streamed(slot) : at.bases(), at.pitch()};
-    };
-    const auto z_tile = [&](const RoundStep& s) {
-        return Tile<Z>{at.z(s.tile % at.z_tiles()) / At::kPerZ, at.z_pitch()};
-    };
+    __device__ __forceinline__ Tile<T> rows_tile(int slot) const {
+        return {kChunks ? layout.streamed(slot) : layout.bases(), layout.pitch()};
+    }
+    __device__ __forceinline__ Tile<T> gram_tile() const { return {layout.gram(), layout.pitch()}; }
+    __device__ __forceinline__ Tile<Z> z_tile(const RoundStep& s) const {
+        return {layout.z(s.tile % layout.z_tiles()) / Layout::kPerZ, layout.z_pitch()};
+    }
 
-    const auto load = [&](int step, int slot) {
+    __device__ __forceinline__ void load(int step, int slot) const {
         const RoundStep s = step_of(step);
         if (!s.gram) {
-            X::load(at.stage(slot), p.x, item.image, s.first, s.count, s.pixel, p.pixels);
+            X::load(layout.stage(slot), p.x, item.image, s.first, s.count, s.pixel, p.pixels);
         }
         if (kChunks || step == 0) {
             load_dense(rows_tile(slot), (s.gram ? gram : bases) + int64_t{s.first} * padded,
                        padded_16(s.count), padded, s.count);
         }
         if constexpr (kNmf) {
-            if (!kChunks && step == 0) {
-                load_dense(Tile<T>{at.gram(), at.pitch()}, gram, padded, padded, padded);
-            }
+            if (!kChunks && step == 0) load_dense(gram_tile(), gram, padded, padded, padded);
             if (s.chunk == (kChunks ? chunks : 0) && !params.first) {
                 load_dense(z_tile(s),
                            static_cast<const Z*>(params.z_before) +
@@ -210,30 +222,38 @@ __global__ void __launch_bounds__(kThreads, 1)
                            kPixels, padded, within(p.pixels - s.pixel, kPixels));
             }
         }
-    };
+    }
 
-    // Those of other epilogues: of any shape that the warps can share.
-    constexpr int kLines = kTransposed ? kPixels : kOwn, kLength = kTransposed ? kOwn : kPixels;
-    using Features =
-        Accumulators<kType, kFeatures ? kLines : 128, kFeatures ? kLength : 16, kWarps>;
-    using Partial = Accumulators<kProductType<kType, kWide<kType, kFamily>>, kRound ? kOwn : 128,
-                                 kRound ? kRank : 16, kWarps>;
-    constexpr bool kGram = kRound && kNmf;
-    using Gram = Accumulators<kType, kGram ? kRank : 128, kGram ? kRank : 16, kWarps>;
-    typename S::Product scores, denominators;
-    Partial partial;
-    Gram gram_partial;
-    float squares = 0, row_sum = 0;
-    double error = 0;
+    // Y^T X of a chunk of the channels and, of vq and cd, X's squares.
+    __device__ __forceinline__ void add_scores(const RoundStep& s, int slot, Scores& scores,
+                                               float& squares) const {
+        const int x_start = layout.stage(slot);
+        const auto x = X::tile(x_start);
+        if (X::align_lines(x_start, p.x, item.image, s.first, s.count, s.pixel)) __syncthreads();
+        if (s.chunk == 0) {
+            scores.zero();
+            squares = 0;
+        }
+        scores.template add<kTransposed, false>(x, rows_tile(slot), padded_16(s.count), kPixels,
+                                                padded);
+        if (!kNmf && params.inverse_temperature > 0) {
+            const int n = threadIdx.x % kPixels;
+            for (int c = threadIdx.x / kPixels; c < s.count; c += kThreads / kPixels) {
+                const float v = to_float(kTransposed ? *x.at(n, c) : *x.at(c, n));
+                squares += v * v;
+            }
+        }
+    }
 
     // Softmax over the bases of each of the tile's pixels, into the tile's Z. Takes the scores'
-    // place.
-    const auto soften = [&](typename S::Product& scores, const RoundStep& s, int pixels) {
+    // place. `squares`: a thread's part of those of X.
+    __device__ __forceinline__ void soften(const Tile<Z>& z, int pixels, Scores& scores,
+                                           float squares) const {
         float factor[S::kOwn], largest[S::kOwn], sum[S::kOwn];
 #pragma unroll
         for (int i = 0; i < S::kOwn; ++i) factor[i] = 1, largest[i] = -INFINITY, sum[i] = 0;
         if (params.inverse_temperature > 0) {
-            float* const parts = floats_at<T>(at.squares());
+            float* const parts = floats_at<T>(layout.squares());
             parts[threadIdx.x] = squares;
             __syncthreads();
 #pragma unroll
@@ -242,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 factor[i] = params.inverse_temperature / fmaxf(sqrtf(all), 1e-12f);
             }
         }
-        float* const parts = floats_at<T>(at.parts());
+        float* const parts = floats_at<T>(layout.parts());
         S::for_each_pair(scores, [&](int i, int k, float& v, float& w) {
             v = k < p.rank ? v * scale[k] : -INFINITY;
             w = k + 1 < p.rank ? w * scale[k + 1] : -INFINITY;
@@ -257,38 +277,92 @@ __global__ void __launch_bounds__(kThreads, 1)
         S::combine(sum, parts + S::kParts, [](float a, float b) { return a + b; });
 #pragma unroll
         for (int i = 0; i < S::kOwn; ++i) sum[i] = S::pixel(i) < pixels ? 1 / sum[i] : 0;
-        const auto z = z_tile(s);
         S::for_each_pair(scores, [&](int i, int k, float& v, float& w) {
             if (k < padded) write_pair(z, S::pixel(i), k, v * sum[i], w * sum[i]);
         });
         __syncthreads();
-    };
+    }
+
+    // Adds Y^T Y Z, or what a chunk of the rows of Y^T Y gives of it.
+    __device__ __forceinline__ void add_denominators(const RoundStep& s, int slot, const Tile<Z>& z,
+                                                     Scores& denominators) const {
+        if constexpr (kChunks) {
+            denominators.template add<true, false>(Tile<Z>{z.start + s.first, z.pitch},
+                                                   rows_tile(slot), s.count, kPixels, padded);
+        } else {
+            denominators.template add<true, false>(z, gram_tile(), padded, kPixels, padded);
+        }
+    }
 
     // f(score, denominator) in the place of Z, for all of the tile.
-    const auto write_z = [&](const RoundStep& s, int pixels, auto f) {
-        const auto z = z_tile(s);
+    template <class F>
+    __device__ __forceinline__ void write_z(const Tile<Z>& z, int pixels, Scores& scores,
+                                            Scores& denominators, F f) const {
         scores.for_each_pair_with(
             denominators, [&](int n, int k, float& v, float& w, float d, float e) {
                 if (k >= padded) return;
                 write_pair(z, n, k, n < pixels ? f(v, d) : 0, n < pixels ? f(w, e) : 0);
             });
         __syncthreads();
-    };
+    }
+    __device__ __forceinline__ void store_z(const RoundStep& s, const Tile<Z>& z, void* to,
+                                            int pixels) const {
+        store_coefficients<kPixels>(z, static_cast<T*>(to), p, item.image, s.pixel, pixels);
+    }
 
-    const auto store_z = [&](const RoundStep& s, void* to, int pixels) {
-        store_coefficients<kPixels>(z_tile(s), static_cast<T*>(to), p, item.image, s.pixel, pixels);
-    };
+    // For the next round, or for the kernel that multiplies by Z.
+    __device__ __forceinline__ void store_z_after(const RoundStep& s, const Tile<Z>& z,
+                                                  int pixels) const {
+        store_dense(z, static_cast<Z*>(params.z_after) + (item.image * p.pixels + s.pixel) * padded,
+                    pixels, padded);
+    }
 
-    // Z and Y's product, X' in X's place, and the error.
-    const auto reconstruct = [&](auto features, const RoundStep& s, int slot, int pixels) {
+    // nmf: Z times scores / denominators.
+    __device__ __forceinline__ void update_z(const RoundStep& s, const Tile<Z>& z, int pixels,
+                                             Scores& scores, Scores& denominators) const {
+        __syncthreads();
+        scores.for_each_pair_with(denominators,
+                                  [&](int n, int k, float&, float&, float& d, float& e) {
+                                      if (k >= padded) return;
+                                      const Pair<Z> pair = read_pair(z, n, k);
+                                      d = to_float(pair.first) / (d + kEps);
+                                      e = to_float(pair.second) / (e + kEps);
+                                  });
+        if (!kRound && params.z_scale) {
+            write_z(z, pixels, scores, denominators, [](float, float d) { return d; });
+            store_z(s, z, params.z_scale, pixels);
+            __syncthreads();
+        }
+        write_z(z, pixels, scores, denominators, [](float v, float d) { return d * v; });
+    }
+
+    // The tile's part of what Y is updated from.
+    __device__ __forceinline__ void add_partial_sums(const Tile<Z>& z, int slot, int pixels,
+                                                     Product& x_z, Gram& z_z,
+                                                     float& row_sum) const {
+        x_z.template add<!kTransposed, false>(X::tile(layout.stage(slot)), z, kPixels,
+                                              padded_16(channels), padded);
+        if constexpr (kNmf) {
+            z_z.template add<false, false>(z, z, kPixels, padded, padded);
+        } else if (threadIdx.x < padded) {
+#pragma unroll 4
+            for (int n = 0; n < pixels; ++n) row_sum += to_float(*z.at(n, threadIdx.x));
+        }
+    }
+
+    // Z and Y's product, X' in X's place and then in the result; returns the squared error.
+    __device__ __forceinline__ float reconstruct(const RoundStep& s, const Tile<Z>& z, int slot,
+                                                 int pixels) const {
+        Accumulators<kType, kTransposed ? kPixels : kOwn, kTransposed ? kOwn : kPixels, kWarps>
+            features;
         if constexpr (kTransposed) {
-            features.template add<true, true>(z_tile(s), rows_tile(slot), padded, kPixels,
+            features.template add<true, true>(z, rows_tile(slot), padded, kPixels,
                                               padded_16(channels));
         } else {
-            features.template add<true, true>(rows_tile(slot), z_tile(s), padded,
-                                              padded_16(channels), kPixels);
+            features.template add<true, true>(rows_tile(slot), z, padded, padded_16(channels),
+                                              kPixels);
         }
-        const auto x = X::tile(at.stage(slot));
+        const auto x = X::tile(layout.stage(slot));
         const int line_end = kTransposed ? pixels : channels;
         const int end = kTransposed ? channels : pixels;
         float sum = 0;
@@ -300,104 +374,86 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (e + 1 < end) sum += second * second;
             write_pair(x, l, e, v, w);
         });
-        error += sum;
         __syncthreads();
-        X::store(at.stage(slot), params.x_hat, p, item.image, 0, channels, s.pixel);
-    };
+        X::store(layout.stage(slot), params.x_hat, p, item.image, 0, channels, s.pixel);
+        return sum;
+    }
 
-    const auto compute = [&](int step, int slot) {
-        const RoundStep s = step_of(step);
-        const int x_start = at.stage(slot);
-        const int pixels = within(p.pixels - s.pixel, kPixels);
-        const auto x = X::tile(x_start);
-        const auto z = z_tile(s);
-        if (!s.gram) {
-            if (X::align_lines(x_start, p.x, item.image, s.first, s.count, s.pixel))
-                __syncthreads();
-            if (s.chunk == 0) {
-                scores.zero();
-                denominators.zero();
-                squares = 0;
-            }
-            scores.template add<kTransposed, false>(x, rows_tile(slot), padded_16(s.count), kPixels,
-                                                    padded);
-            if (!kNmf && params.inverse_temperature > 0) {
-                const int n = threadIdx.x % kPixels;
-                for (int c = threadIdx.x / kPixels; c < s.count; c += kThreads / kPixels) {
-                    const float v = to_float(kTransposed ? *x.at(n, c) : *x.at(c, n));
-                    squares += v * v;
-                }
-            }
-            if (s.chunk + 1 < chunks) return;
-            if constexpr (!kNmf) {
-                soften(scores, s, pixels);
-            } else if (params.first) {
-                denominators = scores;
-                soften(denominators, s, pixels);
-                denominators.zero();
-            }
-        }
-        if constexpr (kNmf) {
-            if constexpr (kChunks) {
-                if (!s.gram) return;
-                denominators.template add<true, false>(Tile<Z>{z.start + s.first, z.pitch},
-                                                       rows_tile(slot), s.count, kPixels, padded);
-                if (s.chunk + 1 < per_tile) return;
-            } else {
-                denominators.template add<true, false>(z, Tile<T>{at.gram(), at.pitch()}, padded,
-                                                       kPixels, padded);
-            }
-            __syncthreads();
-            scores.for_each_pair_with(denominators,
-                                      [&](int n, int k, float&, float&, float& d, float& e) {
-                                          if (k >= padded) return;
-                                          const Pair<Z> pair = read_pair(z, n, k);
-                                          d = to_float(pair.first) / (d + kEps);
-                                          e = to_float(pair.second) / (e + kEps);
-                                      });
-            if (!kRound && params.z_scale) {
-                write_z(s, pixels, [](float, float d) { return d; });
-                store_z(s, params.z_scale, pixels);
-                __syncthreads();
-            }
-            write_z(s, pixels, [](float v, float d) { return d * v; });
-        }
-        if (params.z) store_z(s, params.z, pixels);
-        if (!kFeatures && (kNmf || kChunks) && params.z_after) {
-            store_dense(
-                z, static_cast<Z*>(params.z_after) + (item.image * p.pixels + s.pixel) * padded,
-                pixels, padded);
-        }
-        if constexpr (kRound) {
-            partial.template add<!kTransposed, false>(x, z, kPixels, padded_16(channels), padded);
-            if constexpr (kNmf) {
-                gram_partial.template add<false, false>(z, z, kPixels, padded, padded);
-            } else if (threadIdx.x < padded) {
-#pragma unroll 4
-                for (int n = 0; n < pixels; ++n) row_sum += to_float(*z.at(n, threadIdx.x));
-            }
-        } else if constexpr (kFeatures) {
-            reconstruct(Features(), s, slot, pixels);
-        }
-    };
-
-    pipeline(item.tiles * per_tile, params.stages, load, compute);
-    const int64_t index = item.image * params.work.ranges + item.range;
-    if constexpr (kRound) {
-        partial.for_each_pair([&](int c, int k, float& v, float& w) {
+    // What the block leaves for the kernel that updates Y.
+    __device__ __forceinline__ void store_partial_sums(Product& x_z, Gram& z_z,
+                                                       float row_sum) const {
+        const int64_t index = item.image * params.work.ranges + item.range;
+        x_z.for_each_pair([&](int c, int k, float& v, float& w) {
             if (c >= channels || k >= padded) return;
             float* const to = params.partials + (index * p.channels + c) * padded + k;
             *reinterpret_cast<Two*>(to) = {v, w};
         });
         if constexpr (kNmf) {
-            gram_partial.for_each_pair([&](int l, int k, float& v, float& w) {
+            z_z.for_each_pair([&](int l, int k, float& v, float& w) {
                 if (l >= padded || k >= padded) return;
                 *reinterpret_cast<Two*>(params.sums + (index * padded + l) * padded + k) = {v, w};
             });
         } else if (threadIdx.x < padded) {
             params.sums[index * padded + threadIdx.x] = row_sum;
         }
-    } else if constexpr (kFeatures) {
+    }
+};
+
+template <Type kType, bool kTransposed, Family kFamily, Epilogue kEpilogue, int kOwn, int kRank,
+          int kPixels>
+__global__ void __launch_bounds__(kThreads, 1)
+    round_kernel(const __grid_constant__ RoundParams params) {
+    using Block = RoundBlock<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels>;
+    constexpr bool kNmf = Block::kNmf, kChunks = Block::kChunks;
+    const Block block{params};
+    block.load_scale();
+    // Of a tile.
+    typename Block::Scores scores, denominators;
+    float squares = 0;
+    // Of all the tiles: X Z^T and, of nmf, Z Z^T, else the sum of a row of Z; or the error.
+    typename Block::Product x_z;
+    typename Block::Gram z_z;
+    float row_sum = 0;
+    double error = 0;
+
+    const auto load = [&](int step, int slot) { block.load(step, slot); };
+    const auto compute = [&](int step, int slot) {
+        const RoundStep s = block.step_of(step);
+        const int pixels = within(block.p.pixels - s.pixel, kPixels);
+        const auto z = block.z_tile(s);
+        if (!s.gram) {
+            if (s.chunk == 0) denominators.zero();
+            block.add_scores(s, slot, scores, squares);
+            if (s.chunk + 1 < block.chunks) return;
+            if constexpr (!kNmf) {
+                block.soften(z, pixels, scores, squares);
+            } else if (params.first) {
+                denominators = scores;
+                block.soften(z, pixels, denominators, squares);
+                denominators.zero();
+            }
+        }
+        if constexpr (kNmf) {
+            if (kChunks && !s.gram) return;
+            block.add_denominators(s, slot, z, denominators);
+            if (kChunks && s.chunk + 1 < block.per_tile) return;
+            block.update_z(s, z, pixels, scores, denominators);
+        }
+        if (params.z) block.store_z(s, z, params.z, pixels);
+        if (kEpilogue != Epilogue::kFeatures && (kNmf || kChunks) && params.z_after) {
+            block.store_z_after(s, z, pixels);
+        }
+        if constexpr (kEpilogue == Epilogue::kRound) {
+            block.add_partial_sums(z, slot, pixels, x_z, z_z, row_sum);
+        } else if constexpr (kEpilogue == Epilogue::kFeatures) {
+            error += block.reconstruct(s, z, slot, pixels);
+        }
+    };
+
+    pipeline(block.item.tiles * block.per_tile, params.stages, load, compute);
+    if constexpr (kEpilogue == Epilogue::kRound) {
+        block.store_partial_sums(x_z, z_z, row_sum);
+    } else if constexpr (kEpilogue == Epilogue::kFeatures) {
         error = block_sum(error);
         if (threadIdx.x == 0) params.errors[blockIdx.x] = error;
     }
