@@ -23,7 +23,13 @@ def root(tmp_path: Path) -> Path:
     return make(tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, for tests that only read."""
+    return make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make(tmp_path_factory.mktemp("drawn"))
     assert run(root) == 0
