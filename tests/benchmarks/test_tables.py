@@ -140,24 +140,17 @@ def test_calls_that_came_late_are_counted(root):
 
 
 def test_a_gpu_has_its_targets(root):
-    found = made_up_rows.op("bfloat16", tuple(GPU_SHAPES))
-    made_up_rows.append(OP, folder(root, GPU), found)
+    made_up_rows.append(OP, folder(root, GPU), made_up_rows.op("bfloat16", tuple(GPU_SHAPES)))
     made_up_rows.append(HOST, folder(root, GPU), made_up_rows.host())
     text = section(root, "The op", GPU)
-    where = "forward (8, 512, 64, 32768), bfloat16"
-    assert cells(text, where) == [
+    assert cells(text, "forward (8, 512, 64, 32768), bfloat16")[::2] == [
         ">= 85% of the copy",
-        "80% (short by 6%): (8, 512, 64, 32768), bfloat16, contiguous, per image, forward; missed "
-        "in 4 of 4",
         "MISSED",
     ]
     compiled = "forward + backward against compile, bfloat16, contiguous, per image"
     ratio = "1.50x (short by 20%): from 1.50x to 1.50x; at a copy's speed 1.88x"  # 1.5 / 80%
     assert cells(text, compiled)[1] == ratio
-    assert cells(text, "host time over eager's, no gradients")[1:] == [
-        "0.80x: no gradients; missed in 0 of 1",
-        "met",
-    ]
+    assert cells(text, "host time over eager's, no gradients")[2] == "met"
 
 
 def test_factorizers_show_the_medians_and_ratios_of_their_rows(made):
@@ -196,17 +189,8 @@ def test_what_the_factorizers_have_to_reach_on_a_gpu(root):
     found = made_up_rows.factorizers("bfloat16", shapes, device="A GPU", late=2)
     made_up_rows.append(FACTORIZERS, folder(root, GPU), found)
     text = section(root, "Factorizers", GPU)
-    where = "bfloat16, against"
-    assert cells(text, f"em (16, 512, 64, 1089), {where} published")[::2] == [
-        ">= 5.0x",
-        "met",
-    ]
-    required, measured, verdict = cells(text, f"nmf (16, 512, 64, 4225), {where} compile")
-    assert (required, verdict) == (">= 3.0x", "MISSED")
-    assert measured.startswith("2.50x (short by 20%): nmf, 6, (16, 512, 64, 4225), ")
-    assert measured.endswith(
-        "missed in 4 of 4, geometric mean 2.50x; at a copy's speed 12.50x"
-    )  # 2.5 / 20%
+    required, measured, verdict = cells(text, "nmf (16, 512, 64, 4225), bfloat16, against compile")
+    assert (required, measured.split()[0], verdict) == (">= 3.0x", "2.50x", "MISSED")
     # 12 cases of 5 baselines and 10 rounds
     assert "Calls not queued when the GPU came to them: 24 of 600." in text
 
