@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mfops
-from benchmarks.harness import Call, measure_rounds, times
+from benchmarks.harness import Call
 from benchmarks.kernels import BOTH, DTYPES, FORWARD, LAYOUTS
-from benchmarks.measure import Bench, Case, Measured, pairs, playback
+from benchmarks.measure import Bench, Case, Measured, pairs, playback, time_calls
 from benchmarks.schema import ATTENTION, MFOPS, SDPA, SDPA_CHANNEL
 
 WIDTH, RANK, CLASSES = 256, 32, 21
@@ -137,19 +137,8 @@ def measure(case: AttentionCase, bench: Bench) -> Measured:
     expected = functions[MFOPS](*first)
     for call in functions.values():  # what is timed is right
         torch.testing.assert_close(call(*first), expected, atol=3e-2, rtol=3e-2)
-    clock = bench.machine.clock()
     calls = {name: call_of(call, inputs, case.which) for name, call in functions.items()}
-    seconds = measure_rounds(calls, clock, bench.effort)
-    rows = [
-        {
-            **case.columns(),
-            "baseline": name,
-            **times(seconds, name, ATTENTION.bases),
-            "late": clock.late,
-        }
-        for name in seconds
-    ]
-    return Measured(rows, seconds)
+    return time_calls(ATTENTION, case.columns(), calls, bench)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

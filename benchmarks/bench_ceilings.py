@@ -7,16 +7,15 @@ A copy that reads and writes memory far larger than the caches, and a square pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness import Call, measure_rounds, times
+from benchmarks.harness import Call
 from benchmarks.kernels import DTYPES, copy_call
-from benchmarks.measure import Bench, Case, Measured, pairs, playback
+from benchmarks.measure import Bench, Case, Measured, pairs, playback, time_calls
 from benchmarks.schema import CEILINGS, COPY
 
 MATMUL = "matmul"
@@ -44,19 +43,11 @@ def measure(case: CeilingCase, bench: Bench) -> Measured:
         COPY: copy_call(copied, 1, device),
         MATMUL: product_call(getattr(torch, case.dtype), side, device),
     }
-    clock = bench.machine.clock()
-    seconds = measure_rounds(calls, clock, bench.effort)
     work = {COPY: copied, MATMUL: 2 * side**3}
-    return Measured(list(_rows(case, seconds, work, clock.late)), seconds)
-
-
-def _rows(
-    case: CeilingCase, seconds: dict[str, list[float]], work: dict[str, int], late: int
-) -> Iterator[dict[str, Any]]:
-    for name in seconds:
-        row = times(seconds, name, CEILINGS.bases)
-        rate = work[name] / row["median_s"]
-        yield {**case.columns(), "baseline": name, **row, "late": late, "rate": rate}
+    found = time_calls(CEILINGS, case.columns(), calls, bench)
+    for row in found.rows:
+        row["rate"] = work[row["baseline"]] / row["median_s"]
+    return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Call, first_line, measure_rounds, times
+from benchmarks.harness import Call, first_line
 from benchmarks.machine import network_dtype
 from benchmarks.measure import (
     Bench,
@@ -29,6 +29,7 @@ from benchmarks.measure import (
     count_flops,
     pairs,
     playback,
+    time_calls,
 )
 from benchmarks.schema import CONTEXTS as BENCHMARK
 from mfnet.contexts import CONTEXTS
@@ -120,24 +121,14 @@ def measure(case: ContextCase, bench: Bench) -> Measured:
             why = f"failed: {first_line(error)}"
             rows.append({**case.columns(), "baseline": name, "skipped": why})
 
-    clock = bench.machine.clock()
     calls = {name: contender.call for name, contender in contenders.items()}
-    seconds = measure_rounds(calls, clock, bench.effort)
-    for name, contender in contenders.items():
-        counted = contender.counted(bench)
+    found = time_calls(BENCHMARK, case.columns(), calls, bench)
+    for row in found.rows:
+        contender = contenders[row["baseline"]]
+        row |= {"setting": contender.setting, **contender.counted(bench)}
         plain = call_of(contender.network, FORWARD, bench)(contender.network, inputs)
-        rows.append(
-            {
-                **case.columns(),
-                "baseline": name,
-                "setting": contender.setting,
-                **times(seconds, name, BENCHMARK.bases),
-                "late": clock.late,
-                **counted,
-                "flops": count_flops(lambda plain=plain: plain.run(plain.prepare(0))),
-            }
-        )
-    return Measured(rows, seconds)
+        row["flops"] = count_flops(lambda plain=plain: plain.run(plain.prepare(0)))
+    return Measured([*rows, *found.rows], found.seconds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mfnet
-from benchmarks.harness import Call, first_line, measure_rounds, times
+from benchmarks.harness import Call, first_line
 from benchmarks.machine import network_dtype
 from benchmarks.measure import (
     Bench,
@@ -30,6 +30,7 @@ from benchmarks.measure import (
     count_flops,
     pairs,
     playback,
+    time_calls,
 )
 from benchmarks.networks import SMP
 from benchmarks.schema import MODELS, Benchmark
@@ -153,25 +154,16 @@ def compare(
             why = f"failed: {first_line(error)}"
             rows.append({**columns, "baseline": name, "skipped": why})
 
-    clock = bench.machine.clock()
     calls = {name: contender.call for name, contender in contenders.items()}
-    seconds = measure_rounds(calls, clock, bench.effort) if calls else {}
-    for name, contender in contenders.items():
-        row = {
-            **columns,
-            "baseline": name,
-            "setting": contender.setting,
-            **times(seconds, name, benchmark.bases),
-            "late": clock.late,
-            **contender.counted(bench),
-        }
-        batch = inputs[name][0]
+    found = time_calls(benchmark, columns, calls, bench)
+    for row in found.rows:
+        contender, batch = contenders[row["baseline"]], inputs[row["baseline"]][0]
+        row |= {"setting": contender.setting, **contender.counted(bench)}
         row["input"] = f"{batch.shape[-2]}x{batch.shape[-1]}"
         row["images_per_s"] = len(batch) / row["median_s"]
         plain = call_of(contender.network, INFERENCE, bench)(contender.network, [batch[:1]])
         row["flops"] = count_flops(lambda plain=plain: plain.run(plain.prepare(0)))
-        rows.append(row)
-    return Measured(rows, seconds)
+    return Measured([*rows, *found.rows], found.seconds)
 
 
 def images_of(case: NetworkCase, bench: Bench) -> Callable[[nn.Module], list[Tensor]]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import Call, first_line, measure_rounds, times
-from benchmarks.measure import Bench, Measured, count_flops
+from benchmarks.harness import Call, first_line
+from benchmarks.measure import Bench, Measured, count_flops, time_calls
 from benchmarks.schema import COMPILE, COMPILE_GRAPHS, COPY, EAGER, Benchmark
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
@@ -290,25 +290,13 @@ def compare(benchmark: Benchmark, case: Case, ready: Prepared, bench: Bench) -> 
         own = call_of(op, which, ready.sets, machine.empty_cache)
         calls[name] = dropping(own) if name == COMPILE_GRAPHS else own
     calls[COPY] = copy_call(problem.floor_bytes(which), len(ready.sets), machine.device)
-    clock = machine.clock()
-    seconds = measure_rounds(calls, clock, bench.effort, keep=len(ready.sets))
-
-    shared = {"x_bytes": problem.x_bytes(), "floor_bytes": problem.floor_bytes(which)}
+    found = time_calls(benchmark, case.columns(), calls, bench, keep=len(ready.sets))
     plainest = EAGER if EAGER in calls else next(iter(calls))
     state = calls[plainest].prepare(0)
     flops = count_flops(lambda: calls[plainest].run(state))
-    rows = [
-        {
-            **case.columns(),
-            "baseline": name,
-            **times(seconds, name, benchmark.bases),
-            "late": clock.late,
-            **shared,
-        }
-        for name in calls
-    ]
-    for row in rows:
+    for row in found.rows:
         name = row["baseline"]
+        row |= {"x_bytes": problem.x_bytes(), "floor_bytes": problem.floor_bytes(which)}
         if name == COPY:
             continue
         row["flops"] = flops
@@ -316,7 +304,7 @@ def compare(benchmark: Benchmark, case: Case, ready: Prepared, bench: Bench) -> 
             row |= memory(calls[name], bench)
         if not name.startswith("compile") or bench.small:
             row["moved_bytes"] = moved_bytes(calls[name])
-    rows += [
+    found.rows += [
         {**case.columns(), "baseline": name, "skipped": why} for name, why in ready.skipped.items()
     ]
-    return Measured(rows, seconds)
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rows
-from benchmarks.harness import Call, Effort, fastest
+from benchmarks.harness import Call, Effort, fastest, measure_rounds, times
 from benchmarks.machine import Machine
 from benchmarks.schema import Benchmark
 
@@ -69,6 +69,23 @@ class Measured:
     rows: list[dict[str, Any]]
     seconds: dict[str, list[float]]
     broken: str = ""
+
+
+def time_calls(
+    benchmark: Benchmark,
+    columns: dict[str, Any],
+    calls: dict[str, Call],
+    bench: Bench,
+    keep: int = 0,
+) -> Measured:
+    """Calls in rounds, and a row for each with its time and its ratios."""
+    clock = bench.machine.clock()
+    seconds = measure_rounds(calls, clock, bench.effort, keep) if calls else {}
+    rows = [
+        {**columns, "baseline": name, **times(seconds, name, benchmark.bases), "late": clock.late}
+        for name in calls
+    ]
+    return Measured(rows, seconds)
 
 
 class Tape:

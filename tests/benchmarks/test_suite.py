@@ -129,7 +129,7 @@ def test_a_case_that_fails_has_rows_that_say_so(tmp_path):
         "from benchmarks import bench_ceilings\n"
         "def collapse(*_):\n"
         "    raise RuntimeError('out of memory')\n"
-        "bench_ceilings.measure_rounds = collapse\n"
+        "bench_ceilings.time_calls = collapse\n"
     )
     status, text = suite(
         *("benchmarks/bench_ceilings.py", "--small", "--device", "cpu", "--results", tmp_path),
