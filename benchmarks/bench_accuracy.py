@@ -29,7 +29,7 @@ from benchmarks import rows
 from benchmarks.bench_models import INFERENCE, compare
 from benchmarks.machine import network_dtype
 from benchmarks.measure import Bench, Measured, playback
-from benchmarks.questions import ACCURACY, ACCURACY_COST
+from benchmarks.schema import ACCURACY, ACCURACY_COST
 from benchmarks.trainer import Recipe, check_names, parsed
 from mfnet.contexts import CONTEXTS
 from mfnet.report import Run, read_run
@@ -38,7 +38,7 @@ NETWORKS = ("emanet",)  # has a decoder of its own
 
 
 @dataclass(frozen=True)
-class Figure:
+class CostCase:
     """What the networks that were trained cost at the size they are validated at."""
 
     recipe: Recipe
@@ -83,7 +83,7 @@ def run_folder(runs: Path, recipe: Recipe, network: str, seed: int) -> Path:
 
 def is_done(folder: Path, recipe: Recipe, network: str, seed: int) -> bool:
     """Whether the run has its row."""
-    wanted = {**recipe.columns(), "rival": network, "seed": str(seed)}
+    wanted = {**recipe.columns(), "baseline": network, "seed": str(seed)}
     return any(
         not row["skipped"] and all(row[column] == value for column, value in wanted.items())
         for row in rows.read(folder / f"{ACCURACY.name}.csv")
@@ -97,7 +97,7 @@ def result(run: Run, recipe: Recipe, network: str, seed: int) -> dict[str, Any]:
     gflops = run.summary["gflops"]
     return {
         **recipe.columns(),
-        "rival": network,
+        "baseline": network,
         "seed": seed,
         "network": run.summary["model"],
         "backbone": run.summary["backbone"],
@@ -132,16 +132,16 @@ def train(recipe: Recipe, network: str, seed: int, folder: Path, threads: int) -
         pytest.fail(f"mfnet fit ended with {done.returncode}: its output says why")
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
+def measure(case: CostCase, bench: Bench) -> Measured:
     def network(name: str) -> nn.Module:
-        return parsed(figure.recipe.arguments(name)).model.network
+        return parsed(case.recipe.arguments(name)).model.network
 
     def images(_: nn.Module) -> list[Tensor]:
-        shape = (1, 3, *figure.size)
+        shape = (1, 3, *case.size)
         return [torch.randn(shape, device=bench.machine.device) for _ in range(2)]
 
-    build = {name: functools.partial(network, name) for name in figure.networks}
-    return compare(ACCURACY_COST, figure.columns(), build, images, INFERENCE, bench)
+    build = {name: functools.partial(network, name) for name in case.networks}
+    return compare(ACCURACY_COST, case.columns(), build, images, INFERENCE, bench)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -160,7 +160,7 @@ def test_accuracy(seed: int, network: str, bench: Bench, pytestconfig: pytest.Co
         train(recipe, network, seed, folder, bench.machine.threads)
     except ModuleNotFoundError as error:
         why = f"{error.name} not installed"
-        skipped = {**recipe.columns(), "rival": network, "seed": seed, "skipped": why}
+        skipped = {**recipe.columns(), "baseline": network, "seed": seed, "skipped": why}
         bench.append(ACCURACY, [skipped])
         pytest.skip(why)
     bench.append(ACCURACY, [result(read_run(folder), recipe, network, seed)])
@@ -179,5 +179,5 @@ def test_cost(network: str, bench: Bench, play: Any, pytestconfig: pytest.Config
     networks = tuple(names(pytestconfig.option))
     recipe = Recipe.of(pytestconfig.option)
     size = validation_size(recipe, network)
-    figure = Figure(recipe, size, network_dtype(bench.machine.device), networks)
-    play(ACCURACY_COST, figure, network, measure)
+    case = CostCase(recipe, size, network_dtype(bench.machine.device), networks)
+    play(ACCURACY_COST, case, network, measure)

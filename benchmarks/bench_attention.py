@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mfops
-from benchmarks.harness import Turn, take_turns, times
+from benchmarks.harness import Call
 from benchmarks.kernels import BOTH, DTYPES, FORWARD, LAYOUTS
-from benchmarks.measure import Bench, Measured, pairs, playback
-from benchmarks.questions import ATTENTION, MFOPS, SDPA, SDPA_CHANNEL
+from benchmarks.measure import Bench, Case, Measured, pairs, playback, time_calls
+from benchmarks.schema import ATTENTION, MFOPS, SDPA, SDPA_CHANNEL
 
 WIDTH, RANK, CLASSES = 256, 32, 21
 CASES = {  # operation: (batch, pixels); images of 320 x 320 and 512 x 512
@@ -33,33 +33,25 @@ SMALL = {"gather": ((2, 20),), "distribute": ((2, 20),)}
 
 
 @dataclass(frozen=True)
-class Figure:
+class AttentionCase(Case):
     operation: str
-    batch: int
-    pixels: int
+    shape: str
     dtype: str
     layout: str
     which: str
 
-    def __str__(self) -> str:
-        return (
-            f"{self.operation}, batch {self.batch}, {self.pixels} pixels, {self.dtype}, "
-            f"{self.layout}: {self.which}"
-        )
+    @property
+    def batch(self) -> int:
+        return int(self.shape.split()[0])
 
-    def columns(self) -> dict[str, Any]:
-        return {
-            "operation": self.operation,
-            "shape": f"{self.batch} {WIDTH} {RANK} {self.pixels}",
-            "dtype": self.dtype,
-            "layout": self.layout,
-            "pass": self.which,
-        }
+    @property
+    def pixels(self) -> int:
+        return int(self.shape.split()[-1])
 
 
-def figures(small: bool) -> list[Figure]:
+def cases(small: bool) -> list[AttentionCase]:
     return [
-        Figure(operation, batch, pixels, dtype, layout, which)
+        AttentionCase(operation, f"{batch} {WIDTH} {RANK} {pixels}", dtype, layout, which)
         for operation, sizes in (SMALL if small else CASES).items()
         for batch, pixels in sizes
         for dtype in DTYPES
@@ -97,7 +89,7 @@ def distribute_with_channel(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor
     return out[:, 0, :, : y.shape[1]].mT
 
 
-RIVALS: dict[str, dict[str, Callable[..., Tensor]]] = {
+BASELINES: dict[str, dict[str, Callable[..., Tensor]]] = {
     "gather": {MFOPS: mfops.gather, SDPA: gather_by_attention},
     "distribute": {
         MFOPS: mfops.distribute,
@@ -107,24 +99,24 @@ RIVALS: dict[str, dict[str, Callable[..., Tensor]]] = {
 }
 
 
-def make_inputs(figure: Figure, device: str) -> tuple[Tensor, ...]:
+def make_inputs(case: AttentionCase, device: str) -> tuple[Tensor, ...]:
     """Those of one call: features of variance 1, scores too."""
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=device, dtype=getattr(torch, figure.dtype)) * scale
+        return torch.randn(shape, device=device, dtype=getattr(torch, case.dtype)) * scale
 
-    features = random(figure.batch, WIDTH, figure.pixels)
-    if figure.layout == "channels_last":
+    features = random(case.batch, WIDTH, case.pixels)
+    if case.layout == "channels_last":
         features = features.mT.contiguous().mT
     rows = random(RANK, WIDTH, scale=WIDTH**-0.5)
-    if figure.operation == "gather":
+    if case.operation == "gather":
         return features, rows
-    return random(figure.batch, CLASSES, RANK), rows, random(RANK), features
+    return random(case.batch, CLASSES, RANK), rows, random(RANK), features
 
 
-def turn(call: Callable[..., Tensor], inputs: list[tuple[Tensor, ...]], which: str) -> Turn:
+def call_of(call: Callable[..., Tensor], inputs: list[tuple[Tensor, ...]], which: str) -> Call:
     if which == FORWARD:
-        return Turn(lambda number: inputs[number % len(inputs)], lambda own: call(*own))
+        return Call(lambda number: inputs[number % len(inputs)], lambda own: call(*own))
     upstream = torch.randn_like(call(*inputs[0]))
 
     def leaves(number: int) -> tuple[Tensor, ...]:
@@ -133,39 +125,28 @@ def turn(call: Callable[..., Tensor], inputs: list[tuple[Tensor, ...]], which: s
     def both(own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(call(*own), own, upstream)
 
-    return Turn(leaves, both)
+    return Call(leaves, both)
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
+def measure(case: AttentionCase, bench: Bench) -> Measured:
     torch.manual_seed(0)
-    first = make_inputs(figure, bench.machine.device)
+    first = make_inputs(case, bench.machine.device)
     sets = 2 if bench.small else bench.machine.sets(sum(t.nbytes for t in first))
-    inputs = [first, *(make_inputs(figure, bench.machine.device) for _ in range(1, sets))]
-    calls = RIVALS[figure.operation]
-    expected = calls[MFOPS](*first)
-    for call in calls.values():  # what is timed is right
+    inputs = [first, *(make_inputs(case, bench.machine.device) for _ in range(1, sets))]
+    functions = BASELINES[case.operation]
+    expected = functions[MFOPS](*first)
+    for call in functions.values():  # what is timed is right
         torch.testing.assert_close(call(*first), expected, atol=3e-2, rtol=3e-2)
-    clock = bench.machine.clock()
-    turns = {name: turn(call, inputs, figure.which) for name, call in calls.items()}
-    seconds = take_turns(turns, clock, bench.effort)
-    rows = [
-        {
-            **figure.columns(),
-            "rival": name,
-            **times(seconds, name, ATTENTION.bases),
-            "late": clock.late,
-        }
-        for name in seconds
-    ]
-    return Measured(rows, seconds)
+    calls = {name: call_of(call, inputs, case.which) for name, call in functions.items()}
+    return time_calls(ATTENTION, case.columns(), calls, bench)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    cases = pairs(figures(options.small), lambda f: RIVALS[f.operation])
-    metafunc.parametrize(("figure", "rival"), cases, ids=str)
+    found = pairs(cases(options.small), lambda f: BASELINES[f.operation])
+    metafunc.parametrize(("case", "baseline"), found, ids=str)
 
 
 @pytest.mark.benchmark(**playback)
-def test_attention(figure: Figure, rival: str, play: Any) -> None:
-    play(ATTENTION, figure, rival, measure)
+def test_attention(case: AttentionCase, baseline: str, play: Any) -> None:
+    play(ATTENTION, case, baseline, measure)

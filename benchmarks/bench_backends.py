@@ -24,8 +24,8 @@ import mfops
 from benchmarks import bench_models
 from benchmarks.machine import AUTOCAST
 from benchmarks.measure import Bench, Measured, pairs, playback
-from benchmarks.questions import BACKENDS as QUESTION
-from benchmarks.questions import MFOPS, REFERENCE
+from benchmarks.schema import BACKENDS as BENCHMARK
+from benchmarks.schema import MFOPS, REFERENCE
 
 NETWORKS = {
     "mfnet (factorizer nmf)": {"name": "mfnet", "factorizer": "nmf"},
@@ -38,21 +38,15 @@ BACKENDS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 @dataclass(frozen=True)
-class Figure(bench_models.Figure):
+class BackendCase(bench_models.NetworkCase):
     network: str
 
-    def __str__(self) -> str:
-        return f"{self.network}, {super().__str__()}"
 
-    def columns(self) -> dict[str, Any]:
-        return {**super().columns(), "network": self.network}
-
-
-def figures(device: str, small: bool) -> list[Figure]:
+def cases(device: str, small: bool) -> list[BackendCase]:
     return [
-        Figure(of.backbone, of.side, of.batch, AUTOCAST, of.which, network)
+        BackendCase(of.backbone, of.size, of.batch, AUTOCAST, of.which, network)
         for network in NETWORKS
-        for of in bench_models.figures(device, small)
+        for of in bench_models.cases(device, small)
     ]
 
 
@@ -72,29 +66,29 @@ class OnBackend(nn.Module):
             return self.network(x)
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
+def measure(case: BackendCase, bench: Bench) -> Measured:
     def build(backend: str) -> nn.Module:
         torch.manual_seed(0)
         network = mfnet.create_model(
-            **NETWORKS[figure.network],
+            **NETWORKS[case.network],
             num_classes=bench_models.NUM_CLASSES,
-            backbone=figure.backbone,
+            backbone=case.backbone,
         )
         return OnBackend(network, backend)
 
-    rivals = {backend: functools.partial(build, backend) for backend in BACKENDS}
-    images = bench_models.images_of(figure, bench)
+    baselines = {backend: functools.partial(build, backend) for backend in BACKENDS}
+    images = bench_models.images_of(case, bench)
     return bench_models.compare(
-        QUESTION, figure.columns(), rivals, images, figure.which, bench, compile_too=False
+        BENCHMARK, case.columns(), baselines, images, case.which, bench, compile_too=False
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    cases = pairs(figures(options.device, options.small), lambda _: BACKENDS)
-    metafunc.parametrize(("figure", "rival"), cases, ids=str)
+    found = pairs(cases(options.device, options.small), lambda _: BACKENDS)
+    metafunc.parametrize(("case", "baseline"), found, ids=str)
 
 
 @pytest.mark.benchmark(**playback)
-def test_backend(figure: Figure, rival: str, play: Any) -> None:
-    play(QUESTION, figure, rival, measure)
+def test_backend(case: BackendCase, baseline: str, play: Any) -> None:
+    play(BENCHMARK, case, baseline, measure)

@@ -1,4 +1,4 @@
-"""What can this machine do at most? The rates that the other figures are held against.
+"""What can this machine do at most? The rates that other figures are held against.
 
     python -m pytest benchmarks/bench_ceilings.py
 
@@ -7,17 +7,16 @@ A copy that reads and writes memory far larger than the caches, and a square pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.harness import Turn, take_turns, times
-from benchmarks.kernels import DTYPES, copy_turn
-from benchmarks.measure import Bench, Measured, pairs, playback
-from benchmarks.questions import CEILINGS, COPY
+from benchmarks.harness import Call
+from benchmarks.kernels import DTYPES, copy_call
+from benchmarks.measure import Bench, Case, Measured, pairs, playback, time_calls
+from benchmarks.schema import CEILINGS, COPY
 
 MATMUL = "matmul"
 COPIED = {"cuda": 2**31, "cpu": 2**29}  # bytes, read and written together
@@ -26,51 +25,36 @@ SMALL_COPIED, SMALL_SIDE = 2**10, 16
 
 
 @dataclass(frozen=True)
-class Figure:
+class CeilingCase(Case):
     dtype: str
 
-    def __str__(self) -> str:
-        return self.dtype
 
-    def columns(self) -> dict[str, Any]:
-        return {"dtype": self.dtype}
-
-
-def product_turn(dtype: torch.dtype, side: int, device: str) -> Turn:
+def product_call(dtype: torch.dtype, side: int, device: str) -> Call:
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return Turn(lambda number: number, lambda _: torch.mm(a, b, out=out))
+    return Call(lambda number: number, lambda _: torch.mm(a, b, out=out))
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
+def measure(case: CeilingCase, bench: Bench) -> Measured:
     device = bench.machine.device
     copied = SMALL_COPIED if bench.small else COPIED[device]
     side = SMALL_SIDE if bench.small else SIDE[device]
-    turns = {
-        COPY: copy_turn(copied, 1, device),
-        MATMUL: product_turn(getattr(torch, figure.dtype), side, device),
+    calls = {
+        COPY: copy_call(copied, 1, device),
+        MATMUL: product_call(getattr(torch, case.dtype), side, device),
     }
-    clock = bench.machine.clock()
-    seconds = take_turns(turns, clock, bench.effort)
     work = {COPY: copied, MATMUL: 2 * side**3}
-    return Measured(list(_rows(figure, seconds, work, clock.late)), seconds)
-
-
-def _rows(
-    figure: Figure, seconds: dict[str, list[float]], work: dict[str, int], late: int
-) -> Iterator[dict[str, Any]]:
-    for name in seconds:
-        row = times(seconds, name, CEILINGS.bases)
-        rate = work[name] / row["median_s"]
-        yield {**figure.columns(), "rival": name, **row, "late": late, "rate": rate}
+    found = time_calls(CEILINGS, case.columns(), calls, bench)
+    for row in found.rows:
+        row["rate"] = work[row["baseline"]] / row["median_s"]
+    return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    figures = [Figure(dtype) for dtype in DTYPES]
-    cases = pairs(figures, lambda _: [COPY, MATMUL])
-    metafunc.parametrize(("figure", "rival"), cases, ids=str)
+    found = pairs(map(CeilingCase, DTYPES), lambda _: [COPY, MATMUL])
+    metafunc.parametrize(("case", "baseline"), found, ids=str)
 
 
 @pytest.mark.benchmark(**playback)
-def test_ceiling(figure: Figure, rival: str, play: Any) -> None:
-    play(CEILINGS, figure, rival, measure)
+def test_ceiling(case: CeilingCase, baseline: str, play: Any) -> None:
+    play(CEILINGS, case, baseline, measure)

@@ -18,10 +18,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Turn, first_line, take_turns, times
+from benchmarks.harness import Call, first_line
 from benchmarks.machine import network_dtype
-from benchmarks.measure import Bench, Contender, Measured, contend, count_flops, pairs, playback
-from benchmarks.questions import CONTEXTS as QUESTION
+from benchmarks.measure import (
+    Bench,
+    Case,
+    Contender,
+    Measured,
+    contend,
+    count_flops,
+    pairs,
+    playback,
+    time_calls,
+)
+from benchmarks.schema import CONTEXTS as BENCHMARK
 from mfnet.contexts import CONTEXTS
 
 FORWARD, BOTH = PASSES = ("forward", "forward + backward")
@@ -31,46 +41,34 @@ BATCHES = {"cuda": (1, 16), "cpu": (1,)}
 
 
 @dataclass(frozen=True)
-class Figure:
+class ContextCase(Case):
     in_channels: int
     out_channels: int
-    side: int
+    size: str
     batch: int
     dtype: str
     which: str
 
-    def __str__(self) -> str:
-        return (
-            f"{self.in_channels} x {self.side}x{self.side} to {self.out_channels}, batch "
-            f"{self.batch}, {self.dtype}: {self.which}"
-        )
-
-    def columns(self) -> dict[str, Any]:
-        return {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "size": f"{self.side}x{self.side}",
-            "batch": self.batch,
-            "dtype": self.dtype,
-            "pass": self.which,
-        }
+    @property
+    def side(self) -> int:
+        return int(self.size.split("x")[0])
 
 
-def figures(device: str, small: bool) -> list[Figure]:
+def cases(device: str, small: bool) -> list[ContextCase]:
     channels, sides = ((16, 8), (5,)) if small else (CHANNELS, SIDES)
     dtype = network_dtype(device)
     return [
-        Figure(*channels, side, batch, dtype, which)
+        ContextCase(*channels, f"{side}x{side}", batch, dtype, which)
         for side in sides
         for batch in BATCHES[device]
         for which in PASSES
     ]
 
 
-def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]:
-    """Makes the turn of one pass of a network on features, for `contend`."""
+def call_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Call]:
+    """Makes the call of one pass of a network on features, for `contend`."""
 
-    def make(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Turn:
+    def make(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Call:
         if which == FORWARD:
 
             def forward(x: Tensor) -> Tensor:
@@ -78,7 +76,7 @@ def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]
                     return call(x)
 
             network.eval()
-            return Turn(lambda number: inputs[number % len(inputs)], forward)
+            return Call(lambda number: inputs[number % len(inputs)], forward)
 
         with torch.no_grad(), bench.machine.autocast():
             upstream = torch.randn_like(network(inputs[0]))
@@ -94,16 +92,16 @@ def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]
             return out
 
         network.train()
-        return Turn(clean, both)
+        return Call(clean, both)
 
     return make
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
+def measure(case: ContextCase, bench: Bench) -> Measured:
     torch.manual_seed(0)
     torch.compiler.reset()
     device = bench.machine.device
-    shape = (figure.batch, figure.in_channels, figure.side, figure.side)
+    shape = (case.batch, case.in_channels, case.side, case.side)
     x = torch.randn(shape, device=device)
     inputs = [x]
     for _ in range(1, 2 if bench.small else bench.machine.sets(x.nbytes)):
@@ -113,42 +111,32 @@ def measure(figure: Figure, bench: Bench) -> Measured:
     rows: list[dict[str, Any]] = []
     for name, build in CONTEXTS.items():
         # Learned coefficients of the features' own grid: no pass has to resample them.
-        grid = {"context_size": (figure.side, figure.side)}
+        grid = {"context_size": (case.side, case.side)}
         options = grid if "context_size" in signature(build).parameters else {}
-        module = build(figure.in_channels, figure.out_channels, **options).to(device)
-        make = turn_of(module, figure.which, bench)
+        module = build(case.in_channels, case.out_channels, **options).to(device)
+        make = call_of(module, case.which, bench)
         try:
             contenders[name] = contend(module, inputs, make, bench, compile_too=not bench.small)
         except Exception as error:  # one that breaks must not take the others with it
             why = f"failed: {first_line(error)}"
-            rows.append({**figure.columns(), "rival": name, "skipped": why})
+            rows.append({**case.columns(), "baseline": name, "skipped": why})
 
-    clock = bench.machine.clock()
-    turns = {name: contender.turn for name, contender in contenders.items()}
-    seconds = take_turns(turns, clock, bench.effort)
-    for name, contender in contenders.items():
-        counted = contender.counted(bench)
-        plain = turn_of(contender.network, FORWARD, bench)(contender.network, inputs)
-        rows.append(
-            {
-                **figure.columns(),
-                "rival": name,
-                "setting": contender.setting,
-                **times(seconds, name, QUESTION.bases),
-                "late": clock.late,
-                **counted,
-                "flops": count_flops(lambda plain=plain: plain.run(plain.prepare(0))),
-            }
-        )
-    return Measured(rows, seconds)
+    calls = {name: contender.call for name, contender in contenders.items()}
+    found = time_calls(BENCHMARK, case.columns(), calls, bench)
+    for row in found.rows:
+        contender = contenders[row["baseline"]]
+        row |= {"setting": contender.setting, **contender.counted(bench)}
+        plain = call_of(contender.network, FORWARD, bench)(contender.network, inputs)
+        row["flops"] = count_flops(lambda plain=plain: plain.run(plain.prepare(0)))
+    return Measured([*rows, *found.rows], found.seconds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    cases = pairs(figures(options.device, options.small), lambda _: CONTEXTS)
-    metafunc.parametrize(("figure", "rival"), cases, ids=str)
+    found = pairs(cases(options.device, options.small), lambda _: CONTEXTS)
+    metafunc.parametrize(("case", "baseline"), found, ids=str)
 
 
 @pytest.mark.benchmark(**playback)
-def test_context(figure: Figure, rival: str, play: Any) -> None:
-    play(QUESTION, figure, rival, measure)
+def test_context(case: ContextCase, baseline: str, play: Any) -> None:
+    play(BENCHMARK, case, baseline, measure)

@@ -4,7 +4,7 @@
 
 From X to X' = Y Z by em and by nmf, with as many rounds as published. nmf is measured with its
 one-step gradient to X, too; em has none. The published lines compute no reconstruction error,
-mfops's figures include it. Rivals are checked against the reference before they are timed.
+mfops's times include it. Baselines are checked against the reference before they are timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.kernels import (
     DTYPES,
     FORWARD,
     LAYOUTS,
-    Figure,
+    Case,
     Op,
     Prepared,
     compiled,
@@ -33,7 +33,7 @@ from benchmarks.kernels import (
     on_channels_last,
 )
 from benchmarks.measure import Bench, Measured, pairs, playback
-from benchmarks.questions import (
+from benchmarks.schema import (
     BEST,
     COMPILE,
     COMPILE_GRAPHS,
@@ -52,17 +52,17 @@ PASSES = {"em": (FORWARD,), "nmf": (FORWARD, BOTH)}
 CPU_SHAPES = [(4, 512, 64, 1089)]
 GPU_SHAPES = [(16, 512, 64, 1089), (16, 512, 64, 4225)]
 SMALL_SHAPES = [(2, 6, 3, 20)]
-COMPILED = ("bfloat16", "contiguous")  # on a GPU, where a case takes minutes
-# Relative error (Frobenius) against the reference in float32, beyond which a rival is not timed. A
-# round too few moves Y by 3e-2 and more. float32: sums of up to 4225 terms, handed on from round to
-# round. bfloat16: lines that keep every factor and product in it, half of 2^-8 each time, reach
-# 1.4e-2 with em, whose softmax takes the rounding of its logits as a factor.
+COMPILED = ("bfloat16", "contiguous")  # on a GPU, where one takes minutes
+# Relative error (Frobenius) against the reference in float32, beyond which a baseline is not timed.
+# An iteration too few moves Y by 3e-2 and more. float32: sums of up to 4225 terms, handed on from
+# one to the next. bfloat16: lines that keep every factor and product in it, half of 2^-8 each time,
+# reach 1.4e-2 with em, whose softmax takes the rounding of its logits as a factor.
 TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Case(kernels.Case):
+class Problem(kernels.Problem):
     """And the method."""
 
     method: str
@@ -92,11 +92,11 @@ class Case(kernels.Case):
         return {FORWARD: forward, BOTH: forward + backward}[which]
 
 
-def figures(device: str, small: bool) -> list[Figure]:
+def cases(device: str, small: bool) -> list[Case]:
     """All of them, those that targets speak of first."""
     shapes = SMALL_SHAPES if small else GPU_SHAPES if device == "cuda" else CPU_SHAPES
     return [
-        Figure(Case(shape, dtype, layout, method), which)
+        Case(Problem(shape, dtype, layout, method), which)
         for dtype in DTYPES
         for layout in LAYOUTS
         for shape in shapes
@@ -182,28 +182,28 @@ def on_backend(name: str, method: str) -> Op:
     return op
 
 
-def names(case: Case, device: str) -> list[str]:
-    """The rivals in the figures of a case, ours first."""
+def names(problem: Problem, device: str) -> list[str]:
+    """The baselines in the cases of a problem, ours first."""
     found = [NATIVE, TRITON, EAGER, BEST]
-    if device == "cpu" or (case.dtype, case.layout) == COMPILED:
+    if device == "cpu" or (problem.dtype, problem.layout) == COMPILED:
         found.append(COMPILE)
     # The smallest kernels: where CUDA graphs have the best chance.
-    if (case.shape, case.dtype, case.layout) == (GPU_SHAPES[0], *COMPILED):
+    if (problem.shape, problem.dtype, problem.layout) == (GPU_SHAPES[0], *COMPILED):
         found.append(COMPILE_GRAPHS)
     return [*found, COPY]
 
 
-def ops(case: Case, device: str, small: bool) -> dict[str, Op]:
-    careful = CAREFUL[case.method]
+def ops(problem: Problem, device: str, small: bool) -> dict[str, Op]:
+    careful = CAREFUL[problem.method]
     made: dict[str, Callable[[], Op]] = {
-        NATIVE: lambda: on_backend("native", case.method),
-        TRITON: lambda: on_backend("triton", case.method),
-        EAGER: lambda: TEXTBOOK[case.method],
+        NATIVE: lambda: on_backend("native", problem.method),
+        TRITON: lambda: on_backend("triton", problem.method),
+        EAGER: lambda: TEXTBOOK[problem.method],
         BEST: lambda: careful,
         COMPILE: lambda: careful if small else compiled(careful),
         COMPILE_GRAPHS: lambda: compiled_with_graphs(careful),
     }
-    return {name: made[name]() for name in names(case, device) if name != COPY}
+    return {name: made[name]() for name in names(problem, device) if name != COPY}
 
 
 @dataclass
@@ -212,7 +212,7 @@ class Inputs:
 
     outputs: ClassVar = ("X'", "Y", "mse")
 
-    case: Case
+    problem: Problem
     x: Tensor
     y0: Tensor
     grad_x_hat: Tensor | None
@@ -233,7 +233,7 @@ class Inputs:
     def expected(self) -> dict[str, Tensor]:
         x, y0 = self.x.detach().float(), self.y0.float()
         y, z, z_scale, x_hat, mse = reference.factorize_reconstruct(
-            x, y0, self.case.method, self.case.steps
+            x, y0, self.problem.method, self.problem.steps
         )
         found = {"X'": x_hat, "Y": y, "mse": mse}
         if self.grad_x_hat is not None:
@@ -242,39 +242,39 @@ class Inputs:
         return found
 
 
-def make_inputs(case: Case, device: str) -> Inputs:
+def make_inputs(problem: Problem, device: str) -> Inputs:
     """Standard normal features (nmf: their positive part, as behind a ReLU), bases as at first."""
-    _, channels, rank, _ = case.shape
-    method = METHODS[case.method]
+    _, channels, rank, _ = problem.shape
+    method = METHODS[problem.method]
     y0 = method.noise(channels, rank, device=torch.device(device))
-    x = case.features(device)
+    x = problem.features(device)
     return Inputs(
-        case=case,
+        problem=problem,
         x=(x.relu() if method.nonnegative else x).requires_grad_(),
         y0=y0.to(x.dtype),
-        grad_x_hat=case.features(device) if case.has_gradient else None,
+        grad_x_hat=problem.features(device) if problem.has_gradient else None,
     )
 
 
-@functools.lru_cache(maxsize=1)  # the passes over one case follow each other
-def prepare(case: Case, bench: Bench) -> Prepared:
-    return kernels.prepare(case, bench, make_inputs, ops, TOLERANCE)
+@functools.lru_cache(maxsize=1)  # the passes over a problem follow each other
+def prepare(problem: Problem, bench: Bench) -> Prepared:
+    return kernels.prepare(problem, bench, make_inputs, ops, TOLERANCE)
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
-    return kernels.compare(FACTORIZERS, figure, prepare(figure.case, bench), bench)
+def measure(case: Case, bench: Bench) -> Measured:
+    return kernels.compare(FACTORIZERS, case, prepare(case.problem, bench), bench)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    found = figures(options.device, options.small)
+    found = cases(options.device, options.small)
 
-    def rivals(figure: Figure) -> list[str]:
-        return kernels.taking_part(names(figure.case, options.device), not options.no_compile)
+    def baselines(case: Case) -> list[str]:
+        return kernels.taking_part(names(case.problem, options.device), not options.no_compile)
 
-    metafunc.parametrize(("figure", "rival"), pairs(found, rivals), ids=str)
+    metafunc.parametrize(("case", "baseline"), pairs(found, baselines), ids=str)
 
 
 @pytest.mark.benchmark(**playback)
-def test_factorizer(figure: Figure, rival: str, play: Any) -> None:
-    play(FACTORIZERS, figure, rival, measure)
+def test_factorizer(case: Case, baseline: str, play: Any) -> None:
+    play(FACTORIZERS, case, baseline, measure)

@@ -19,15 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mfnet
-from benchmarks.harness import Turn, first_line, take_turns, times
+from benchmarks.harness import Call, first_line
 from benchmarks.machine import network_dtype
-from benchmarks.measure import Bench, Contender, Measured, contend, count_flops, pairs, playback
+from benchmarks.measure import (
+    Bench,
+    Case,
+    Contender,
+    Measured,
+    contend,
+    count_flops,
+    pairs,
+    playback,
+    time_calls,
+)
 from benchmarks.networks import SMP
-from benchmarks.questions import MODELS
-from benchmarks.rows import Question
+from benchmarks.schema import MODELS, Benchmark
 
 INFERENCE, TRAINING = PASSES = ("inference", "training")
-# At least two images to train on: the networks of smp normalise one value per image.
+# At least two images to train on: the networks of smp normalize one value per image.
 BATCHES = {
     "cuda": {INFERENCE: (1, 16), TRAINING: (16,)},
     "cpu": {INFERENCE: (1,), TRAINING: (2,)},
@@ -37,41 +46,30 @@ NUM_CLASSES = 21
 
 
 @dataclass(frozen=True)
-class Figure:
+class NetworkCase(Case):
     backbone: str
-    side: int
+    size: str
     batch: int
     dtype: str
     which: str
 
-    def __str__(self) -> str:
-        return (
-            f"{self.backbone}, {self.side}x{self.side}, batch {self.batch}, {self.dtype}: "
-            f"{self.which}"
-        )
-
-    def columns(self) -> dict[str, Any]:
-        return {
-            "backbone": self.backbone,
-            "size": f"{self.side}x{self.side}",
-            "batch": self.batch,
-            "dtype": self.dtype,
-            "pass": self.which,
-        }
+    @property
+    def side(self) -> int:
+        return int(self.size.split("x")[0])
 
 
-def figures(device: str, small: bool) -> list[Figure]:
+def cases(device: str, small: bool) -> list[NetworkCase]:
     backbone, side = ("resnet18", 65) if small else ("resnet50", 513)
     dtype = network_dtype(device)
     return [
-        Figure(backbone, side, batch, dtype, which)
+        NetworkCase(backbone, f"{side}x{side}", batch, dtype, which)
         for which in PASSES
         for batch in BATCHES[device][which]
     ]
 
 
 def builders(backbone: str) -> dict[str, Callable[[], nn.Module]]:
-    """The rivals by name."""
+    """The baselines by name."""
 
     def smp(name: str) -> Callable[[], nn.Module]:
         return lambda: getattr(importlib.import_module(SMP), name)(
@@ -86,8 +84,8 @@ def builders(backbone: str) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-def names(figure: Figure) -> list[str]:
-    return list(builders(figure.backbone))
+def names(case: NetworkCase) -> list[str]:
+    return list(builders(case.backbone))
 
 
 def input_side(network: nn.Module, side: int) -> int:
@@ -101,10 +99,10 @@ def input_side(network: nn.Module, side: int) -> int:
     return side
 
 
-def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]:
-    """Makes the turn of one pass of a network on images, for `contend`."""
+def call_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Call]:
+    """Makes the call of one pass of a network on images, for `contend`."""
 
-    def make(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Turn:
+    def make(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Call:
         def pick(number: int) -> Tensor:
             network.zero_grad(set_to_none=True)
             return inputs[number % len(inputs)]
@@ -123,13 +121,13 @@ def turn_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Turn]
         network.train(which == TRAINING)
         shape = (inputs[0].shape[0], *inputs[0].shape[-2:])
         masks = torch.randint(0, NUM_CLASSES, shape, device=inputs[0].device)
-        return Turn(pick, infer if which == INFERENCE else train)
+        return Call(pick, infer if which == INFERENCE else train)
 
     return make
 
 
 def compare(
-    question: Question,
+    benchmark: Benchmark,
     columns: dict[str, Any],
     build: dict[str, Callable[[], nn.Module]],
     images: Callable[[nn.Module], list[Tensor]],
@@ -137,7 +135,7 @@ def compare(
     bench: Bench,
     compile_too: bool = True,
 ) -> Measured:
-    """The rows of a figure whose rivals are networks, each on the images that it takes."""
+    """The rows of a case whose baselines are networks, each on the images that it takes."""
     torch.manual_seed(0)
     torch.compiler.reset()
     compile_too = compile_too and not bench.small and (bench.machine.cuda or which == INFERENCE)
@@ -148,58 +146,49 @@ def compare(
         try:
             network = builder().to(bench.machine.device)
             inputs[name] = images(network)
-            make = turn_of(network, which, bench)
+            make = call_of(network, which, bench)
             contenders[name] = contend(network, inputs[name], make, bench, compile_too)
         except ModuleNotFoundError as error:
-            rows.append({**columns, "rival": name, "skipped": f"{error.name} not installed"})
+            rows.append({**columns, "baseline": name, "skipped": f"{error.name} not installed"})
         except Exception as error:  # one that breaks must not take the others with it
             why = f"failed: {first_line(error)}"
-            rows.append({**columns, "rival": name, "skipped": why})
+            rows.append({**columns, "baseline": name, "skipped": why})
 
-    clock = bench.machine.clock()
-    turns = {name: contender.turn for name, contender in contenders.items()}
-    seconds = take_turns(turns, clock, bench.effort) if turns else {}
-    for name, contender in contenders.items():
-        row = {
-            **columns,
-            "rival": name,
-            "setting": contender.setting,
-            **times(seconds, name, question.bases),
-            "late": clock.late,
-            **contender.counted(bench),
-        }
-        batch = inputs[name][0]
+    calls = {name: contender.call for name, contender in contenders.items()}
+    found = time_calls(benchmark, columns, calls, bench)
+    for row in found.rows:
+        contender, batch = contenders[row["baseline"]], inputs[row["baseline"]][0]
+        row |= {"setting": contender.setting, **contender.counted(bench)}
         row["input"] = f"{batch.shape[-2]}x{batch.shape[-1]}"
         row["images_per_s"] = len(batch) / row["median_s"]
-        plain = turn_of(contender.network, INFERENCE, bench)(contender.network, [batch[:1]])
+        plain = call_of(contender.network, INFERENCE, bench)(contender.network, [batch[:1]])
         row["flops"] = count_flops(lambda plain=plain: plain.run(plain.prepare(0)))
-        rows.append(row)
-    return Measured(rows, seconds)
+    return Measured([*rows, *found.rows], found.seconds)
 
 
-def images_of(figure: Figure, bench: Bench) -> Callable[[nn.Module], list[Tensor]]:
-    """Makes the images of a figure that a network takes, for `compare`."""
+def images_of(case: NetworkCase, bench: Bench) -> Callable[[nn.Module], list[Tensor]]:
+    """Makes the images of a case that a network takes, for `compare`."""
 
     def images(network: nn.Module) -> list[Tensor]:
-        side = input_side(network, figure.side)
-        x = torch.randn((figure.batch, 3, side, side), device=bench.machine.device)
+        side = input_side(network, case.side)
+        x = torch.randn((case.batch, 3, side, side), device=bench.machine.device)
         rotated = 2 if bench.small else bench.machine.sets(x.nbytes)
         return [x, *(torch.randn_like(x) for _ in range(1, rotated))]
 
     return images
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
-    build, images = builders(figure.backbone), images_of(figure, bench)
-    return compare(MODELS, figure.columns(), build, images, figure.which, bench)
+def measure(case: NetworkCase, bench: Bench) -> Measured:
+    build, images = builders(case.backbone), images_of(case, bench)
+    return compare(MODELS, case.columns(), build, images, case.which, bench)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    cases = pairs(figures(options.device, options.small), names)
-    metafunc.parametrize(("figure", "rival"), cases, ids=str)
+    found = pairs(cases(options.device, options.small), names)
+    metafunc.parametrize(("case", "baseline"), found, ids=str)
 
 
 @pytest.mark.benchmark(**playback)
-def test_model(figure: Figure, rival: str, play: Any) -> None:
-    play(MODELS, figure, rival, measure)
+def test_model(case: NetworkCase, baseline: str, play: Any) -> None:
+    play(MODELS, case, baseline, measure)

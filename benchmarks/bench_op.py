@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/bench_op.py [-k "forward and shared"]
 
-A figure is one pass over one case; its rivals are checked against the reference before they are
-timed.
+A case is one pass over one problem; its baselines are checked against the reference before they
+are timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.kernels import (
     FORWARD,
     LAYOUTS,
     PASSES,
-    Figure,
+    Case,
     Op,
     Prepared,
     compiled,
@@ -35,7 +35,7 @@ from benchmarks.kernels import (
     on_channels_last,
 )
 from benchmarks.measure import Bench, Measured, pairs, playback
-from benchmarks.questions import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, OP, TRITON
+from benchmarks.schema import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, OP, TRITON
 from mfops import reference
 
 CPU_SHAPES = [(4, 2048, 64, 1089), (4, 512, 64, 4225)]
@@ -50,14 +50,14 @@ GPU_SHAPES = [
 BANDWIDTH_SHAPES = [(8, 512, 64, 32768), (16, 256, 128, 16384)]  # of a target, in bfloat16
 SMALL_SHAPES = [(2, 6, 3, 20)]
 FACTORS = ("per image", "shared")
-COMPILED = ("bfloat16", "contiguous", "per image")  # on a GPU, where a case takes up to a minute
-# Relative error (Frobenius) against the float32 reference, beyond which a rival is not timed: a few
-# roundings of bfloat16 (2^-8 each); in float32 a sum of up to 10^6 terms.
+COMPILED = ("bfloat16", "contiguous", "per image")  # on a GPU, where one takes up to a minute
+# Relative error (Frobenius) against the float32 reference, beyond which a baseline is not timed:
+# a few roundings of bfloat16 (2^-8 each); in float32 a sum of up to 10^6 terms.
 TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-3}
 
 
 @dataclass(frozen=True)
-class Case(kernels.Case):
+class Problem(kernels.Problem):
     """And whose the factors are."""
 
     factors: str
@@ -83,11 +83,11 @@ class Case(kernels.Case):
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[which]
 
 
-def figures(device: str, small: bool) -> list[Figure]:
+def cases(device: str, small: bool) -> list[Case]:
     """All of them, those that targets speak of first: of bandwidth, then of factors per image."""
     shapes = SMALL_SHAPES if small else GPU_SHAPES if device == "cuda" else CPU_SHAPES
     found = [
-        Figure(Case(shape, dtype, layout, factors), which)
+        Case(Problem(shape, dtype, layout, factors), which)
         for factors in FACTORS
         for layout in LAYOUTS
         for dtype in DTYPES
@@ -95,9 +95,9 @@ def figures(device: str, small: bool) -> list[Figure]:
         for which in PASSES
     ]
 
-    def later(figure: Figure) -> bool:
-        case = figure.case
-        return case.shape not in BANDWIDTH_SHAPES or case.dtype != "bfloat16"
+    def later(case: Case) -> bool:
+        problem = case.problem
+        return problem.shape not in BANDWIDTH_SHAPES or problem.dtype != "bfloat16"
 
     return sorted(found, key=later)
 
@@ -124,21 +124,21 @@ def on_backend(name: str) -> Op:
     return op
 
 
-def names(case: Case, device: str) -> list[str]:
-    """The rivals in the figures of a case, ours first."""
+def names(problem: Problem, device: str) -> list[str]:
+    """The baselines in the cases of a problem, ours first."""
     found = [NATIVE, TRITON, EAGER]
-    if case.shared or case.layout == "channels_last":
+    if problem.shared or problem.layout == "channels_last":
         found.append(BEST)  # else it is the published one
-    if device == "cpu" or (case.dtype, case.layout, case.factors) == COMPILED:
+    if device == "cpu" or (problem.dtype, problem.layout, problem.factors) == COMPILED:
         found.append(COMPILE)
-    # CUDA graphs save launches, which the figures leave out anyway, and copy every input that is
+    # CUDA graphs save launches, which the times leave out anyway, and copy every input that is
     # not where it was: measured where they have the best chance.
-    if device == "cuda" and case == Case(GPU_SHAPES[0], *COMPILED):
+    if device == "cuda" and problem == Problem(GPU_SHAPES[0], *COMPILED):
         found.append(COMPILE_GRAPHS)
     return [*found, COPY]
 
 
-def ops(case: Case, device: str, small: bool) -> dict[str, Op]:
+def ops(problem: Problem, device: str, small: bool) -> dict[str, Op]:
     made: dict[str, Callable[[], Op]] = {
         NATIVE: lambda: on_backend("native"),
         TRITON: lambda: on_backend("triton"),
@@ -147,7 +147,7 @@ def ops(case: Case, device: str, small: bool) -> dict[str, Op]:
         COMPILE: lambda: careful if small else compiled(careful),
         COMPILE_GRAPHS: lambda: compiled_with_graphs(careful),
     }
-    return {name: made[name]() for name in names(case, device) if name != COPY}
+    return {name: made[name]() for name in names(problem, device) if name != COPY}
 
 
 @dataclass
@@ -177,40 +177,40 @@ class Inputs:
         return dict(zip((*self.outputs, *self.grads), results, strict=True))
 
 
-def make_inputs(case: Case, device: str) -> Inputs:
-    batch, channels, rank, pixels = case.shape
-    dtype = getattr(torch, case.dtype)
-    images = () if case.shared else (batch,)
+def make_inputs(problem: Problem, device: str) -> Inputs:
+    batch, channels, rank, pixels = problem.shape
+    dtype = getattr(torch, problem.dtype)
+    images = () if problem.shared else (batch,)
     # Both terms of the gradients are then of one size.
     grad_mse = torch.tensor(batch * channels * pixels / 2, device=device)
     return Inputs(
-        x=case.features(device).requires_grad_(),
+        x=problem.features(device).requires_grad_(),
         y=torch.randn(*images, channels, rank, device=device, dtype=dtype).requires_grad_(),
         z=torch.randn(*images, rank, pixels, device=device, dtype=dtype).requires_grad_(),
-        grad_x_hat=case.features(device),
+        grad_x_hat=problem.features(device),
         grad_mse={torch.float32: grad_mse, dtype: grad_mse.to(dtype)},
     )
 
 
-@functools.lru_cache(maxsize=1)  # the passes over one case follow each other
-def prepare(case: Case, bench: Bench) -> Prepared:
-    return kernels.prepare(case, bench, make_inputs, ops, TOLERANCE)
+@functools.lru_cache(maxsize=1)  # the passes over a problem follow each other
+def prepare(problem: Problem, bench: Bench) -> Prepared:
+    return kernels.prepare(problem, bench, make_inputs, ops, TOLERANCE)
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
-    return kernels.compare(OP, figure, prepare(figure.case, bench), bench)
+def measure(case: Case, bench: Bench) -> Measured:
+    return kernels.compare(OP, case, prepare(case.problem, bench), bench)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    found = figures(options.device, options.small)
+    found = cases(options.device, options.small)
 
-    def rivals(figure: Figure) -> list[str]:
-        return kernels.taking_part(names(figure.case, options.device), not options.no_compile)
+    def baselines(case: Case) -> list[str]:
+        return kernels.taking_part(names(case.problem, options.device), not options.no_compile)
 
-    metafunc.parametrize(("figure", "rival"), pairs(found, rivals), ids=str)
+    metafunc.parametrize(("case", "baseline"), pairs(found, baselines), ids=str)
 
 
 @pytest.mark.benchmark(**playback)
-def test_op(figure: Figure, rival: str, play: Any) -> None:
-    play(OP, figure, rival, measure)
+def test_op(case: Case, baseline: str, play: Any) -> None:
+    play(OP, case, baseline, measure)

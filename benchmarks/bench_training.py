@@ -21,7 +21,7 @@ import pytest
 
 from benchmarks.harness import times
 from benchmarks.measure import Bench, Measured, playback
-from benchmarks.questions import TRAINING
+from benchmarks.schema import TRAINING
 from benchmarks.trainer import Recipe, parsed
 from mfnet.models import list_models
 
@@ -89,7 +89,7 @@ class Stopwatch(L.Callback):
 
 
 @dataclass(frozen=True)
-class Figure:
+class TrainingCase:
     """`recipe` is None for generated images, in `folder`."""
 
     recipe: Recipe | None
@@ -135,10 +135,10 @@ class Figure:
         return (1, 2) if self.small else STEPS[self.device]
 
 
-def steps(figure: Figure, network: str, bench: Bench, parts: bool) -> Stopwatch:
+def steps(case: TrainingCase, network: str, bench: Bench, parts: bool) -> Stopwatch:
     """Some steps of the trainer from a new start."""
-    cli = figure.command_line(network)
-    watch = Stopwatch(figure.steps[0], bench.machine.synchronize, parts)
+    cli = case.command_line(network)
+    watch = Stopwatch(case.steps[0], bench.machine.synchronize, parts)
     cli.trainer.callbacks.append(watch)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if watch.steps < 1:
@@ -149,34 +149,34 @@ def steps(figure: Figure, network: str, bench: Bench, parts: bool) -> Stopwatch:
     return watch
 
 
-def measure(figure: Figure, bench: Bench) -> Measured:
+def measure(case: TrainingCase, bench: Bench) -> Measured:
     networks = list_models()
     try:
-        figure.command_line(networks[0])
+        case.command_line(networks[0])
     except ModuleNotFoundError as error:
         why = f"{error.name} not installed"
         return Measured(
-            [{**figure.columns(), "rival": name, "skipped": why} for name in networks], {}
+            [{**case.columns(), "baseline": name, "skipped": why} for name in networks], {}
         )
     seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(1 if figure.small else ROUNDS):
+    for _ in range(1 if case.small else ROUNDS):
         for name in networks:
-            seconds[name].append(steps(figure, name, bench, parts=False).per_step())
+            seconds[name].append(steps(case, name, bench, parts=False).per_step())
     rows = []
     for name in networks:
-        watch = steps(figure, name, bench, parts=True)
-        cli = figure.command_line(name)
+        watch = steps(case, name, bench, parts=True)
+        cli = case.command_line(name)
         data, network = cli.datamodule, cli.config.model.network
         row = times(seconds, name, TRAINING.bases)
         rows.append(
             {
-                **figure.columns(),
+                **case.columns(),
                 "backbone": network.init_args.backbone,
                 "size": "x".join(map(str, data.crop_size)),
                 "batch": data.batch_size,
                 "precision": cli.trainer.precision,
                 "workers": data.num_workers,
-                "rival": name,
+                "baseline": name,
                 **row,
                 "images_per_s": data.batch_size / row["median_s"],
                 **{f"{part}_s": watch.seconds[part] / watch.steps for part in PARTS},
@@ -186,7 +186,7 @@ def measure(figure: Figure, bench: Bench) -> Measured:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("rival", list_models())
+    metafunc.parametrize("baseline", list_models())
 
 
 @pytest.fixture(scope="session")
@@ -195,7 +195,9 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.benchmark(**playback)
-def test_training(rival: str, play: Any, pytestconfig: pytest.Config, generated: Path) -> None:
+def test_training(baseline: str, play: Any, pytestconfig: pytest.Config, generated: Path) -> None:
     options = pytestconfig.option
     recipe = Recipe.of(options) if options.data else None
-    play(TRAINING, Figure(recipe, generated, options.small, options.device), rival, measure)
+    play(
+        TRAINING, TrainingCase(recipe, generated, options.small, options.device), baseline, measure
+    )

@@ -2,8 +2,8 @@
 
     python -m benchmarks.check [--results DIR]
 
-Compares ratios, not times: our time over a rival's, measured now in a short run, with the ratio in
-the rows that are there for this machine. Fails where one has grown by more than 15%. A figure that
+Compares ratios, not times: our time over a baseline's, measured now in a short run, with the ratio
+in the rows that are there for this machine. Fails where one has grown by more than 15%. A case that
 seems to fail is measured again, in another process, and its best ratio counts: what made a run
 slower was then not us.
 """
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from benchmarks import bench_contexts, bench_factorizers, bench_op, kernels, row
 from benchmarks.harness import Effort
 from benchmarks.machine import Machine, processors
 from benchmarks.measure import Bench, Measured
-from benchmarks.questions import CONTEXTS, EAGER, FACTORIZERS, NATIVE, OP, TRITON
+from benchmarks.report.data import newest, typed
+from benchmarks.schema import CONTEXTS, EAGER, FACTORIZERS, NATIVE, OP, TRITON, Benchmark
 
 ALLOWED = 1.15  # a ratio over the one in the rows
 TRIES = 3
@@ -35,28 +36,26 @@ EFFORT = Effort(seconds=2)
 
 @dataclass(frozen=True)
 class Guard:
-    """One figure, and whose time over whose must not grow."""
+    """One case, and whose time over whose must not grow."""
 
-    question: rows.Question
-    figure: Any
+    benchmark: Benchmark
+    case: Any
     measure: Callable[[Any, Bench], Measured]
     ours: tuple[str, ...]
     base: str
 
-    def ratios(self, found: list[dict[str, Any]] | list[rows.Row]) -> dict[str, float]:
-        """Those of a figure's rows, by rival."""
-        column = f"over_{self.base}"
-        return {
-            row["rival"]: float(row[column])
-            for row in found
-            if row["rival"] in self.ours and row.get(column)
-        }
+    def ratios(self, found: list[dict[str, Any]]) -> dict[str, float]:
+        """Those of a case's rows, by baseline."""
+        known = {row["baseline"]: row.get(f"over_{self.base}") for row in found}
+        return {name: known[name] for name in self.ours if (known.get(name) or nan) > 0}
 
     def committed(self, folder: Path) -> dict[str, float]:
-        columns = self.figure.columns()
-        key = (*(str(columns[name]) for name in self.question.figure), rows.environment())
-        known = rows.figures(rows.read(folder / f"{self.question.name}.csv"), self.question)
-        return self.ratios(known.get(key, []))
+        known = newest(typed(folder, self.benchmark), self.benchmark)
+        columns = {name: str(value) for name, value in self.case.columns().items()}
+        here = {**columns, "environment": rows.environment()}
+        return self.ratios(
+            known[(known[list(here)] == list(here.values())).all(axis=1)].to_dict("records")
+        )
 
 
 def guards(device: str) -> list[Guard]:
@@ -65,20 +64,20 @@ def guards(device: str) -> list[Guard]:
     Backward alone is not watched, but as a part of forward + backward: it varies the most.
     """
     found = [
-        Guard(question, figure, bench.measure, (NATIVE, TRITON), EAGER)
-        for question, bench in ((OP, bench_op), (FACTORIZERS, bench_factorizers))
-        for figure in bench.figures(device, small=False)
-        if figure.case.layout == "contiguous" and figure.which != kernels.BACKWARD
+        Guard(benchmark, case, bench.measure, (NATIVE, TRITON), EAGER)
+        for benchmark, bench in ((OP, bench_op), (FACTORIZERS, bench_factorizers))
+        for case in bench.cases(device, small=False)
+        if case.problem.layout == "contiguous" and case.which != kernels.BACKWARD
     ]
-    place = bench_contexts.figures(device, small=False)[0]
+    place = bench_contexts.cases(device, small=False)[0]
     return [*found, Guard(CONTEXTS, place, bench_contexts.measure, ("mf", "em"), "aspp")]
 
 
 def measure(watched: list[Guard], small: bool = False) -> list[dict[str, float]]:
-    """The ratios of each figure, in this process."""
+    """The ratios of each case, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(Machine(device, processors()), EFFORT, small, Path(), {})
-    return [guard.ratios(guard.measure(guard.figure, bench).rows) for guard in watched]
+    return [guard.ratios(guard.measure(guard.case, bench).rows) for guard in watched]
 
 
 def measure_apart(watched: list[Guard]) -> list[dict[str, float]]:
@@ -89,12 +88,12 @@ def measure_apart(watched: list[Guard]) -> list[dict[str, float]]:
 
 
 def grown(before: dict[str, float], now: dict[str, float]) -> list[str]:
-    """Rivals whose ratio is more than is allowed, or that do not run any more."""
+    """Baselines whose ratio is more than is allowed, or that do not run any more."""
     return [name for name, ratio in before.items() if not now.get(name, inf) <= ALLOWED * ratio]
 
 
 def check(watched: list[Guard], folder: Path) -> list[str]:
-    """Prints how the figures' ratios compare; returns those that have grown too much."""
+    """Prints how the cases' ratios compare; returns those that have grown too much."""
     before = {guard: guard.committed(folder) for guard in watched}
     now: dict[Guard, dict[str, float]] = {guard: {} for guard in watched}
     for _ in range(TRIES):
@@ -106,7 +105,7 @@ def check(watched: list[Guard], folder: Path) -> list[str]:
     for guard in watched:
         slower = grown(before[guard], now[guard])
         for name, ratio in before[guard].items():
-            text = f"{guard.figure}: {name} over {guard.base}: {ratio:.3f} in the rows, "
+            text = f"{guard.case}: {name} over {guard.base}: {ratio:.3f} in the rows, "
             if name in now[guard]:
                 text += f"{now[guard][name]:.3f} now ({now[guard][name] / ratio - 1:+.0%})"
             else:
@@ -114,7 +113,7 @@ def check(watched: list[Guard], folder: Path) -> list[str]:
             print("SLOWER" if name in slower else "    ok", text, flush=True)
             lines += [text] if name in slower else []
         if not before[guard]:
-            print("  skip", f"{guard.figure}: no rows", flush=True)
+            print("  skip", f"{guard.case}: no rows", flush=True)
     return lines
 
 

@@ -1,7 +1,7 @@
-"""The suite's options, and how a figure gets from a measurement into pytest-benchmark and a file.
+"""The suite's options, and how a case gets from a measurement into pytest-benchmark and a file.
 
-The first test of a figure measures all of its rivals, in turns, and appends their rows; each test
-then plays its rival's readings back to pytest-benchmark, which shows and saves them.
+The first test of a case measures all of its baselines and appends their rows; each test
+then plays its baseline's readings back to pytest-benchmark, which shows and saves them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks import rows
 from benchmarks.harness import Effort, first_line
 from benchmarks.machine import Machine, processors
 from benchmarks.measure import Bench, Measured, tape
+from benchmarks.schema import Benchmark
 
 WRITTEN = pytest.StashKey[dict[Path, int]]()
 
@@ -27,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("measurements", "measurements (benchmarks/README.md)")
     group.addoption("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     group.addoption("--threads", type=int, help="of the CPU; default: as many as there are")
-    group.addoption("--seconds", type=float, default=6.0, help="per figure, about (6)")
-    group.addoption("--budget", type=float, help="seconds after which no further figure begins")
+    group.addoption("--seconds", type=float, default=6.0, help="per case, about (6)")
+    group.addoption("--budget", type=float, help="seconds after which no further case begins")
     group.addoption("--results", type=Path, help="folder for the rows; benchmarks/results")
     group.addoption(
         "--small", action="store_true", help="tiny sizes, to try the suite out; needs --results"
@@ -90,7 +91,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session")
 def measured() -> dict[Any, Measured]:
-    """What this session measured, by question and case."""
+    """What this session measured, by benchmark and case."""
     return {}
 
 
@@ -98,21 +99,21 @@ def measured() -> dict[Any, Measured]:
 def play(
     request: pytest.FixtureRequest, benchmark: Any, bench: Bench, measured: dict[Any, Measured]
 ) -> Callable[..., None]:
-    """`play(question, case, rival, measure)`: the rival's readings in the figure of the case.
+    """`play(of, case, baseline, measure)`: the baseline's readings for the case.
 
-    `measure(case, bench)` runs once for a case; `str(case)` is the figure's title.
+    `measure(case, bench)` runs once for a case; `str(case)` is its title.
     """
 
     def run(
-        question: rows.Question,
+        of: Benchmark,
         case: Any,
-        rival: str,
+        baseline: str,
         measure: Callable[[Any, Bench], Measured],
     ) -> None:
         def leave_out(why: str) -> None:
-            bench.append(question, [{**case.columns(), "rival": rival, "skipped": why}])
+            bench.append(of, [{**case.columns(), "baseline": baseline, "skipped": why}])
 
-        key = question.name, case
+        key = of.name, case
         if key not in measured:
             budget = request.config.option.budget
             if budget is not None and time.perf_counter() - bench.started > budget:
@@ -126,17 +127,17 @@ def play(
                 raise
             finally:
                 bench.machine.release()
-            bench.append(question, measured[key].rows)
+            bench.append(of, measured[key].rows)
         found = measured[key]
         if found.broken:
             leave_out(found.broken)
             pytest.fail(found.broken)
-        row = next(row for row in found.rows if row["rival"] == rival)
+        row = next(row for row in found.rows if row["baseline"] == baseline)
         if row.get("skipped"):
             (pytest.fail if row["skipped"].startswith("failed") else pytest.skip)(row["skipped"])
-        benchmark.group = f"{question.name}: {case}"
+        benchmark.group = f"{of.name}: {case}"
         benchmark.extra_info |= row
-        readings = found.seconds[rival]
+        readings = found.seconds[baseline]
         benchmark.pedantic(tape.play, setup=tape.load(readings), rounds=len(readings))
 
     return run

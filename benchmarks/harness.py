@@ -1,7 +1,7 @@
-"""How a time is taken: clocks, turns, rounds, ratios. benchmarks/README.md says why.
+"""How a time is taken: clocks, calls, rounds, ratios. benchmarks/README.md says why.
 
-Rivals take turns, one call each per round, so that a machine that speeds up or slows down does so
-for all of them. Times are medians; ratios are medians of the ratios within a round.
+Baselines are called in turn, once each in a round, so that a machine that speeds up or slows down
+does so for all of them. Times are medians; ratios are medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EventClock:
     """Time on the GPU, between events before and after the call.
 
     A kernel that only waits goes in front, so that the host has queued the whole call when the
-    GPU comes to it: the host's own time is no part of the figure. `late` of `calls` were not
+    GPU comes to it: the host's own time is no part of the time. `late` of `calls` were not
     queued in time; each makes the wait of those that follow twice as long.
     """
 
@@ -75,8 +75,8 @@ LONG = 0.5  # but a single one where it takes longer than so many seconds
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One rival's call: `run` is timed on what `prepare` makes of the number of the call."""
+class Call:
+    """One baseline's call: `run` is timed on what `prepare` makes of the number of the call."""
 
     prepare: Callable[[int], Any]
     run: Callable[[Any], Any]
@@ -84,7 +84,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a figure is measured: as many rounds as fit the seconds, within limits."""
+    """How long a case is measured: as many rounds as fit the seconds, within limits."""
 
     seconds: float = 6
     least: int = 5
@@ -96,24 +96,24 @@ class Effort:
         return min(self.most, max(least, round(self.seconds / round_seconds)))
 
 
-def take_turns(
-    turns: dict[str, Turn], clock: Clock, effort: Effort, keep: int = 0
+def measure_rounds(
+    calls: dict[str, Call], clock: Clock, effort: Effort, keep: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of every rival's call in every round, after rounds that do not count.
+    """Seconds of every baseline's call in every round, after rounds that do not count.
 
     The last `keep` results stay alive, so that the next ones are written elsewhere in memory.
     Warm-up calls are not among those that the clock has counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     kept: deque[Any] = deque(maxlen=keep)
     numbers = itertools.count()
 
     def one_round() -> tuple[dict[str, Callable[[], float]], float]:
         start = time.perf_counter()
         readings = {}
-        for name, turn in turns.items():
-            state = turn.prepare(next(numbers))
-            result, readings[name] = clock.measure(lambda turn=turn, state=state: turn.run(state))
+        for name, own in calls.items():
+            state = own.prepare(next(numbers))
+            result, readings[name] = clock.measure(lambda own=own, state=state: own.run(state))
             kept.append(result)
             del state, result
         clock.settle()
@@ -165,7 +165,7 @@ def ratio(seconds: list[float], base: list[float]) -> float:
 
 
 def times(seconds: dict[str, list[float]], name: str, bases: tuple[str, ...]) -> dict[str, float]:
-    """What a row says of one rival's time: median, quartiles, and its time over the bases'."""
+    """What a row says of one baseline's time: median, quartiles, and its time over the bases'."""
     own = seconds[name]
     low, _, high = statistics.quantiles(own, n=4, method="inclusive") if own[1:] else own * 3
     over = {f"over_{base}": ratio(own, seconds[base]) for base in bases if base in seconds}

@@ -1,6 +1,6 @@
-"""What the figures of operations share: cases, rivals that are right, bytes, memory, rows.
+"""What benchmarks of operations share: problems, baselines that are right, bytes, memory, rows.
 
-A file of such figures names its cases and its rivals and makes their inputs; `compare` does the
+Such a benchmark names its problems and its baselines and makes their inputs; `compare` does the
 rest. What is counted in bytes, and why backward begins with a cold cache, is in README.md.
 """
 
@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import Turn, first_line, take_turns, times
-from benchmarks.measure import Bench, Measured, count_flops
-from benchmarks.questions import COMPILE, COMPILE_GRAPHS, COPY, EAGER
-from benchmarks.rows import Question
+from benchmarks.harness import Call, first_line
+from benchmarks.measure import Bench, Measured, count_flops, time_calls
+from benchmarks.schema import COMPILE, COMPILE_GRAPHS, COPY, EAGER, Benchmark
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
 LAYOUTS = ("contiguous", "channels_last")
@@ -31,7 +30,7 @@ Op = Callable[..., tuple[Tensor, ...]]  # of the leaves of inputs
 
 
 @dataclass(frozen=True)
-class Case(ABC):
+class Problem(ABC):
     """(B, C, K, N), the dtype, the layout of X; what else there is belongs to a subclass."""
 
     shape: tuple[int, int, int, int]
@@ -42,12 +41,12 @@ class Case(ABC):
         return f"{self.shape} {self.dtype} {self.layout}"
 
     def columns(self) -> dict[str, Any]:
-        """What a row says of the case."""
+        """What a row says of the problem."""
         shape = " ".join(map(str, self.shape))
         return {"shape": shape, "dtype": self.dtype, "layout": self.layout}
 
     def bytes(self, *elements: int) -> int:
-        """Of so many elements in the case's dtype."""
+        """Of so many elements in the problem's dtype."""
         return sum(elements) * getattr(torch, self.dtype).itemsize
 
     def x_bytes(self) -> int:
@@ -68,17 +67,17 @@ class Case(ABC):
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One pass over a case."""
+class Case:
+    """One pass over a problem."""
 
-    case: Case
+    problem: Problem
     which: str
 
     def __str__(self) -> str:
-        return f"{self.case}: {self.which}"
+        return f"{self.problem}: {self.which}"
 
     def columns(self) -> dict[str, Any]:
-        return {**self.case.columns(), "pass": self.which}
+        return {**self.problem.columns(), "pass": self.which}
 
 
 class Inputs(Protocol):
@@ -101,7 +100,7 @@ def on_channels_last(x: Tensor) -> bool:
     return x.stride(-1) != 1 and x.stride(-2) == 1
 
 
-# Rivals under torch.compile.
+# Baselines under torch.compile.
 
 
 def compiled(op: Op) -> Op:
@@ -118,9 +117,9 @@ def compiled_with_graphs(op: Op) -> Op:
     return run
 
 
-def taking_part(rivals: Iterable[str], compiles: bool) -> list[str]:
+def taking_part(baselines: Iterable[str], compiles: bool) -> list[str]:
     """All of them, or without torch.compile's."""
-    return [name for name in rivals if compiles or name not in (COMPILE, COMPILE_GRAPHS)]
+    return [name for name in baselines if compiles or name not in (COMPILE, COMPILE_GRAPHS)]
 
 
 # What is timed is what was asked for.
@@ -147,7 +146,7 @@ def assert_right(op: Op, inputs: Inputs, expected: dict[str, Tensor], tolerance:
 
 @dataclass
 class Prepared:
-    """A case's rotating inputs, the rivals that are right, and why others take no part."""
+    """A problem's rotating inputs, the baselines that are right, and why others take no part."""
 
     sets: list[Inputs]
     ops: dict[str, Op]
@@ -155,29 +154,29 @@ class Prepared:
 
 
 def prepare(
-    case: Case,
+    problem: Problem,
     bench: Bench,
     make_inputs: Callable[[Any, str], Inputs],
     ops: Callable[[Any, str, bool], dict[str, Op]],
     tolerance: dict[str, float],
 ) -> Prepared:
-    """`make_inputs(case, device)`, `ops(case, device, small)`, the relative error of each dtype."""
+    """`make_inputs(problem, device)`, `ops(problem, device, small)`, relative errors by dtype."""
     torch.manual_seed(0)
     torch.compiler.reset()
     device = bench.machine.device
-    sets = [make_inputs(case, device)]
+    sets = [make_inputs(problem, device)]
     size = storage_bytes(sets[0].leaves)
     while len(sets) < (2 if bench.small else bench.machine.sets(size)):
-        sets.append(make_inputs(case, device))
+        sets.append(make_inputs(problem, device))
     expected = sets[0].expected()
     right, skipped = {}, {}
-    made = ops(case, device, bench.small)
+    made = ops(problem, device, bench.small)
     for name in taking_part(made, bench.compiles):
         op = made[name]
         try:
-            assert_right(op, sets[0], expected, tolerance[case.dtype])
+            assert_right(op, sets[0], expected, tolerance[problem.dtype])
             right[name] = op
-        except Exception as error:  # a rival that breaks must not take the others with it
+        except Exception as error:  # a baseline that breaks must not take the others with it
             unavailable = "cannot run this call" in str(error)
             skipped[name] = str(error) if unavailable else f"failed: {first_line(error)}"
     return Prepared(sets, right, skipped)
@@ -218,7 +217,7 @@ def storage_bytes(tree: Any) -> int:
     return sum(sizes.values())
 
 
-def turn(op: Op, which: str, sets: list[Inputs], empty_cache: Callable[[], None]) -> Turn:
+def call_of(op: Op, which: str, sets: list[Inputs], empty_cache: Callable[[], None]) -> Call:
     """A pass over rotating inputs; backward the cache is emptied of what forward left there."""
 
     def pick(number: int) -> Inputs:
@@ -239,43 +238,43 @@ def turn(op: Op, which: str, sets: list[Inputs], empty_cache: Callable[[], None]
         BACKWARD: (after_forward, lambda state: state[1].gradients(state[0])),
         BOTH: (pick, both),
     }[which]
-    return Turn(prepare, run)
+    return Call(prepare, run)
 
 
-def dropping(turn: Turn) -> Turn:
+def dropping(call: Call) -> Call:
     """The same, for results in memory that the next call takes back."""
 
     def run(state: Any) -> None:
-        turn.run(state)
+        call.run(state)
 
-    return Turn(turn.prepare, run)
+    return Call(call.prepare, run)
 
 
-def copy_turn(size: int, number_of_sets: int, device: str) -> Turn:
+def copy_call(size: int, number_of_sets: int, device: str) -> Call:
     """Moves `size` bytes, half of them read and half written, from one tensor to another."""
     source = torch.empty(number_of_sets, size // 2, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return Turn(lambda number: number % number_of_sets, lambda i: target[i].copy_(source[i]))
+    return Call(lambda number: number % number_of_sets, lambda i: target[i].copy_(source[i]))
 
 
-def moved_bytes(turn: Turn) -> int:
+def moved_bytes(call: Call) -> int:
     """Bytes the operators of one call move (`MovedBytes`)."""
-    state = turn.prepare(0)
+    state = call.prepare(0)
     with MovedBytes() as moved:
-        turn.run(state)
+        call.run(state)
     return moved.total
 
 
-def memory(turn: Turn, bench: Bench) -> dict[str, int]:
+def memory(call: Call, bench: Bench) -> dict[str, int]:
     """Peak memory of a call, and what of it is neither results nor gradients.
 
     The median of several calls: on a CPU it depends on what the heap happens to hold.
     """
 
     def one(number: int) -> tuple[int, int]:
-        state = turn.prepare(number)
+        state = call.prepare(number)
         kept: list[Any] = []
-        peak = bench.machine.peak_bytes(lambda: kept.append(turn.run(state)))
+        peak = bench.machine.peak_bytes(lambda: kept.append(call.run(state)))
         return peak, max(0, peak - storage_bytes(kept))
 
     calls = [one(number) for number in range(1 if bench.small else MEMORY_CALLS)]
@@ -283,41 +282,29 @@ def memory(turn: Turn, bench: Bench) -> dict[str, int]:
     return {"peak_bytes": peak, "extra_bytes": extra}
 
 
-def compare(question: Question, figure: Figure, ready: Prepared, bench: Bench) -> Measured:
-    """The rows of a figure: the rivals that are right, and a copy of as many bytes as it moves."""
-    case, which, machine = figure.case, figure.which, bench.machine
-    turns = {}
+def compare(benchmark: Benchmark, case: Case, ready: Prepared, bench: Bench) -> Measured:
+    """The rows of a case: the baselines that are right, and a copy of as many bytes as it moves."""
+    problem, which, machine = case.problem, case.which, bench.machine
+    calls = {}
     for name, op in ready.ops.items():
-        own = turn(op, which, ready.sets, machine.empty_cache)
-        turns[name] = dropping(own) if name == COMPILE_GRAPHS else own
-    turns[COPY] = copy_turn(case.floor_bytes(which), len(ready.sets), machine.device)
-    clock = machine.clock()
-    seconds = take_turns(turns, clock, bench.effort, keep=len(ready.sets))
-
-    shared = {"x_bytes": case.x_bytes(), "floor_bytes": case.floor_bytes(which)}
-    plainest = EAGER if EAGER in turns else next(iter(turns))
-    state = turns[plainest].prepare(0)
-    flops = count_flops(lambda: turns[plainest].run(state))
-    rows = [
-        {
-            **figure.columns(),
-            "rival": name,
-            **times(seconds, name, question.bases),
-            "late": clock.late,
-            **shared,
-        }
-        for name in turns
-    ]
-    for row in rows:
-        name = row["rival"]
+        own = call_of(op, which, ready.sets, machine.empty_cache)
+        calls[name] = dropping(own) if name == COMPILE_GRAPHS else own
+    calls[COPY] = copy_call(problem.floor_bytes(which), len(ready.sets), machine.device)
+    found = time_calls(benchmark, case.columns(), calls, bench, keep=len(ready.sets))
+    plainest = EAGER if EAGER in calls else next(iter(calls))
+    state = calls[plainest].prepare(0)
+    flops = count_flops(lambda: calls[plainest].run(state))
+    for row in found.rows:
+        name = row["baseline"]
+        row |= {"x_bytes": problem.x_bytes(), "floor_bytes": problem.floor_bytes(which)}
         if name == COPY:
             continue
         row["flops"] = flops
         if name != COMPILE_GRAPHS:
-            row |= memory(turns[name], bench)
+            row |= memory(calls[name], bench)
         if not name.startswith("compile") or bench.small:
-            row["moved_bytes"] = moved_bytes(turns[name])
-    rows += [
-        {**figure.columns(), "rival": name, "skipped": why} for name, why in ready.skipped.items()
+            row["moved_bytes"] = moved_bytes(calls[name])
+    found.rows += [
+        {**case.columns(), "baseline": name, "skipped": why} for name, why in ready.skipped.items()
     ]
-    return Measured(rows, seconds)
+    return found

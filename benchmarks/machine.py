@@ -40,7 +40,7 @@ class Machine:
         self.threads = threads
         torch.set_num_threads(threads)
         if self.cuda:
-            # What the rivals' users set: the fastest convolution is found at the first call.
+            # What the baselines' users set: the fastest convolution is found at the first call.
             torch.backends.cudnn.benchmark = True
         else:
             keep_freed_memory()
@@ -48,7 +48,7 @@ class Machine:
         self._reader = torch.zeros(self.past_cache // 4, device=device)
 
     def clock(self) -> Clock:
-        """A new one for each figure: it counts that figure's calls."""
+        """A new one for each case: it counts that case's calls."""
         return EventClock() if self.cuda else WallClock()
 
     def _cache_bytes(self) -> int:

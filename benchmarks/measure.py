@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rows
-from benchmarks.harness import Effort, Turn, fastest
+from benchmarks.harness import Call, Effort, fastest, measure_rounds, times
 from benchmarks.machine import Machine
+from benchmarks.schema import Benchmark
 
 
 @dataclass(eq=False)  # one is like no other, and a key of caches
 class Bench:
     """One session: where it measures, how long, and where its rows go.
 
-    `small` is for trying the suite out: tiny sizes, no compiling. Without `compiles` the rivals
-    under torch.compile take no part in the op's and the factorizers' figures.
+    `small` is for trying the suite out: tiny sizes, no compiling. Without `compiles` the baselines
+    under torch.compile take no part in the op's and the factorizers' cases.
     """
 
     machine: Machine
@@ -35,15 +36,31 @@ class Bench:
     written: dict[Path, int] = field(default_factory=dict)
     compiles: bool = True
 
-    def append(self, question: rows.Question, new: Iterable[Mapping[str, Any]]) -> None:
-        new = [{**row, **self.provenance} for row in new]
-        path = rows.append(question, self.folder, new)
+    @functools.cached_property
+    def run(self) -> str:
+        """The session's run, written with its first rows."""
+        return rows.add_run(self.folder, self.provenance)
+
+    def append(self, benchmark: Benchmark, new: Iterable[Mapping[str, Any]]) -> None:
+        new = [{**row, "run": self.run} for row in new]
+        path = rows.append(benchmark, self.folder, new)
         self.written[path] = self.written.get(path, 0) + len(new)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What baselines are compared on. Its fields are columns of rows; `which` is "pass" there."""
+
+    def columns(self) -> dict[str, Any]:
+        return {"pass" if name == "which" else name: value for name, value in vars(self).items()}
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.columns().values()))
 
 
 @dataclass
 class Measured:
-    """A figure's rows, without where they are from, and the seconds of every round, by rival.
+    """A case's rows, without where they are from, and the seconds of every round, by baseline.
 
     A row with a text in "skipped" has no seconds: a named reason, or "failed: ...". `broken` says
     why there are no rows at all.
@@ -54,11 +71,28 @@ class Measured:
     broken: str = ""
 
 
+def time_calls(
+    benchmark: Benchmark,
+    columns: dict[str, Any],
+    calls: dict[str, Call],
+    bench: Bench,
+    keep: int = 0,
+) -> Measured:
+    """Calls in rounds, and a row for each with its time and its ratios."""
+    clock = bench.machine.clock()
+    seconds = measure_rounds(calls, clock, bench.effort, keep) if calls else {}
+    rows = [
+        {**columns, "baseline": name, **times(seconds, name, benchmark.bases), "late": clock.late}
+        for name in calls
+    ]
+    return Measured(rows, seconds)
+
+
 class Tape:
     """Plays readings that were taken elsewhere back to pytest-benchmark, as its timer.
 
-    pytest-benchmark times one test after the other; rivals here take turns, on a GPU between
-    events. `play` is then the benchmark's function: it moves the timer on by one reading.
+    pytest-benchmark times one test after the other; baselines here are called in rounds, on a GPU
+    between events. `play` is then the benchmark's function: it moves the timer on by one reading.
     """
 
     def __init__(self) -> None:
@@ -80,9 +114,9 @@ tape = Tape()
 playback = {"timer": tape.timer}  # of pytest.mark.benchmark
 
 
-def pairs(cases: Iterable[Any], rivals: Callable[[Any], Iterable[str]]) -> list[tuple[Any, str]]:
-    """Every case with each of its rivals, those of one case next to each other."""
-    return [(case, rival) for case in cases for rival in rivals(case)]
+def pairs(cases: Iterable[Any], baselines: Callable[[Any], Iterable[str]]) -> list[tuple[Any, str]]:
+    """Every case with each of its baselines, those of one case next to each other."""
+    return [(case, baseline) for case in cases for baseline in baselines(case)]
 
 
 # How users run networks at their fastest, by name: memory format, torch.compile on top of it.
@@ -95,17 +129,17 @@ SETTINGS = {
 
 @dataclass
 class Contender:
-    """A network in a figure: a call in its fastest setting, and what is counted of it."""
+    """A network in a case: a call in its fastest setting, and what is counted of it."""
 
     network: nn.Module
     setting: str
-    turn: Turn
+    call: Call
 
     def counted(self, bench: Bench) -> dict[str, int]:
         """Parameters and peak memory; its FLOPs are counted by `count_flops`."""
-        state = self.turn.prepare(0)
+        state = self.call.prepare(0)
         return {
-            "peak_bytes": bench.machine.peak_bytes(lambda: self.turn.run(state)),
+            "peak_bytes": bench.machine.peak_bytes(lambda: self.call.run(state)),
             "parameters": sum(p.numel() for p in self.network.parameters()),
         }
 
@@ -113,20 +147,20 @@ class Contender:
 def contend(
     network: nn.Module,
     inputs: list[Tensor],
-    turn: Callable[[Callable[..., Any], list[Tensor]], Turn],
+    make: Callable[[Callable[..., Any], list[Tensor]], Call],
     bench: Bench,
     compile_too: bool = True,
 ) -> Contender:
     """The network in whichever of SETTINGS is the fastest here, by a trial of a few calls.
 
-    `turn` makes a turn of the network, ready to be called, and inputs laid out as the setting says.
+    `make` makes a call of the network, compiled or not, and inputs laid out as the setting says.
     """
 
-    def ready(setting: str) -> Turn:
+    def ready(setting: str) -> Call:
         memory_format, compiled = SETTINGS[setting]
         network.to(memory_format=memory_format)
-        call = torch.compile(network, dynamic=False) if compiled else network
-        return turn(call, [x.contiguous(memory_format=memory_format) for x in inputs])
+        ready_network = torch.compile(network, dynamic=False) if compiled else network
+        return make(ready_network, [x.contiguous(memory_format=memory_format) for x in inputs])
 
     def trial(setting: str) -> Callable[[], Any]:
         own = ready(setting)

@@ -19,7 +19,7 @@ STRIDE = 32  # of the deepest features that one of them takes
 
 
 class Padded(nn.Module):
-    """A network that wants sizes that are multiples of 32, for any: it sees 0, the mean colour, on
+    """A network that wants sizes that are multiples of 32, for any: it sees 0, the mean color, on
     the right and at the bottom, and those logits are cut off.
 
     ``encoder`` is the network's, so that it gets the backbone's learning rate.

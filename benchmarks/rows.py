@@ -1,7 +1,7 @@
-"""Rows of results: CSV files that only measurements write, a file for each question.
+"""Rows of results: CSV files that only measurements write, a file for each benchmark.
 
-A row is one rival in one figure, or one training run. It carries where it is from: the run (UTC
-time of its start), command, commit, device and versions. Numbers are SI: seconds, bytes, FLOPs.
+A row is one baseline in one case, or one training run. It names its run, a row of runs.csv: when it
+began (UTC), the command, commit, device and versions. Numbers are SI: seconds, bytes, FLOPs.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import datetime
 import hashlib
+import itertools
 import os
 import platform
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from filelock import FileLock
 
 import mfops
 from benchmarks.machine import Machine, backends, extension, output
+from benchmarks.schema import Benchmark
 from mfnet.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +33,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
 
 PROVENANCE = ("run", "commit", "environment", "command", "device", "threads", "versions", "built")
-# `late`: how many of the figure's calls, all rivals', were not queued when a GPU came to them.
-TIMES = ("rounds", "median_s", "q1_s", "q3_s", "late")
-# Libraries whose version can move a figure.
+RUNS = "runs.csv"
+# Libraries whose version can move a time.
 LIBRARIES = (
     "torch",
     "torchvision",
@@ -53,32 +53,11 @@ VARIABLES = (
 )
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a file of rows answers.
-
-    `figure` names the columns that say what is compared (rows with equal ones stand side by side),
-    `measures` what is measured beside the time. Ratios are over each of `bases`.
-    """
-
-    name: str
-    figure: tuple[str, ...]
-    measures: tuple[str, ...] = ()
-    bases: tuple[str, ...] = ()
-    timed: bool = True
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        over = tuple(f"over_{base}" for base in self.bases)
-        timed = (*TIMES, *over) if self.timed else ()
-        return (*self.figure, "rival", "setting", *timed, *self.measures, "skipped", *PROVENANCE)
-
-
-def read(path: Path) -> list[Row]:
+def read(path: Path, key: str = "baseline") -> list[Row]:
     """The rows of a file, none where there is no file.
 
     Raises:
-        ValueError: the file is not one of rows, or a row is not whole.
+        ValueError: the file has no column `key`, or a row is not whole.
     """
     if not path.is_file():
         return []
@@ -89,41 +68,64 @@ def read(path: Path) -> list[Row]:
             rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    if "rival" not in header:
-        raise ValueError(f"{path}: expected a header with a column 'rival'")
+    if key not in header:
+        raise ValueError(f"{path}: expected a header with a column '{key}'")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise ValueError(f"{path}, row {number}: expected {len(header)} cells")
     return rows
 
 
-def append(question: Question, folder: Path, new: Iterable[Mapping[str, Any]]) -> Path:
-    """Adds rows to the question's file: all of them, or none where it is stopped.
+def append(benchmark: Benchmark, folder: Path, new: Iterable[Mapping[str, Any]]) -> Path:
+    """Adds rows to the benchmark's file: all of them, or none where it is stopped.
 
     Columns that the file does not have yet are empty in its older rows; none is ever lost.
 
     Raises:
-        ValueError: a row has a column that the question does not name.
+        ValueError: a row has a column that the benchmark does not name.
     """
-    path = folder / f"{question.name}.csv"
+    path = folder / f"{benchmark.name}.csv"
     new = [{name: _text(value) for name, value in row.items()} for row in new]
     for row in new:
-        unknown = [name for name in row if name not in question.columns]
+        unknown = [name for name in row if name not in benchmark.columns]
         if unknown:
-            raise ValueError(f"{question.name}: no such columns: {', '.join(unknown)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        FileLock(_lock_of(path)),  # several processes may train side by side
-        written_whole(path) as partial,
-        partial.open("w", newline="", encoding="utf-8") as file,
-    ):
-        old = read(path)
-        kept = (c for c in (old[0] if old else ()) if c not in question.columns)
-        header = [*question.columns, *kept]
-        writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*old, *new])
+            raise ValueError(f"{benchmark.name}: no such columns: {', '.join(unknown)}")
+    with _locked(path):
+        _write(path, benchmark.columns, [*read(path), *new])
     return path
+
+
+def add_run(folder: Path, provenance: Mapping[str, str]) -> str:
+    """The id of a run in the folder's runs.csv, where it is added unless it is there.
+
+    An id is the time of its start, and a number where another run began in that second.
+    """
+    path, start = folder / RUNS, provenance["run"]
+    with _locked(path):
+        known = {row["run"]: row for row in read(path, "run")}
+        ids = itertools.chain([start], (f"{start}-{count}" for count in itertools.count(2)))
+        for run in ids:
+            own = dict.fromkeys(PROVENANCE, "") | provenance | {"run": run}
+            if run not in known:
+                _write(path, PROVENANCE, [*known.values(), own])
+                return run
+            if known[run] == own:
+                return run
+    raise AssertionError("ids do not end")
+
+
+def _write(path: Path, columns: Iterable[str], rows: list[Row]) -> None:
+    kept = (column for column in (rows[0] if rows else ()) if column not in columns)
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*columns, *kept], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _locked(path: Path) -> FileLock:
+    """Several processes may train side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(_lock_of(path))
 
 
 def _lock_of(path: Path) -> Path:
@@ -136,29 +138,6 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def number(row: Mapping[str, str], column: str) -> float | None:
-    """A cell's number, None where it is empty or there is no such column."""
-    text = row.get(column, "")
-    return float(text) if text else None
-
-
-def figures(rows: Iterable[Row], question: Question) -> dict[tuple[str, ...], list[Row]]:
-    """Rows that stand side by side, by figure: those of the newest run that measured any of it.
-
-    Runs in another environment (see VARIABLES) are other figures: its settings come last in a key.
-    """
-    found: dict[tuple[str, ...], dict[str, list[Row]]] = {}
-    for row in rows:
-        key = (*(row[column] for column in question.figure), row["environment"])
-        found.setdefault(key, {}).setdefault(row["run"], []).append(row)
-
-    def newest(runs: dict[str, list[Row]]) -> list[Row]:
-        measured = [run for run, rows in runs.items() if not all(row["skipped"] for row in rows)]
-        return runs[max(measured or runs)]
-
-    return {key: newest(runs) for key, runs in found.items()}
 
 
 def environment() -> str:
@@ -203,7 +182,7 @@ def commit() -> str:
 
 
 def versions() -> str:
-    """Versions of what can move a figure, without what is not installed."""
+    """Versions of what can move a time, without what is not installed."""
     found = [f"Python {platform.python_version()}", f"mfops {mfops.__version__}"]
     for name in LIBRARIES:
         try:
@@ -214,7 +193,7 @@ def versions() -> str:
 
 
 def provenance(machine: Machine) -> dict[str, str]:
-    """Where a row is from."""
+    """Where rows are from: a row of runs.csv."""
     now = datetime.datetime.now(datetime.UTC)
     return {
         "run": now.strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -1,4 +1,4 @@
-"""What the questions about training share: mfnet's own trainer, set up by its command line."""
+"""What the benchmarks about training share: mfnet's own trainer, set up by its command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from benchmarks.networks import SMP_NETWORKS, smp
-from benchmarks.questions import VARIANT
+from benchmarks.schema import VARIANT
 from benchmarks.variants import VARIANTS, variant
 from mfnet.backbone import HIGH_STRIDE
 from mfnet.contexts import CONTEXTS

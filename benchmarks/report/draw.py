@@ -1,4 +1,4 @@
-"""Drawing, from data that knows nothing of rows: points with names, bars, a roofline."""
+"""Drawing, from panels of plain data: points with names, bars, a roofline."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from benchmarks.kernels import FORWARD
-from benchmarks.questions import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, TRITON
-from benchmarks.report import load
+from benchmarks.report import data
+from benchmarks.schema import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, TRITON
 
-Content = dict[str, Any]
+Panel = dict[str, Any]
 
 WIDTH, DPI = 8.0, 120
-# Okabe and Ito's colours, told apart with any eyes. Ours are always the first.
+# Okabe and Ito's colors, told apart with any eyes. Ours are always the first.
 VERMILION, BLUE, GREEN, ORANGE, SKY, PURPLE = (
     "#D55E00",
     "#0072B2",
@@ -30,7 +30,7 @@ VERMILION, BLUE, GREEN, ORANGE, SKY, PURPLE = (
     "#56B4E9",
     "#CC79A7",
 )
-GREY, LIGHT = "#767676", "#C8C8C8"
+GRAY, LIGHT = "#767676", "#C8C8C8"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -42,7 +42,7 @@ STYLE = {
     "grid.color": "#E4E4E4",
     "legend.frameon": False,
 }
-RIVALS = {  # marker and colour
+BASELINES = {  # marker and color
     NATIVE: ("D", VERMILION),
     TRITON: ("D", PURPLE),
     COMPILE: ("s", GREEN),
@@ -57,24 +57,23 @@ def _canvas(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def scatter(content: Content) -> Figure:
+def scatter(panels: list[Panel]) -> Figure:
     """Panels of points with their names; in some a line joins those that no other beats."""
-    panels = content["panels"]
     rows = math.ceil(len(panels) / 2)
     figure, every = _canvas(rows, 2, 3.5 * rows + 0.3)
     for axes, panel in zip(every, panels, strict=False):
         axes.plot(
             *zip(*panel["line"], strict=True) if panel["line"] else ([], []),
-            color=GREY,
+            color=GRAY,
             linewidth=1,
         )
         for p in panel["points"]:
-            colour = VERMILION if p["ours"] else BLUE
+            color = VERMILION if p["ours"] else BLUE
             if p["sd"]:
-                axes.errorbar(p["x"], p["y"], p["sd"], color=colour, capsize=3, linewidth=1)
-            face = "white" if p["hollow"] else colour
+                axes.errorbar(p["x"], p["y"], p["sd"], color=color, capsize=3, linewidth=1)
+            face = "white" if p["hollow"] else color
             marker = "D" if p["ours"] else "o"
-            axes.plot(p["x"], p["y"], marker, color=colour, markerfacecolor=face, zorder=3)
+            axes.plot(p["x"], p["y"], marker, color=color, markerfacecolor=face, zorder=3)
         axes.set(title=textwrap.fill(panel["title"], 46), xlabel=panel["x"], ylabel=panel["y"])
         axes.margins(0.18, 0.16)
         if panel["log"]:
@@ -102,17 +101,17 @@ PLACES = [
 
 
 # From a name that stands further off to its point.
-LEADER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+LEADER = {"arrowstyle": "-", "color": GRAY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 
 
-def _name_points(axes: Axes, points: list[Content], line: list[tuple[float, float]]) -> None:
+def _name_points(axes: Axes, points: list[Panel], line: list[tuple[float, float]]) -> None:
     """Each name at the first place around its point where nothing else is, or the least."""
 
     def pixels(x: float, y: float) -> tuple[float, float]:
         return tuple(axes.transData.transform((x, y)))
 
-    centres = [pixels(p["x"], p["y"]) for p in points]
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres]
+    centers = [pixels(p["x"], p["y"]) for p in points]
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centers]
     for p in points:
         ends = [pixels(p["x"], p["y"] + sign * p["sd"]) for sign in (-1, 1)]
         taken.append(Bbox(ends).padded(3))
@@ -154,18 +153,18 @@ def _name_points(axes: Axes, points: list[Content], line: list[tuple[float, floa
             ).set_in_layout(False)
 
 
-def bars(content: Content) -> Figure:
-    names = content["names"]
-    figure, every = _canvas(1, len(content["panels"]), 1.3 + 0.3 * len(names), sharey=True)
-    colours = [VERMILION if ours else BLUE for ours in content["ours"]]
-    for axes, panel in zip(every, content["panels"], strict=True):
+def bars(panels: list[Panel]) -> Figure:
+    names = panels[0]["names"]
+    figure, every = _canvas(1, len(panels), 1.3 + 0.3 * len(names), sharey=True)
+    colors = [VERMILION if ours else BLUE for ours in panels[0]["ours"]]
+    for axes, panel in zip(every, panels, strict=True):
         values = panel["values"]
-        bars = axes.barh(range(len(names)), values, color=colours, height=0.65)
+        bars = axes.barh(range(len(names)), values, color=colors, height=0.65)
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # not through a number
         axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=3, fontsize=8, bbox=behind)
         axes.set_xlim(0, max(*values, 1 if panel["one"] else 0) * 1.32)
         if panel["one"]:
-            axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
+            axes.axvline(1, color=GRAY, linewidth=1, linestyle="--")
         axes.set_title(panel["title"])
         axes.grid(axis="y", visible=False)
         axes.locator_params(axis="x", nbins=4)
@@ -174,19 +173,18 @@ def bars(content: Content) -> Figure:
     return figure
 
 
-def stacked(content: Content) -> Figure:
-    panels = content["panels"]
+def stacked(panels: list[Panel]) -> Figure:
     bars = sum(len(panel["names"]) for panel in panels)
     height = 0.9 + 0.33 * bars + 0.75 * len(panels)
     ratios = [len(panel["names"]) + 1 for panel in panels]
     figure, every = _canvas(len(panels), 1, height, height_ratios=ratios)
-    colours = (SKY, PURPLE, GREEN, ORANGE, LIGHT)
+    colors = (SKY, PURPLE, GREEN, ORANGE, LIGHT)
     for axes, panel in zip(every, panels, strict=True):
         places = range(len(panel["names"]))
         left = [0.0] * len(places)
         totals = [sum(values) for values in zip(*panel["parts"].values(), strict=True)]
-        for colour, (part, values) in zip(colours, panel["parts"].items(), strict=True):
-            drawn = axes.barh(places, values, left=left, color=colour, height=0.65, label=part)
+        for color, (part, values) in zip(colors, panel["parts"].items(), strict=True):
+            drawn = axes.barh(places, values, left=left, color=color, height=0.65, label=part)
             shares = [value / total for value, total in zip(values, totals, strict=True)]
             words = [f"{share:.0%}" if share >= 0.06 else "" for share in shares]
             axes.bar_label(drawn, words, label_type="center", fontsize=8)
@@ -200,10 +198,9 @@ def stacked(content: Content) -> Figure:
     return figure
 
 
-def rooflines(content: Content) -> Figure:
-    panels = content["panels"]
+def rooflines(panels: list[Panel]) -> Figure:
     figure, every = _canvas(1, len(panels), 4.3)
-    shown = {p["rival"] for panel in panels for p in panel["points"]}
+    shown = {p["baseline"] for panel in panels for p in panel["points"]}
     for axes, panel in zip(every, panels, strict=True):
         copy, product = panel["ceilings"][COPY], panel["ceilings"]["matmul"]
         xs = [p["x"] for p in panel["points"]]
@@ -216,11 +213,11 @@ def rooflines(content: Content) -> Figure:
         axes.text(middle, middle * copy / 1e9, copied, fontsize=8, ha="right", va="bottom")
         most = f"matmul {product / 1e9:,.0f} GFLOP/s"
         axes.text(high, product / 1e9 * 1.05, most, fontsize=8, ha="right", va="bottom")
-        for p in sorted(panel["points"], key=lambda p: p["rival"] == NATIVE):
-            marker, colour = RIVALS[p["rival"]]
-            face = colour if p["pass"] == FORWARD else "white"
-            size = 7 if p["rival"] == NATIVE else 5
-            own = {"color": colour, "markerfacecolor": face, "markersize": size}
+        for p in sorted(panel["points"], key=lambda p: p["baseline"] == NATIVE):
+            marker, color = BASELINES[p["baseline"]]
+            face = color if p["pass"] == FORWARD else "white"
+            size = 7 if p["baseline"] == NATIVE else 5
+            own = {"color": color, "markerfacecolor": face, "markersize": size}
             axes.plot(p["x"], p["y"] / 1e9, marker, linestyle="", **own)
         axes.set(xscale="log", yscale="log", title=panel["title"])
         axes.set(xlabel="FLOPs / byte that has to move", ylabel="GFLOP/s")
@@ -230,11 +227,13 @@ def rooflines(content: Content) -> Figure:
             axis.set_major_formatter("{x:,.10g}")
             axis.set_minor_formatter(NullFormatter())
     handles = [
-        Line2D([], [], marker=RIVALS[r][0], color=RIVALS[r][1], linestyle="", label=load.name(r))
-        for r in RIVALS
+        Line2D(
+            [], [], marker=BASELINES[r][0], color=BASELINES[r][1], linestyle="", label=data.name(r)
+        )
+        for r in BASELINES
         if r in shown
     ]
-    hollow = {"color": GREY, "markerfacecolor": "white", "linestyle": ""}
+    hollow = {"color": GRAY, "markerfacecolor": "white", "linestyle": ""}
     handles.append(Line2D([], [], marker="o", **hollow, label="hollow: with backward"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure

@@ -1,293 +1,236 @@
-"""The parts of other documents that rows give, marked by "benchmarks" (marked.py)."""
+"""The parts of documents that rows give: the page, and tables with where they are from."""
 
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
+from pandas import DataFrame, Series
+
 from benchmarks.kernels import BOTH, FORWARD
-from benchmarks.questions import (
-    BEST,
-    COMPILE,
-    COPY,
-    EAGER,
-    FACTORIZERS,
-    NATIVE,
-    OP,
-    TRITON,
-)
-from benchmarks.report import load, marked
-from benchmarks.report.load import Figures, Results
-from benchmarks.report.plots import PLOTS, Picture
-from benchmarks.report.tables import (
-    CONTEXT,
+from benchmarks.report import data
+from benchmarks.report.data import RECIPE, Results, measured
+from benchmarks.report.page import (
     GFLOPS,
+    MEDIAN_MS,
     METHOD,
-    NAME,
-    OVER_NATIVE,
+    PAGE,
     PARAMETERS,
     PASS,
     PEAK,
     SHAPE,
-    Column,
+    Cell,
+    Row,
     ablation,
-    accuracy,
-    command,
+    image,
+    joined,
     label,
+    markdown,
+    mean_and_deviation,
     name,
-    of,
+    number,
+    over,
+    page,
     paper,
-    paragraph,
+    shape,
     source,
     table,
-    text,
+    wrapped,
 )
-from benchmarks.rows import Row, number
+from benchmarks.schema import BEST, COMPILE, COPY, EAGER, FACTORIZERS, LIGHT, NATIVE, OP, TRITON
 
 # Whose rows are shown where several machines have some; without it the first by name.
 PREFERRED = "amd-epyc-2-threads"
-PAGE, PICTURES = Path("docs/benchmarks.md"), Path("docs/benchmarks")
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE=1"
 
 
-def rewrite(document: Path, before: str, machines: list[Results]) -> str:
-    """The document's text with its regions as the rows give them; `document` is its path from root.
-
-    Raises:
-        ValueError: a region has no end or no beginning, or none has its name.
-    """
-    regions = {which: partial(_region, which, document, machines) for which in REGIONS}
-    return marked.rewrite(document, before, "benchmarks", regions)
-
-
-def _region(which: str, document: Path, machines: list[Results]) -> list[str]:
-    for results in sorted(machines, key=lambda r: (r.machine != PREFERRED, r.machine)):
-        if lines := REGIONS[which](results, document):
-            return lines
-    return ["No rows yet."]
-
-
-def image(picture: Picture, results: Results, plot: str, document: Path) -> str:
-    path = os.path.relpath(PICTURES / f"{results.machine}-{plot}.png", document.parent)
-    return f"![{picture.alt}]({path})"
+def op_region(results: Results, document: Path) -> str:
+    """Contiguous, shared factors; of all cases how often mfops is the fastest; huge pages."""
+    every = results.plain(OP)
+    shown = measured(what_most_call(every))
+    if shown.empty:
+        return ""
+    labels = {"dtype": label("dtype"), **SHAPE, **PASS, "op": name}
+    own = table(shown, labels, MEDIAN_MS | over(NATIVE, "mfops") | PEAK)
+    under = what_most_call(with_huge_pages(results.of(OP)))
+    ratios = {
+        f"{data.name(base)} / mfops": under[under["baseline"] == base][f"over_{NATIVE}"]
+        for base in (EAGER, COMPILE)
+    }
+    return joined(own, source(shown), all_cases(every), huge_pages(under, ratios))
 
 
-def _notes(words: Iterable[str]) -> list[str]:
-    return [line for note in words for line in ["", *paragraph(note)]]
-
-
-def _what_most_call(figures: Figures) -> list[Row]:
-    return [
-        row
-        for (_, _, layout, factors, which, _), found in figures.items()
-        if (layout, factors) == ("contiguous", "shared")
-        if which in (FORWARD, BOTH)
-        for row in found
-        if row["rival"] != COPY
+def what_most_call(found: DataFrame) -> DataFrame:
+    return found[
+        (found["layout"] == "contiguous")
+        & (found["factors"] == "shared")
+        & found["pass"].isin([FORWARD, BOTH])
+        & (found["baseline"] != COPY)
     ]
 
 
-def _op(results: Results, document: Path) -> list[str]:
-    """Contiguous, shared factors, and in a sentence the same under huge pages."""
-    found = _what_most_call(results.plain(OP))
-    if not found:
-        return []
-    measured = load.measured(found)
-    columns = [
-        label("dtype"),
-        SHAPE,
-        PASS,
-        NAME,
-        Column("ms", of("median_s", 1e3)),
-        OVER_NATIVE,
-        PEAK,
-    ]
-    notes = [f"{line}." for line in source(measured)]
-    skipped = {f"{name(row)}: {text(row['skipped'])}" for row in found if row["skipped"]}
-    notes += [f"Not measured: {why}." for why in sorted(skipped)]
-    notes += _everywhere(results.plain(OP))
-    figures = results.figures(OP)
-    under = _what_most_call(_with_huge_pages(figures))
-    if under and HUGE_PAGES not in found[0]["environment"].split():
-        ratios = {rival: [r for r in under if r["rival"] == rival] for rival in (EAGER, COMPILE)}
-        notes += _huge_pages(
-            "time / mfops",
-            {load.name(rival): (rows, f"over_{NATIVE}") for rival, rows in ratios.items()},
-        )
-    return [*table(measured, columns), *_notes(notes)]
-
-
-def _everywhere(figures: Figures) -> list[str]:
+def all_cases(found: DataFrame) -> str:
     """How often mfops is the fastest, and where it is least so: a table shows but a part."""
-    closest = {}
-    for (shape, dtype, layout, factors, which, _), found in figures.items():
-        rivals = {
-            row["rival"]: float(row[f"over_{NATIVE}"])
-            for row in load.measured(found)
-            if row["rival"] not in (NATIVE, TRITON, COPY) and row[f"over_{NATIVE}"]
-        }
-        if rivals:
-            best = min(rivals, key=rivals.__getitem__)
-            where = f"({', '.join(shape.split())}), {dtype}, {layout}, {factors} factors, {which}"
-            closest[where] = rivals[best], best
-    if not closest:
-        return []
-    ahead = sum(ratio > 1 for ratio, _ in closest.values())
-    worst = min(closest, key=closest.__getitem__)
-    ratio, rival = closest[worst]
-    return [
-        f"Of all {len(closest)} figures of the op (both layouts, shared and per-image factors, "
-        f"forward, backward, both together) mfops is the fastest in {ahead}; at worst "
-        f"{load.name(rival)} takes {ratio:.2f} of its time: {worst}."
+    others = measured(found[~found["baseline"].isin([NATIVE, TRITON, COPY])])
+    others = others.dropna(subset=f"over_{NATIVE}")
+    if others.empty:
+        return ""
+    best = others.loc[others.groupby(list(OP.case))[f"over_{NATIVE}"].idxmin()]
+    row = best.loc[best[f"over_{NATIVE}"].idxmin()].to_dict()
+    case = f"{shape(row)}, {row['dtype']}, {row['layout']}, {row['factors']} factors, {row['pass']}"
+    cells = {
+        "cases": str(len(best)),
+        "mfops is the fastest in": str((best[f"over_{NATIVE}"] > 1).sum()),
+        "at worst": f"{name(row)}, time / mfops {row[f'over_{NATIVE}']:.2f}: {case}",
+    }
+    return markdown(DataFrame([cells]), labels=3)
+
+
+def with_huge_pages(found: DataFrame) -> DataFrame:
+    return found[[HUGE_PAGES in words.split() for words in found["environment"]]]
+
+
+def huge_pages(found: DataFrame, ratios: dict[str, Series]) -> str:
+    """The range of each ratio under huge pages."""
+    lines = [
+        {f"time, {HUGE_PAGES}": title, "from": f"{own.min():.2f}", "to": f"{own.max():.2f}"}
+        for title, own in ratios.items()
+        if own.notna().any()
     ]
+    return joined(markdown(DataFrame(lines), 1), source(measured(found))) if lines else ""
 
 
-def _with_huge_pages(figures: Figures) -> Figures:
-    return {key: found for key, found in figures.items() if HUGE_PAGES in key[-1].split()}
-
-
-def _huge_pages(what: str, ratios: dict[str, tuple[list[Row], str]]) -> list[str]:
-    """The range of each ratio, a column of rows, under huge pages."""
-    ranges, from_ = [], {}
-    for title, (found, column) in ratios.items():
-        known = {ratio: row for row in found if (ratio := number(row, column)) is not None}
-        if known:
-            ranges.append(f"{title} {min(known):.2f} to {max(known):.2f}")
-        for row in known.values():
-            from_[f"`{command(row)}`, commit {row['commit']}, {row['run'][:10]}"] = None
-    if not ranges:
-        return []
-    return [
-        "Where torch asks for huge pages for all of its memory, as mfops does for its outputs, "
-        f"{what} is: {'; '.join(ranges)} ({'; '.join(from_)})."
-    ]
-
-
-def _factorizers(results: Results, document: Path) -> list[str]:
-    """A line of ours for each figure: time and memory over rivals', the medians of all its runs."""
+def factorizer_region(results: Results, document: Path) -> str:
+    """Our line of each case: time and memory over baselines', medians of all its runs."""
     bases = {"published": EAGER, "its best": BEST, "torch.compile": COMPILE}
-    figures, earlier = results.plain(FACTORIZERS), results.earlier(FACTORIZERS)
-    found, runs = [], 1
-    for key, rows in figures.items():
-        ours = next((row for row in load.measured(rows) if row["rival"] in (NATIVE, TRITON)), None)
-        row = ours or next((row for row in rows if row["rival"] == NATIVE), None)
-        if row is None:
-            continue
-        every = [*rows, *earlier[key]]
-        own = [r for r in every if r["rival"] == row["rival"] and not r["skipped"]]
-        runs = max(runs, len(own))
-        times = {f"over_{base}": _typical(number(r, f"over_{base}") for r in own)
-                 for base in bases.values()}  # fmt: skip
-        peaks = {f"peak/{base}": _typical(_peak_ratio(every, r, base) for r in own)
-                 for base in bases.values()}  # fmt: skip
-        found.append({**row, **times, **peaks})
-    if not found:
-        return []
-    columns = [SHAPE, label("dtype"), label("layout"), METHOD, PASS, NAME]
-    columns.append(Column("ms", of("median_s", 1e3)))
-    for what, column in (("time", "over_"), ("peak", "peak/")):
-        columns += [
-            Column(f"{what} / {title}", lambda row, cell=f"{column}{base}": row[cell])
-            for title, base in bases.items()
-        ]
-        if what == "time":
-            columns.append(PEAK)
-    notes = [
-        f"{line}." for line in source([r for rows in figures.values() for r in load.measured(rows)])
-    ]
-    if runs > 1:
-        notes.insert(0, f"Ratios: the median of up to {runs} runs, each a process, and its range.")
-    under = [row for rows in _with_huge_pages(results.figures(FACTORIZERS)).values()
-             for row in load.measured(rows) if row["rival"] == NATIVE]  # fmt: skip
-    notes += _huge_pages(
-        "mfops's time", {f"over {t}": (under, f"over_{base}") for t, base in bases.items()}
+    newest, every = results.plain(FACTORIZERS), results.runs(FACTORIZERS)
+    if newest.empty:
+        return ""
+    case = list(FACTORIZERS.case)
+    ours = newest[newest["baseline"].isin([NATIVE, TRITON])]
+    ours = ours.assign(first=ours["skipped"] != "").sort_values("first", kind="stable")
+    ours = ours.drop_duplicates(case).sort_index()
+    peaks = every[[*case, "run", "baseline", "peak_bytes"]]
+    runs = ours[[*case, "baseline"]].merge(measured(every), on=[*case, "baseline"])
+    for base in bases.values():
+        of_base = peaks[peaks["baseline"] == base].drop(columns="baseline")
+        runs = runs.merge(of_base, "left", [*case, "run"], suffixes=("", f"_{base}"))
+        runs[f"peak/{base}"] = runs["peak_bytes"] / runs[f"peak_bytes_{base}"]
+    columns = [f"{what}{base}" for what in ("over_", "peak/") for base in bases.values()]
+    typical = runs.groupby(case, sort=False)[columns].agg(median_and_range).reset_index()
+    found = ours.drop(columns=columns, errors="ignore").merge(typical, "left", on=case)
+    labels = {**SHAPE, "dtype": label("dtype"), "layout": label("layout"), **METHOD, **PASS}
+    numbers = MEDIAN_MS | {f"time / {t}": label(f"over_{base}") for t, base in bases.items()}
+    numbers |= PEAK | {f"peak / {t}": label(f"peak/{base}") for t, base in bases.items()}
+    under = with_huge_pages(results.of(FACTORIZERS))
+    under = under[under["baseline"] == NATIVE]
+    ratios = {f"mfops / {title}": under[f"over_{base}"] for title, base in bases.items()}
+    return joined(
+        table(found, labels | {"op": name}, numbers),
+        source(measured(newest)),
+        huge_pages(under, ratios),
     )
-    return [*table(found, columns), *_notes(notes)]
 
 
-def _typical(ratios: Iterable[float | None]) -> str:
+def median_and_range(ratios: Series) -> str:
     """The median and, of several, the range."""
-    known = [ratio for ratio in ratios if ratio is not None]
-    if not known:
-        return "-"
-    spread = f" ({min(known):.2f} to {max(known):.2f})" if known[1:] else ""
-    return f"{statistics.median(known):.2f}{spread}"
+    known = ratios.dropna()
+    spread = f" ({known.min():.2f} to {known.max():.2f})" if len(known) > 1 else ""
+    return f"{known.median():.2f}{spread}" if len(known) else "-"
 
 
-def _peak_ratio(every: Iterable[Row], own: Row, base: str) -> float | None:
-    """A row's peak memory over the base's in the same run."""
-    of_base = next((r for r in every if (r["rival"], r["run"]) == (base, own["run"])), {})
-    peak, whole = number(own, "peak_bytes"), number(of_base, "peak_bytes")
-    return None if peak is None or not whole else peak / whole
-
-
-def _contexts(results: Results, document: Path) -> list[str]:
+def context_region(results: Results, document: Path) -> str:
     """A line for each context, at the size that comes first, with the ratios of both passes."""
-    ratios = [(which, base) for which in (FORWARD, BOTH) for base in ("aspp", "em")]
-    found = []
-    for size, passes in list(load.context_passes(results).items())[:1]:
-        for rival, row in passes[FORWARD].items():
-            over = {f"{w}/{b}": passes[w].get(rival, {}).get(f"over_{b}", "") for w, b in ratios}
-            found.append({**row, "size": size, **over})
-    if not found:
-        return []
-    columns = [label("size"), CONTEXT, PARAMETERS, Column("GFLOPs, forward", GFLOPS.cell)]
-    columns += [
-        Column(f"{which}: time / {load.name(base)}", of(f"{which}/{base}", form=".2f"))
-        for which, base in ratios
-    ]
-    lines = table(found, columns)
-    return [*lines, *_notes(f"{line}." for line in source(found))]
+    found = data.context_passes(results)
+    found = found[found["size"] == found["size"].iloc[0]] if len(found) else found
+    labels = {"size": label("size"), "context": name}
+    numbers = {"parameters": PARAMETERS, "GFLOPs, forward": GFLOPS}
+    for which in (FORWARD, BOTH):
+        for base in ("aspp", "em"):
+            title = f"{which}: time / {data.name(base)}"
+            numbers[title] = number(f"{which}/{base}", form=".2f")
+    return joined(table(found, labels, numbers), source(found))
 
 
-def _accuracy(results: Results, document: Path) -> list[str]:
-    lines = accuracy(results, least=2)
-    picture = PLOTS["pareto"](results)
-    if lines and isinstance(picture, Picture):
-        lines += ["", image(picture, results, "pareto", document)]
-    return _trained(lines, document)
+def paper_region(results: Results, document: Path) -> str:
+    return joined(paper(results), source(data.paper_counts(results)))
 
 
-def _ablation(results: Results, document: Path) -> list[str]:
-    return _trained(ablation(results), document)
+DATA_SETS = {"camvid": "CamVid", "voc_animals": "VOC animals"}
 
 
-def _trained(lines: list[str], document: Path) -> list[str]:
-    if not lines:
-        return []
-    page = os.path.relpath(PAGE, document.parent)
-    what = (
-        "Mean and standard deviation over the seeds, last epoch; ms: forward, batch 1. Every run's "
-        f"machine, commit and command: [{PAGE}]({page})."
+def accuracy_region(results: Results, document: Path) -> str:
+    """The picture, and one table of all data sets, of each the recipe with the most networks."""
+    chosen: dict[str, DataFrame] = {}
+    every = data.networks(data.scores(results))
+    for key in data.recipe_titles(results):
+        own = data.of_recipe(every, key)
+        if len(own) > max(1, len(chosen.get(key[0], ()))):
+            chosen[key[0]] = own
+    if not chosen:
+        return ""
+    first = next(iter(chosen))
+    found = pd.concat(chosen.values()).drop_duplicates("baseline")
+    costs = ["parameters", "flops", f"over_{LIGHT}"]
+    found[costs] = found[costs].where(found["data"] == first)  # of one size of images
+    size = " x ".join(chosen[first]["size"].iloc[0].split("x"))
+    numbers = {
+        "parameters": PARAMETERS,
+        f"GFLOPs ({data_set(first)}, {size})": GFLOPS,
+        **over(LIGHT),
+    }
+    for which, own in chosen.items():
+        by_network = own.set_index("baseline").to_dict("index")
+        numbers[f"{data_set(which)} mIoU, mean (sd), runs"] = mean_over_runs(by_network)
+    titles = data.recipe_titles(results)
+    recipes = [titles[tuple(own[RECIPE].iloc[0])] for own in chosen.values()]
+    return joined(
+        image(results, "pareto", document),
+        table(found, {"network": name}, numbers),
+        wrapped(f"{'; '.join(recipes)}; last epoch; time: forward, batch 1. {trained(document)}"),
     )
-    return [*lines, *_notes([what])]
 
 
-def _paper(results: Results, document: Path) -> list[str]:
-    lines = paper(results)
-    rows = load.paper_counts(results).values()
-    return [*lines, *_notes(f"{line}." for line in source(rows))]
+def data_set(folder: str) -> str:
+    return DATA_SETS.get(folder, folder)
 
 
-def _pictures(results: Results, document: Path) -> list[str]:
-    """What contexts cost."""
-    picture = PLOTS["contexts"](results)
-    if not isinstance(picture, Picture):
-        return []
-    page = os.path.relpath(PAGE, document.parent)
-    where = f"All tables and plots, and where they are from: [{PAGE}]({page})."
-    return [image(picture, results, "contexts", document), "", where]
+def mean_over_runs(by_network: dict[str, Row]) -> Cell:
+    def cell(row: Row) -> str:
+        own = by_network.get(row["baseline"])
+        return f"{mean_and_deviation('mIoU')(own)}, {own['runs']}" if own else "-"
+
+    return cell
 
 
-REGIONS: dict[str, Callable[[Results, Path], list[str]]] = {
-    "op": _op,
-    "factorizers": _factorizers,
-    "contexts": _contexts,
-    "paper": _paper,
-    "accuracy": _accuracy,
-    "ablation": _ablation,
-    "pictures": _pictures,
+def trained(document: Path) -> str:
+    """Where training runs are from."""
+    link = f"[{PAGE}]({os.path.relpath(PAGE, document.parent)})"
+    return f"Every run's machine, commit and command: {link}."
+
+
+def ablation_region(results: Results, document: Path) -> str:
+    tables = ablation(results)
+    return joined(tables, wrapped(trained(document))) if tables else ""
+
+
+REGIONS: dict[str, Callable[[Results, Path], str]] = {
+    "op": op_region,
+    "factorizers": factorizer_region,
+    "contexts": context_region,
+    "paper": paper_region,
+    "accuracy": accuracy_region,
+    "ablation": ablation_region,
 }
+
+
+def region(which: str, document: Path, machines: list[Results]) -> list[str]:
+    """The page, or a region's rows of the first machine that has some."""
+    if which == "page":
+        return page(machines).splitlines()
+    for results in sorted(machines, key=lambda r: (r.machine != PREFERRED, r.machine)):
+        if words := REGIONS[which](results, document):
+            return words.splitlines()
+    return ["No rows yet."]

@@ -1,4 +1,4 @@
-"""Made-up rows of every question, for tests of what is written from them."""
+"""Made-up rows of every benchmark, for tests of what is written from them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_factorizers, rows
-from benchmarks.bench_op import Case
-from benchmarks.kernels import BOTH, FORWARD, LAYOUTS, PASSES
-from benchmarks.kernels import Figure as KernelFigure
-from benchmarks.questions import (
+from benchmarks.bench_op import Problem
+from benchmarks.kernels import BOTH, FORWARD, LAYOUTS, PASSES, Case
+from benchmarks.schema import (
     ACCURACY,
     ACCURACY_COST,
     ATTENTION,
@@ -30,6 +29,7 @@ from benchmarks.questions import (
     SDPA,
     TRAINING,
     TRITON,
+    Benchmark,
 )
 
 CPU, GPU = "a-cpu-2-threads", "a-gpu"
@@ -46,6 +46,19 @@ RUN = {
 }
 
 
+def append(benchmark: Benchmark, folder: Path, new: list[dict[str, Any]]) -> Path:
+    """Appends rows, and the runs that they are of."""
+    runs: dict[tuple[str, ...], str] = {}
+    own = []
+    for row in new:
+        of = {column: row.get(column, "") for column in rows.PROVENANCE}
+        key = tuple(of.values())
+        runs[key] = runs.get(key) or rows.add_run(folder, of)
+        rest = {column: value for column, value in row.items() if column not in of}
+        own.append(rest | {"run": runs[key]})
+    return rows.append(benchmark, folder, own)
+
+
 def timed(seconds: float, **over: float) -> dict[str, Any]:
     """A time with quartiles 10 % below and above, and ratios over bases."""
     return {
@@ -58,33 +71,33 @@ def timed(seconds: float, **over: float) -> dict[str, Any]:
     }
 
 
-def figure(
-    question: rows.Question, columns: dict[str, Any], seconds: dict[str, float], **run: Any
+def case(
+    benchmark: Benchmark, columns: dict[str, Any], seconds: dict[str, float], **run: Any
 ) -> list[dict[str, Any]]:
-    """The rows of rivals that take so many seconds."""
+    """The rows of baselines that take so many seconds."""
     return [
         {
             **RUN,
             **columns,
-            "rival": rival,
-            **timed(own, **{b: own / seconds[b] for b in question.bases if b in seconds}),
+            "baseline": baseline,
+            **timed(own, **{b: own / seconds[b] for b in benchmark.bases if b in seconds}),
             **run,
         }
-        for rival, own in seconds.items()
+        for baseline, own in seconds.items()
     ]
 
 
-def op_figure(
-    case: Case, which: str, seconds: dict[str, float], **more: Any
+def op_case(
+    problem: Problem, which: str, seconds: dict[str, float], **more: Any
 ) -> list[dict[str, Any]]:
-    """Rivals' extra memory is a tenth of X, ours a thousandth."""
-    x, floor = case.x_bytes(), case.floor_bytes(which)
-    flops = 2 * case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
-    found = figure(OP, KernelFigure(case, which).columns(), seconds)
+    """Baselines' extra memory is a tenth of X, ours a thousandth."""
+    x, floor = problem.x_bytes(), problem.floor_bytes(which)
+    flops = 2 * problem.shape[0] * problem.shape[1] * problem.shape[2] * problem.shape[3]
+    found = case(OP, Case(problem, which).columns(), seconds)
     for row in found:
         row |= {"x_bytes": x, "floor_bytes": floor, **more}
-        if row["rival"] != COPY:
-            ours = row["rival"] == NATIVE
+        if row["baseline"] != COPY:
+            ours = row["baseline"] == NATIVE
             row |= {"flops": flops * (1 if which == FORWARD else 3), "peak_bytes": 2 * x}
             row |= {"extra_bytes": x // (1000 if ours else 10)}
             row |= {"moved_bytes": floor if ours else 3 * floor}
@@ -96,12 +109,12 @@ def op(dtype: str = "float32", shapes: tuple = (SHAPE,), **more: Any) -> list[di
     for shape in shapes:
         for layout in LAYOUTS:
             for factors in ("per image", "shared"):
-                case = Case(shape, dtype, layout, factors)
+                problem = Problem(shape, dtype, layout, factors)
                 for place, which in enumerate(PASSES, start=1):
                     seconds = {NATIVE: 0.007, EAGER: 0.035, BEST: 0.014, COMPILE: 0.0105}
                     seconds = {k: place * v for k, v in (seconds | {COPY: 0.0056}).items()}
-                    found += op_figure(case, which, seconds, **more)
-                    skip = KernelFigure(case, which).columns() | {"rival": TRITON, **RUN, **more}
+                    found += op_case(problem, which, seconds, **more)
+                    skip = Case(problem, which).columns() | {"baseline": TRITON, **RUN, **more}
                     found.append(skip | {"skipped": "backend 'triton' cannot run this call"})
     return found
 
@@ -117,22 +130,27 @@ def factorizers(
     for shape in shapes:
         for layout in LAYOUTS:
             for method, passes in bench_factorizers.PASSES.items():
-                case = bench_factorizers.Case(shape, dtype, layout, method)
+                problem = bench_factorizers.Problem(shape, dtype, layout, method)
                 for place, which in enumerate(passes, start=1):
-                    columns = KernelFigure(case, which).columns()
+                    columns = Case(problem, which).columns()
                     seconds = {EAGER: 0.1, BEST: 0.08, COMPILE: 0.05, COPY: 0.004}
                     seconds = ({} if ours is None else {NATIVE: ours}) | seconds
-                    seconds = {rival: place * own for rival, own in seconds.items()}
-                    for row in figure(FACTORIZERS, columns, seconds):
-                        row |= {"x_bytes": case.x_bytes(), "floor_bytes": case.floor_bytes(which)}
-                        if row["rival"] != COPY:
-                            sparing = row["rival"] == NATIVE
-                            row |= {"peak_bytes": case.x_bytes() * (1 if sparing else 2 * place)}
-                            row |= {"extra_bytes": 1000, "moved_bytes": case.floor_bytes(which)}
+                    seconds = {baseline: place * own for baseline, own in seconds.items()}
+                    for row in case(FACTORIZERS, columns, seconds):
+                        row |= {
+                            "x_bytes": problem.x_bytes(),
+                            "floor_bytes": problem.floor_bytes(which),
+                        }
+                        if row["baseline"] != COPY:
+                            sparing = row["baseline"] == NATIVE
+                            row |= {"peak_bytes": problem.x_bytes() * (1 if sparing else 2 * place)}
+                            row |= {"extra_bytes": 1000, "moved_bytes": problem.floor_bytes(which)}
                         found.append(row | more)
-                    for rival in (TRITON,) if ours else (NATIVE, TRITON):
-                        why = f"backend '{rival.split()[1]}' cannot run this call: no kernels"
-                        found.append({**RUN, **columns, "rival": rival, "skipped": why} | more)
+                    for baseline in (TRITON,) if ours else (NATIVE, TRITON):
+                        why = f"backend '{baseline.split()[1]}' cannot run this call: no kernels"
+                        found.append(
+                            {**RUN, **columns, "baseline": baseline, "skipped": why} | more
+                        )
     return found
 
 
@@ -169,8 +187,8 @@ def contexts() -> list[dict[str, Any]]:
             columns |= {"batch": 1, "dtype": "float32", "pass": which}
             scale = (side / 33) ** 2 * (1 if which == FORWARD else 3)
             seconds = {name: scale * cost[0] for name, cost in CONTEXT_COSTS.items()}
-            for row in figure(CONTEXTS, columns, seconds, setting="channels_last"):
-                _, parameters, flops = CONTEXT_COSTS[row["rival"]]
+            for row in case(CONTEXTS, columns, seconds, setting="channels_last"):
+                _, parameters, flops = CONTEXT_COSTS[row["baseline"]]
                 row |= {"parameters": parameters, "flops": round(flops * scale)}
                 found.append(row | {"peak_bytes": 2**24})
     return found
@@ -183,11 +201,11 @@ def models() -> list[dict[str, Any]]:
         columns |= {"dtype": "float32", "pass": which}
         scale = 1 if which == "inference" else 6
         seconds = {name: scale * cost[0] for name, cost in NETWORK_COSTS.items()}
-        for row in figure(MODELS, columns, seconds, setting="channels_last", input="513x513"):
-            _, parameters, flops = NETWORK_COSTS[row["rival"]]
+        for row in case(MODELS, columns, seconds, setting="channels_last", input="513x513"):
+            _, parameters, flops = NETWORK_COSTS[row["baseline"]]
             row |= {"images_per_s": batch / row["median_s"], "peak_bytes": 2**29}
             found.append(row | {"parameters": parameters, "flops": round(flops)})
-        skip = {**RUN, **columns, "rival": "smp UPerNet"}
+        skip = {**RUN, **columns, "baseline": "smp UPerNet"}
         found.append(skip | {"skipped": "segmentation_models_pytorch not installed"})
     return found
 
@@ -195,14 +213,14 @@ def models() -> list[dict[str, Any]]:
 def backends() -> list[dict[str, Any]]:
     columns = {"backbone": "resnet50", "size": "513x513", "batch": 1, "dtype": "bfloat16 autocast"}
     columns |= {"pass": "inference", "network": "emanet"}
-    return figure(BACKENDS, columns, {MFOPS: 0.2, REFERENCE: 0.3}, setting="contiguous")
+    return case(BACKENDS, columns, {MFOPS: 0.2, REFERENCE: 0.3}, setting="contiguous")
 
 
 def training() -> list[dict[str, Any]]:
     columns = {"data": "camvid", "backbone": "resnet18", "size": "360x480", "batch": 8}
     columns |= {"precision": "32-true", "workers": 1}
     found = []
-    for row in figure(TRAINING, columns, {"mfnet": 1.0, "deeplabv3plus": 1.6, "emanet": 0.8}):
+    for row in case(TRAINING, columns, {"mfnet": 1.0, "deeplabv3plus": 1.6, "emanet": 0.8}):
         step = row["median_s"]
         parts = {"loader": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.08, "other": 0.02}
         found.append(
@@ -217,12 +235,17 @@ def accuracy(**flags: str) -> list[dict[str, Any]]:
         {
             **RUN,
             **columns,
-            **{"rival": rival, "seed": seed, "network": "deeplabv3plus", "backbone": "resnet18"},
+            **{
+                "baseline": baseline,
+                "seed": seed,
+                "network": "deeplabv3plus",
+                "backbone": "resnet18",
+            },
             **{"size": "360x480", "epochs": 40, "parameters": 16_000_000, "best_epoch": 38},
-            **{"flops": round(1e10 + CONTEXT_COSTS[rival][2]), "best_mIoU": miou + 0.01},
+            **{"flops": round(1e10 + CONTEXT_COSTS[baseline][2]), "best_mIoU": miou + 0.01},
             **{"mIoU": miou, "fwIoU": miou + 0.2, "accuracy": miou + 0.25},
         }
-        for rival, scores in SCORES.items()
+        for baseline, scores in SCORES.items()
         for seed, miou in enumerate(scores)
     ]
 
@@ -230,14 +253,14 @@ def accuracy(**flags: str) -> list[dict[str, Any]]:
 def accuracy_cost(**flags: str) -> list[dict[str, Any]]:
     columns = {"data": "camvid", "recipe": "camvid", "flags": "", **flags}
     columns |= {"size": "360x480", "dtype": "float32"}
-    seconds = {rival: 0.1 + cost[0] for rival, cost in CONTEXT_COSTS.items()}
-    return figure(ACCURACY_COST, columns, seconds)
+    seconds = {baseline: 0.1 + cost[0] for baseline, cost in CONTEXT_COSTS.items()}
+    return case(ACCURACY_COST, columns, seconds)
 
 
 def ceilings(*dtypes: str) -> list[dict[str, Any]]:
     found = []
     for dtype in dtypes:
-        own = figure(CEILINGS, {"dtype": dtype}, {COPY: 0.04, "matmul": 0.1})
+        own = case(CEILINGS, {"dtype": dtype}, {COPY: 0.04, "matmul": 0.1})
         found += [row | {"rate": rate} for row, rate in zip(own, (1.3e10, 1.7e11), strict=True)]
     return found
 
@@ -246,29 +269,29 @@ def host() -> list[dict[str, Any]]:
     found = []
     for mode in ("no gradients", "gradients wanted"):
         columns = {"shape": "2 64 16 100", "dtype": "float32", "mode": mode}
-        found += figure(HOST, columns, {"mfops": 2e-5, EAGER: 2.5e-5})
+        found += case(HOST, columns, {"mfops": 2e-5, EAGER: 2.5e-5})
     return found
 
 
 def attention() -> list[dict[str, Any]]:
     columns = {"operation": "gather", "shape": "8 256 32 1600", "dtype": "float32"}
     columns |= {"layout": "contiguous", "pass": FORWARD}
-    return figure(ATTENTION, columns, {MFOPS: 2e-3, SDPA: 5e-3})
+    return case(ATTENTION, columns, {MFOPS: 2e-3, SDPA: 5e-3})
 
 
 def write(results: Path) -> Path:
-    """Rows of every question, from a CPU, and of the op from a GPU; returns the CPU's folder."""
+    """Rows of every benchmark, from a CPU, and of the op from a GPU; returns the CPU's folder."""
     cpu, gpu = results / CPU, results / GPU
-    rows.append(CEILINGS, cpu, ceilings("float32"))
-    rows.append(OP, cpu, op())
-    rows.append(FACTORIZERS, cpu, factorizers())
-    rows.append(HOST, cpu, host())
-    rows.append(ATTENTION, cpu, attention())
-    rows.append(CONTEXTS, cpu, contexts())
-    rows.append(MODELS, cpu, models())
-    rows.append(BACKENDS, cpu, backends())
-    rows.append(TRAINING, cpu, training())
-    rows.append(ACCURACY, cpu, accuracy())
-    rows.append(ACCURACY_COST, cpu, accuracy_cost())
-    rows.append(OP, gpu, op("bfloat16", device="A GPU, 80 GiB"))
+    append(CEILINGS, cpu, ceilings("float32"))
+    append(OP, cpu, op())
+    append(FACTORIZERS, cpu, factorizers())
+    append(HOST, cpu, host())
+    append(ATTENTION, cpu, attention())
+    append(CONTEXTS, cpu, contexts())
+    append(MODELS, cpu, models())
+    append(BACKENDS, cpu, backends())
+    append(TRAINING, cpu, training())
+    append(ACCURACY, cpu, accuracy())
+    append(ACCURACY_COST, cpu, accuracy_cost())
+    append(OP, gpu, op("bfloat16", device="A GPU, 80 GiB"))
     return cpu

@@ -8,9 +8,10 @@ import made_up_rows
 from made_up_rows import CPU
 
 from benchmarks.report import __main__ as report
-from benchmarks.report import load
-from benchmarks.report.load import Results
-from benchmarks.report.plots import PLOTS, Picture
+from benchmarks.report.data import Results, load
+from benchmarks.report.page import SECTIONS
+from benchmarks.report.plots import PLOTS
+from benchmarks.report.regions import REGIONS
 
 NEWER = {"run": "2026-11-25T08:00:00Z", "commit": "def5678"}
 
@@ -20,14 +21,13 @@ def region(name: str) -> str:
 
 
 def make(root: Path) -> Path:
-    """A repository with rows of every question, and with every region in both documents."""
+    """A repository with rows of every benchmark, and with every region in both documents."""
     made_up_rows.write(root / "benchmarks" / "results")
     (root / "docs").mkdir()
-    regions = "\n".join(
-        map(region, ("op", "factorizers", "contexts", "paper", "accuracy", "ablation", "pictures"))
-    )
+    regions = "\n".join(map(region, REGIONS))
     (root / "README.md").write_text(f"# Title\n\nBefore.\n\n{regions}\nAfter.\n")
-    (root / "docs" / "paper.md").write_text(region("paper") + region("pictures"))
+    (root / "docs" / "paper.md").write_text(region("paper") + region("accuracy"))
+    (root / "docs" / "benchmarks.md").write_text("# Benchmarks\n\n" + region("page"))
     return root
 
 
@@ -40,10 +40,8 @@ def folder(root: Path, machine: str = CPU) -> Path:
 
 
 def document(root: Path, name: str) -> str:
-    """A document as its rows give it, without drawing plots."""
-    found = report.wanted(root, load.load(root / "benchmarks" / "results"))[Path(name)]
-    assert isinstance(found, str)
-    return found
+    """A document as its rows give it."""
+    return report.rewritten(root, Path(name), load(root / "benchmarks" / "results"))
 
 
 def page(root: Path) -> str:
@@ -51,9 +49,9 @@ def page(root: Path) -> str:
 
 
 def section(root: Path, title: str, machine: str = CPU) -> str:
-    """A section of a machine's part of the page."""
-    part = page(root).split(f"## {machine}\n")[1].split("\n## ")[0]
-    return part.split(f"### {title}\n")[1].split("\n### ")[0]
+    """The tables of a section of a machine's part of the page."""
+    tables, _ = SECTIONS[title]
+    return tables(results(root, machine))
 
 
 def cells(text: str, *first: str) -> list[str]:
@@ -64,14 +62,14 @@ def cells(text: str, *first: str) -> list[str]:
 
 
 def results(root: Path, machine: str = CPU) -> Results:
-    return next(r for r in load.load(root / "benchmarks" / "results") if r.machine == machine)
+    return next(r for r in load(root / "benchmarks" / "results") if r.machine == machine)
 
 
-def picture(root: Path, plot: str, machine: str = CPU) -> dict:
+def panels(root: Path, plot: str, machine: str = CPU) -> list[dict]:
     """What a plot is drawn from."""
     found = PLOTS[plot](results(root, machine))
-    assert isinstance(found, Picture)
-    return found.content
+    assert found
+    return found.panels
 
 
 def points(panel: dict) -> dict[str, tuple[float, float]]:

@@ -8,15 +8,15 @@ import pytest
 
 import mfops
 from benchmarks import bench_op, check, rows
-from benchmarks.bench_op import Case
+from benchmarks.bench_op import Problem
 from benchmarks.harness import Effort
-from benchmarks.kernels import BOTH, PASSES, Figure
+from benchmarks.kernels import BOTH, PASSES, Case
 from benchmarks.machine import Machine
 from benchmarks.measure import Bench, Measured
-from benchmarks.questions import EAGER, NATIVE, OP, TRITON
+from benchmarks.schema import EAGER, NATIVE, OP, TRITON
 
-CASE = Case((2, 256, 32, 900), "float32", "contiguous", "shared")
-FIGURE = Figure(CASE, BOTH)
+PROBLEM = Problem((2, 256, 32, 900), "float32", "contiguous", "shared")
+CASE = Case(PROBLEM, BOTH)
 
 
 @pytest.fixture
@@ -26,22 +26,23 @@ def bench(tmp_path):
 
 
 def guard(measure=bench_op.measure):
-    return check.Guard(OP, FIGURE, measure, (NATIVE, TRITON), EAGER)
+    return check.Guard(OP, CASE, measure, (NATIVE, TRITON), EAGER)
 
 
-def row(ratio: float, rival: str = NATIVE) -> dict:
-    return {**FIGURE.columns(), "rival": rival, f"over_{EAGER}": ratio}
+def row(ratio: float, baseline: str = NATIVE) -> dict:
+    return {**CASE.columns(), "baseline": baseline, f"over_{EAGER}": ratio}
 
 
 def scripted(*ratios: float):
     """A measurement that finds these ratios, one after the other."""
     following = iter(ratios)
-    return lambda figure, bench: Measured([row(next(following))], {})
+    return lambda case, bench: Measured([row(next(following))], {})
 
 
 def commit(bench: Bench, ratio: float) -> None:
     of = {"run": "2026-01-01T00:00:00Z", "environment": rows.environment()}
-    rows.append(OP, bench.folder, [row(ratio) | of])
+    run = {"run": rows.add_run(bench.folder, of), "median_s": 1, "q1_s": 1, "q3_s": 1}
+    rows.append(OP, bench.folder, [row(ratio) | run])
 
 
 @pytest.fixture(autouse=True)
@@ -83,19 +84,19 @@ def test_an_op_made_slower_is_seen_and_an_honest_one_passes(bench, monkeypatch, 
         ((0.90, 0.58, 0.57), True),  # the best of three
     ],
 )
-def test_a_growth_of_15_percent_is_allowed_and_a_figure_has_three_tries(bench, ratios, passes):
+def test_a_growth_of_15_percent_is_allowed_and_a_case_has_three_tries(bench, ratios, passes):
     commit(bench, 0.5)
     measure = scripted(*ratios)
     assert (check.check([guard(measure)], bench.folder) == []) == passes
     with pytest.raises(StopIteration):  # and no more than were needed
-        measure(FIGURE, bench)
+        measure(CASE, bench)
 
 
 def test_a_backend_that_runs_no_more_is_a_loss(bench):
     commit(bench, 0.5)
 
-    def nothing(figure, bench):
-        return Measured([{**FIGURE.columns(), "rival": NATIVE, "skipped": "failed: broken"}], {})
+    def nothing(case, bench):
+        return Measured([{**CASE.columns(), "baseline": NATIVE, "skipped": "failed: broken"}], {})
 
     (grown,) = check.check([guard(nothing)], bench.folder)
     assert "does not run now" in grown
@@ -130,8 +131,8 @@ def test_guards_travel_to_another_process(monkeypatch):
 
 
 def test_what_is_watched():
-    figures = [str(g.figure) for g in check.guards("cpu")]
-    passes = [f"{figure}" for figure in figures if figure.endswith(PASSES)]
+    cases = [str(g.case) for g in check.guards("cpu")]
+    passes = [f"{case}" for case in cases if case.endswith(PASSES)]
     # Dtypes; shapes, factors, passes; em's forward and nmf's two passes; a context's forward.
     assert len(passes) == 2 * (2 * 2 * 2 + 3) + 1
-    assert all("channels_last" not in figure for figure in figures)
+    assert all("channels_last" not in case for case in cases)

@@ -1,4 +1,4 @@
-"""Clocks, turns, rounds, ratios, quartiles, and the choice of a setting."""
+"""Clocks, calls, rounds, ratios, quartiles, and the choice of a setting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Effort, EventClock, Turn, WallClock, take_turns
+from benchmarks.harness import Call, Effort, EventClock, WallClock, measure_rounds
 
 TWO = Effort(seconds=0, least=2)
 
@@ -30,13 +30,13 @@ class Ticks:
         self.settled += 1
 
 
-def test_rivals_take_turns_and_warm_up_rounds_do_not_count():
+def test_baselines_are_called_in_turn_and_warm_up_rounds_do_not_count():
     order, clock = [], Ticks()
-    turns = {
-        name: Turn(lambda number: number, lambda number, name=name: order.append((name, number)))
+    calls = {
+        name: Call(lambda number: number, lambda number, name=name: order.append((name, number)))
         for name in ("a", "b")
     }
-    seconds = take_turns(turns, clock, TWO)
+    seconds = measure_rounds(calls, clock, TWO)
     rounds = harness.WARM_UP + 2
     assert order == [("ab"[i % 2], i) for i in range(2 * rounds)]
     assert clock.settled == rounds
@@ -56,7 +56,7 @@ def test_the_last_results_stay_alive(keep):
         return result
 
     made: list = []
-    take_turns({"a": Turn(lambda number: None, run)}, WallClock(), TWO, keep=keep)
+    measure_rounds({"a": Call(lambda number: None, run)}, WallClock(), TWO, keep=keep)
     assert max(alive) == keep
 
 
@@ -87,8 +87,8 @@ def test_rounds_fit_the_seconds_within_limits():
 def test_a_slow_round_is_warmed_up_once_less(monkeypatch):
     monkeypatch.setattr(harness, "SLOW", 0.0)
     calls = []
-    turn = Turn(lambda number: number, calls.append)
-    take_turns({"a": turn}, WallClock(), Effort(seconds=0, least_slow=1))
+    call = Call(lambda number: number, calls.append)
+    measure_rounds({"a": call}, WallClock(), Effort(seconds=0, least_slow=1))
     assert len(calls) == harness.WARM_UP_SLOW + 1
 
 

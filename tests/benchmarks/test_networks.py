@@ -11,57 +11,57 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mfnet
 from benchmarks import bench_backends, bench_contexts, bench_models, measure
-from benchmarks.questions import CONTEXTS as QUESTION
-from benchmarks.questions import MFOPS, MODELS, REFERENCE
+from benchmarks.schema import CONTEXTS as BENCHMARK
+from benchmarks.schema import MFOPS, MODELS, REFERENCE
 from mfnet.contexts import CONTEXTS
 from mfops import backends
 
-SMALL = bench_contexts.figures("cpu", small=True)
+SMALL = bench_contexts.cases("cpu", small=True)
 
 
-def by_rival(measured):
-    return {row["rival"]: row for row in measured.rows}
+def by_baseline(measured):
+    return {row["baseline"]: row for row in measured.rows}
 
 
-@pytest.mark.parametrize("figure", SMALL, ids=str)
-def test_a_new_context_takes_part_by_itself(bench, monkeypatch, figure):
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_a_new_context_takes_part_by_itself(bench, monkeypatch, case):
     def widest(in_channels, out_channels):
         return nn.Conv2d(in_channels, out_channels, 5, padding=2)
 
     monkeypatch.setitem(CONTEXTS, "widest", widest)
-    measured = bench_contexts.measure(figure, bench)
-    rows = by_rival(measured)
+    measured = bench_contexts.measure(case, bench)
+    rows = by_baseline(measured)
     assert set(rows) == set(CONTEXTS) == set(measured.seconds)
     assert rows["widest"]["parameters"] == 25 * 16 * 8 + 8
-    assert rows["mf"]["parameters"] == 16 * 17 + 64 * (16 + figure.side**2) + 16 * 8 + 2 * 8
+    assert rows["mf"]["parameters"] == 16 * 17 + 64 * (16 + case.side**2) + 16 * 8 + 2 * 8
     assert rows["widest"]["flops"] == 2 * 25 * 16 * 8 * 5 * 5
     for row in rows.values():
         assert row["setting"] in ("contiguous", "channels_last")
         assert row["flops"] > 0
-        assert row.keys() <= set(QUESTION.columns)
+        assert row.keys() <= set(BENCHMARK.columns)
     assert rows["aspp"]["over_aspp"] == rows["em"]["over_em"] == 1
 
 
 def test_forward_and_backward_reach_features_and_parameters(bench):
     module = CONTEXTS["mf"](16, 8, rank=4, context_size=(5, 5))
     x = torch.randn(1, 16, 5, 5)
-    turn = bench_contexts.turn_of(module, bench_contexts.BOTH, bench)(module, [x])
-    features = turn.prepare(0)
-    turn.run(features)
+    call = bench_contexts.call_of(module, bench_contexts.BOTH, bench)(module, [x])
+    features = call.prepare(0)
+    call.run(features)
     assert module.training
     assert features.grad is not None
     assert all(p.grad is not None for p in module.parameters())
-    turn.prepare(1)
+    call.prepare(1)
     assert all(p.grad is None for p in module.parameters())  # no call finds the last one's
 
-    forward = bench_contexts.turn_of(module, bench_contexts.FORWARD, bench)(module, [x])
+    forward = bench_contexts.call_of(module, bench_contexts.FORWARD, bench)(module, [x])
     assert not forward.run(forward.prepare(0)).requires_grad
     assert not module.training
 
 
 def test_the_papers_place():
-    figures = bench_contexts.figures("cpu", small=False)
-    assert {(f.in_channels, f.out_channels, f.side) for f in figures} == {
+    cases = bench_contexts.cases("cpu", small=False)
+    assert {(f.in_channels, f.out_channels, f.side) for f in cases} == {
         (2048, 256, 33),
         (2048, 256, 65),
     }
@@ -112,7 +112,7 @@ def test_flops_of_the_networks_agree_with_the_hand_counts(name, side, gflops):
 
 
 def test_every_network_takes_part():
-    names = bench_models.names(bench_models.figures("cpu", small=False)[0])
+    names = bench_models.names(bench_models.cases("cpu", small=False)[0])
     assert names == [
         *mfnet.list_models(),
         *(f"smp {name}" for name in ("DeepLabV3Plus", "PSPNet", "FPN", "Unet", "UPerNet")),
@@ -134,9 +134,9 @@ def test_a_missing_library_is_named_and_a_broken_network_takes_none_with_it(benc
         return real("mfnet.models").create_model(name, **options)
 
     monkeypatch.setattr(mfnet, "create_model", broken)
-    figure = bench_models.figures("cpu", small=True)[0]
-    measured = bench_models.measure(figure, bench)
-    rows = by_rival(measured)
+    case = bench_models.cases("cpu", small=True)[0]
+    measured = bench_models.measure(case, bench)
+    rows = by_baseline(measured)
     assert rows["smp Unet"]["skipped"] == "segmentation_models_pytorch not installed"
     assert rows["emanet"]["skipped"] == "failed: RuntimeError: out of luck"
     assert set(measured.seconds) == {"mfnet_light", "mfnet", "deeplabv3plus"}
@@ -147,10 +147,10 @@ def test_a_missing_library_is_named_and_a_broken_network_takes_none_with_it(benc
 
 def test_training_is_a_whole_step_of_the_network(bench):
     network = mfnet.create_model("mfnet", num_classes=21, backbone="resnet18")
-    turn = bench_models.turn_of(network, bench_models.TRAINING, bench)(
+    call = bench_models.call_of(network, bench_models.TRAINING, bench)(
         network, [torch.randn(2, 3, 65, 65)]
     )
-    turn.run(turn.prepare(0))
+    call.run(call.prepare(0))
     assert network.training
     assert all(p.grad is not None for p in network.parameters())
 
@@ -167,14 +167,14 @@ def test_the_fastest_setting_is_chosen_and_named(bench, monkeypatch):
     monkeypatch.setattr(measure, "fastest", first)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     network = nn.Conv2d(3, 4, 3)
-    make = bench_models.turn_of(network, bench_models.INFERENCE, bench)
+    make = bench_models.call_of(network, bench_models.INFERENCE, bench)
     contender = measure.contend(network, [torch.randn(1, 3, 9, 9)], make, bench)
     assert tried == ["contiguous", "channels_last", "channels_last, compile"]
     assert contender.setting == (
         "channels_last; channels_last, compile failed: RuntimeError: no compiler"
     )
     assert network.weight.is_contiguous(memory_format=torch.channels_last)
-    assert contender.turn.prepare(0).is_contiguous(memory_format=torch.channels_last)
+    assert contender.call.prepare(0).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_network_runs_on_the_backend_it_is_named_for(monkeypatch):

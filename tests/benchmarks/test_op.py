@@ -1,4 +1,4 @@
-"""The op's figures: what is timed is right, cold, counted by hand, and named where it is not."""
+"""The op's benchmark: what is timed is right, cold, counted by hand, and named where it is not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 import mfops
 from benchmarks import bench_op, kernels, machine
-from benchmarks.bench_op import FACTORS, Case
-from benchmarks.harness import Effort, EventClock, Turn
-from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS, PASSES, Figure
-from benchmarks.questions import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, OP, TRITON
+from benchmarks.bench_op import FACTORS, Problem
+from benchmarks.harness import Call, Effort, EventClock
+from benchmarks.kernels import BACKWARD, BOTH, FORWARD, LAYOUTS, PASSES, Case
+from benchmarks.schema import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, OP, TRITON
 
-CASE = Case((2, 6, 3, 20), "float32", "contiguous", "shared")
+PROBLEM = Problem((2, 6, 3, 20), "float32", "contiguous", "shared")
 X, X_HAT, Y, Z, MSE = 2 * 6 * 20 * 4, 6 * 20 * 4, 6 * 3 * 4, 3 * 20 * 4, 4
 
 pytestmark = pytest.mark.skipif(
@@ -29,35 +29,35 @@ def _nothing_prepared():
     bench_op.prepare.cache_clear()
 
 
-def by_rival(measured):
-    return {row["rival"]: row for row in measured.rows}
+def by_baseline(measured):
+    return {row["baseline"]: row for row in measured.rows}
 
 
 def test_bytes_of_shared_factors():
-    assert CASE.floor_bytes(FORWARD) == (X + Y + Z) + (X_HAT + MSE)
+    assert PROBLEM.floor_bytes(FORWARD) == (X + Y + Z) + (X_HAT + MSE)
     # the gradient of the expanded X' comes for every image
-    assert CASE.floor_bytes(BACKWARD) == (X + Y + Z + X + MSE) + (X + Y + Z)
-    assert CASE.floor_bytes(BOTH) == CASE.floor_bytes(FORWARD) + CASE.floor_bytes(BACKWARD)
+    assert PROBLEM.floor_bytes(BACKWARD) == (X + Y + Z + X + MSE) + (X + Y + Z)
+    assert PROBLEM.floor_bytes(BOTH) == PROBLEM.floor_bytes(FORWARD) + PROBLEM.floor_bytes(BACKWARD)
 
 
 def test_bytes_of_per_image_factors():
-    case = Case((4, 10, 3, 7), "bfloat16", "contiguous", "per image")
+    problem = Problem((4, 10, 3, 7), "bfloat16", "contiguous", "per image")
     x, y, z = 4 * 10 * 7 * 2, 4 * 10 * 3 * 2, 4 * 3 * 7 * 2
-    assert case.x_bytes() == x
-    assert case.floor_bytes(FORWARD) == (x + y + z) + (x + MSE)
-    assert case.floor_bytes(BACKWARD) == (x + y + z + x + MSE) + (x + y + z)
+    assert problem.x_bytes() == x
+    assert problem.floor_bytes(FORWARD) == (x + y + z) + (x + MSE)
+    assert problem.floor_bytes(BACKWARD) == (x + y + z + x + MSE) + (x + y + z)
 
 
 @pytest.mark.parametrize("which", PASSES)
 def test_rows_hold_what_was_counted_and_timed(bench, which):
-    measured = bench_op.measure(Figure(CASE, which), bench)
-    rows = by_rival(measured)
+    measured = bench_op.measure(Case(PROBLEM, which), bench)
+    rows = by_baseline(measured)
     assert set(rows) == {NATIVE, TRITON, EAGER, BEST, COMPILE, COPY}
     assert "runs on cuda" in rows[TRITON]["skipped"]
     for name in (NATIVE, EAGER, BEST, COMPILE):
         row = rows[name]
         assert row["x_bytes"] == X
-        assert row["floor_bytes"] == CASE.floor_bytes(which)
+        assert row["floor_bytes"] == PROBLEM.floor_bytes(which)
         assert row["rounds"] == len(measured.seconds[name]) >= 2
         assert row["over_" + NATIVE] > 0
         assert row["peak_bytes"] >= row["extra_bytes"] >= 0
@@ -65,8 +65,8 @@ def test_rows_hold_what_was_counted_and_timed(bench, which):
         assert row["flops"] == products * 2 * 6 * 3 * 20
         # The textbook lines move more than they have to, in the forward pass X' twice at least.
         assert row["moved_bytes"] >= row["floor_bytes"]
-    assert rows[NATIVE]["moved_bytes"] == CASE.floor_bytes(which)
-    assert rows[EAGER]["moved_bytes"] > CASE.floor_bytes(which)
+    assert rows[NATIVE]["moved_bytes"] == PROBLEM.floor_bytes(which)
+    assert rows[EAGER]["moved_bytes"] > PROBLEM.floor_bytes(which)
     assert rows[COPY].keys() <= set(OP.columns)
 
 
@@ -86,12 +86,12 @@ def test_moved_bytes_are_those_of_each_operators_tensors():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("factors", FACTORS)
-def test_every_rival_is_right(layout, factors):
-    case = Case(CASE.shape, "bfloat16", layout, factors)
-    inputs = bench_op.make_inputs(case, "cpu")
+def test_every_baseline_is_right(layout, factors):
+    problem = Problem(PROBLEM.shape, "bfloat16", layout, factors)
+    inputs = bench_op.make_inputs(problem, "cpu")
     assert inputs.x.stride()[1:] == ((1, 6) if layout == "channels_last" else (20, 1))
     expected = inputs.expected()
-    for name, op in bench_op.ops(case, "cpu", small=True).items():
+    for name, op in bench_op.ops(problem, "cpu", small=True).items():
         if name != TRITON:
             kernels.assert_right(op, inputs, expected, bench_op.TOLERANCE["bfloat16"])
 
@@ -99,7 +99,7 @@ def test_every_rival_is_right(layout, factors):
 @pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_careful_lines_keep_the_layout_and_copy_nothing(layout, factors):
-    inputs = bench_op.make_inputs(Case(CASE.shape, "float32", layout, factors), "cpu")
+    inputs = bench_op.make_inputs(Problem(PROBLEM.shape, "float32", layout, factors), "cpu")
     x_hat, mse = bench_op.textbook(*inputs.leaves)
     best, best_mse = bench_op.careful(*inputs.leaves)
     torch.testing.assert_close((best, best_mse), (x_hat, mse))
@@ -109,15 +109,15 @@ def test_the_careful_lines_keep_the_layout_and_copy_nothing(layout, factors):
         assert best.stride(0) == 0
 
 
-def test_a_rival_with_wrong_results_is_not_timed(bench, monkeypatch):
+def test_a_baseline_with_wrong_results_is_not_timed(bench, monkeypatch):
     def wrong(x, y, z):
         x_hat, mse = mfops.factorized_reconstruction(x, y, z)
         return 1.01 * x_hat, mse
 
     monkeypatch.setattr(bench_op, "careful", wrong)
-    measured = bench_op.measure(Figure(CASE, FORWARD), bench)
+    measured = bench_op.measure(Case(PROBLEM, FORWARD), bench)
     assert BEST not in measured.seconds
-    assert by_rival(measured)[BEST]["skipped"] == (
+    assert by_baseline(measured)[BEST]["skipped"] == (
         "failed: RuntimeError: X' is wrong: relative error 0.01"
     )
     assert NATIVE in measured.seconds
@@ -127,7 +127,7 @@ def test_inputs_rotate_through_more_than_the_cache(bench, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda op, **options: op)
     bench.small = False
     bench.machine.past_cache = 10_000  # a set has X + Y + Z = 1272 bytes
-    sets = bench_op.prepare(CASE, bench).sets
+    sets = bench_op.prepare(PROBLEM, bench).sets
     assert len({inputs.x.data_ptr() for inputs in sets}) == len(sets) == 8
     assert bench.machine.sets(10**6) == 2
 
@@ -139,30 +139,30 @@ def test_backward_is_timed_without_forward():
         calls.append("forward")
         return mfops.factorized_reconstruction(x, y, z)
 
-    sets = [bench_op.make_inputs(CASE, "cpu")]
+    sets = [bench_op.make_inputs(PROBLEM, "cpu")]
     for which, before, during in [
         (FORWARD, [], ["forward"]),
         (BACKWARD, ["forward", "cache"], []),
         (BOTH, [], ["forward"]),
     ]:
-        turn = kernels.turn(op, which, sets, lambda: calls.append("cache"))
-        state = turn.prepare(0)
+        call = kernels.call_of(op, which, sets, lambda: calls.append("cache"))
+        state = call.prepare(0)
         assert calls == before
         calls.clear()
-        result = turn.run(state)
+        result = call.run(state)
         assert calls == during
         calls.clear()
         if which != FORWARD:
             grads = result if which == BACKWARD else result[1]
             assert [g.shape for g in grads] == [leaf.shape for leaf in sets[0].leaves]
-    dropped = kernels.dropping(turn)
+    dropped = kernels.dropping(call)
     assert dropped.run(dropped.prepare(0)) is None
 
 
 def test_copy_moves_half_of_the_bytes():
-    turn = kernels.copy_turn(100, 3, "cpu")
-    assert [turn.prepare(i) for i in range(4)] == [0, 1, 2, 0]
-    assert turn.run(1).numel() == 50
+    call = kernels.copy_call(100, 3, "cpu")
+    assert [call.prepare(i) for i in range(4)] == [0, 1, 2, 0]
+    assert call.run(1).numel() == 50
 
 
 def test_memory_leaves_out_what_is_returned(bench):
@@ -172,31 +172,39 @@ def test_memory_leaves_out_what_is_returned(bench):
         scratch = torch.ones(4 << 20)  # 16 MiB
         return kept + scratch[: 1 << 20]
 
-    turn = Turn(lambda number: number, run)
-    found = kernels.memory(turn, bench)
+    call = Call(lambda number: number, run)
+    found = kernels.memory(call, bench)
     # Linux counts a process's pages in batches: half a MiB may be missing.
     assert 19.5 <= found["peak_bytes"] / 2**20 < 24
     assert 15.5 <= found["extra_bytes"] / 2**20 < 20
 
 
 def test_what_a_cpu_measures():
-    figures = bench_op.figures("cpu", small=False)
-    assert len(figures) == len(set(figures)) == 2 * 2 * 2 * 2 * 3
-    rivals = [bench_op.names(figure.case, "cpu") for figure in figures]
-    assert all(COMPILE in of and COMPILE_GRAPHS not in of for of in rivals)
+    cases = bench_op.cases("cpu", small=False)
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 2 * 3
+    baselines = [bench_op.names(case.problem, "cpu") for case in cases]
+    assert all(COMPILE in of and COMPILE_GRAPHS not in of for of in baselines)
 
 
 def test_what_a_gpu_measures():
-    figures = bench_op.figures("cuda", small=False)
-    assert len(figures) == len(set(figures)) == 6 * 2 * 2 * 2 * 3
-    rivals = [bench_op.names(figure.case, "cuda") for figure in figures]
-    # Autotuning takes up to a minute a case: of one kind, and with CUDA graphs of one case.
-    assert sum(COMPILE in of for of in rivals) == 6 * len(PASSES)
-    assert sum(COMPILE_GRAPHS in of for of in rivals) == len(PASSES)
-    assert all({NATIVE, TRITON, EAGER, COPY} <= set(of) for of in rivals)
-    without = {name for of in rivals for name in kernels.taking_part(of, compiles=False)}
+    cases = bench_op.cases("cuda", small=False)
+    assert len(cases) == len(set(cases)) == 6 * 2 * 2 * 2 * 3
+    problems = [case.problem for case in cases]
+    # A problem's passes follow each other.
+    assert problems[:: len(PASSES)] == list(dict.fromkeys(problems))
+    # What targets speak of comes first.
+    bandwidth, rest = problems[: 8 * len(PASSES)], problems[8 * len(PASSES) :]
+    shapes = bench_op.BANDWIDTH_SHAPES
+    assert {(c.shape, c.dtype) for c in bandwidth} == {(s, "bfloat16") for s in shapes}
+    assert [c.shared for c in rest] == sorted(c.shared for c in rest)
+    baselines = [bench_op.names(case.problem, "cuda") for case in cases]
+    # Autotuning takes up to a minute a problem: of one kind, and with CUDA graphs of one problem.
+    assert sum(COMPILE in of for of in baselines) == 6 * len(PASSES)
+    assert sum(COMPILE_GRAPHS in of for of in baselines) == len(PASSES)
+    assert all({NATIVE, TRITON, EAGER, COPY} <= set(of) for of in baselines)
+    without = {name for of in baselines for name in kernels.taking_part(of, compiles=False)}
     assert without == {NATIVE, TRITON, EAGER, BEST, COPY}
-    assert all(kernels.taking_part(of, compiles=True) == of for of in rivals)
+    assert all(kernels.taking_part(of, compiles=True) == of for of in baselines)
 
 
 def test_a_gpu_that_is_played(bench, monkeypatch):
@@ -242,7 +250,7 @@ def test_a_gpu_that_is_played(bench, monkeypatch):
     assert bench.machine.description() == (
         "Some GPU, 1 multiprocessors, 8 GiB, L2 1 MiB, driver unknown, nvidia-smi did not answer"
     )
-    rows = by_rival(bench_op.measure(Figure(CASE, BOTH), bench))
+    rows = by_baseline(bench_op.measure(Case(PROBLEM, BOTH), bench))
     results = X_HAT + MSE + X + Y + Z
     assert rows[NATIVE]["peak_bytes"] == 50_000
     assert rows[NATIVE]["extra_bytes"] == 50_000 - results

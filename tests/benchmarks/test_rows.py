@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from pandas import DataFrame
 
 from benchmarks import rows
 from benchmarks.machine import Machine
-from benchmarks.rows import Question
+from benchmarks.report.data import newest
+from benchmarks.schema import Benchmark
 
-QUESTION = Question("made_up", figure=("case",), measures=("bytes",), bases=("base",))
+BENCHMARK = Benchmark("made_up", case=("case",), measures=("bytes",), bases=("base",))
 
 
 def row(**cells: object) -> dict[str, object]:
-    return {"case": "a", "rival": "base", "run": "2026-01-01T00:00:00Z", "environment": ""} | cells
+    return {"case": "a", "baseline": "base", "run": "2026-01-01T00:00:00Z"} | cells
 
 
 def test_what_was_appended_is_read_back(tmp_path):
-    path = rows.append(QUESTION, tmp_path, [row(median_s=0.1234567, bytes=12345678, skipped=None)])
-    rows.append(QUESTION, tmp_path, [row(rival='with "quotes", a comma\nand a line')])
+    path = rows.append(BENCHMARK, tmp_path, [row(median_s=0.1234567, bytes=12345678, skipped=None)])
+    rows.append(BENCHMARK, tmp_path, [row(baseline='with "quotes", a comma\nand a line')])
     first, second = rows.read(path)
-    assert list(first) == list(QUESTION.columns)
+    assert list(first) == list(BENCHMARK.columns)
     assert (first["median_s"], first["bytes"], first["skipped"]) == ("0.123457", "12345678", "")
-    assert rows.number(first, "bytes") == 12345678
-    assert rows.number(first, "skipped") is None
-    assert rows.number(first, "no such column") is None
-    assert second["rival"] == 'with "quotes", a comma\nand a line'
+    assert second["baseline"] == 'with "quotes", a comma\nand a line'
 
 
 def test_no_file_has_no_rows(tmp_path):
@@ -36,7 +36,7 @@ def test_no_file_has_no_rows(tmp_path):
 
 
 def test_a_stop_while_writing_leaves_the_rows_that_were_there(tmp_path, monkeypatch):
-    path = rows.append(QUESTION, tmp_path, [row()])
+    path = rows.append(BENCHMARK, tmp_path, [row()])
     before = path.read_bytes()
 
     def stopped(*_):
@@ -44,15 +44,15 @@ def test_a_stop_while_writing_leaves_the_rows_that_were_there(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
-        rows.append(QUESTION, tmp_path, [row(), row()])
+        rows.append(BENCHMARK, tmp_path, [row(), row()])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_columns_of_older_rows_are_kept(tmp_path):
-    older = Question("made_up", figure=("case",), measures=("given_up",), bases=("base",))
+    older = Benchmark("made_up", case=("case",), measures=("given_up",), bases=("base",))
     rows.append(older, tmp_path, [row(given_up="7")])
-    path = rows.append(QUESTION, tmp_path, [row(bytes=8)])
+    path = rows.append(BENCHMARK, tmp_path, [row(bytes=8)])
     first, second = rows.read(path)
     assert (first["given_up"], first["bytes"]) == ("7", "")
     assert (second["given_up"], second["bytes"]) == ("", "8")
@@ -60,17 +60,17 @@ def test_columns_of_older_rows_are_kept(tmp_path):
 
 def test_an_unknown_column_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ValueError, match="made_up: no such columns: byts"):
-        rows.append(QUESTION, tmp_path, [row(byts=1)])
+        rows.append(BENCHMARK, tmp_path, [row(byts=1)])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("case,rival\na\n", "row 1: expected 2 cells"),
-        ("case,rival\na,b,c\n", "row 1: expected 2 cells"),
-        ("case,other\na,b\n", "expected a header with a column 'rival'"),
-        ('case,rival\na,"b\n', "line 1: unexpected end"),
+        ("case,baseline\na\n", "row 1: expected 2 cells"),
+        ("case,baseline\na,b,c\n", "row 1: expected 2 cells"),
+        ("case,other\na,b\n", "expected a header with a column 'baseline'"),
+        ('case,baseline\na,"b\n', "line 1: unexpected end"),
         ("", "expected a header"),
     ],
 )
@@ -81,25 +81,50 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
         rows.read(path)
 
 
-def test_a_figure_is_the_newest_run_that_measured_it():
-    found = rows.figures(
+def test_a_case_is_the_newest_run_that_measured_it():
+    found = DataFrame(
         [
-            row(case="a", rival="x", run="1", skipped=""),
-            row(case="a", rival="y", run="1", skipped=""),
-            row(case="b", rival="x", run="1", skipped=""),
-            row(case="a", rival="x", run="2", skipped=""),
-            row(case="b", rival="x", run="3", skipped="no time left"),
-            row(case="c", rival="x", run="3", skipped="no time left"),
-            row(case="a", rival="x", run="4", skipped="", environment="SETTING=1"),
-        ],
-        QUESTION,
+            row(environment="", case="a", baseline="x", run="1", skipped=""),
+            row(environment="", case="a", baseline="y", run="1", skipped=""),
+            row(environment="", case="b", baseline="x", run="1", skipped=""),
+            row(environment="", case="a", baseline="x", run="2", skipped=""),
+            row(environment="", case="b", baseline="x", run="3", skipped="no time left"),
+            row(environment="", case="c", baseline="x", run="3", skipped="no time left"),
+            row(case="a", baseline="x", run="4", skipped="", environment="SETTING=1"),
+        ]
     )
-    assert {key: [(r["rival"], r["run"]) for r in of] for key, of in found.items()} == {
-        ("a", ""): [("x", "2")],
-        ("b", ""): [("x", "1")],
-        ("c", ""): [("x", "3")],
-        ("a", "SETTING=1"): [("x", "4")],
-    }
+    standing = newest(found, BENCHMARK)[["case", "environment", "baseline", "run"]]
+    assert standing.to_numpy().tolist() == [
+        ["a", "", "x", "2"],
+        ["b", "", "x", "1"],
+        ["c", "", "x", "3"],
+        ["a", "SETTING=1", "x", "4"],
+    ]
+
+
+def test_a_run_has_one_row_and_another_of_that_second_another_id(tmp_path):
+    run = {"run": "2026-01-01T00:00:00Z", "commit": "abc1234"}
+    for _ in range(2):
+        assert rows.add_run(tmp_path, run) == run["run"]
+        assert rows.add_run(tmp_path, run | {"commit": "def5678"}) == f"{run['run']}-2"
+    first, second = rows.read(tmp_path / rows.RUNS, "run")
+    assert list(first) == list(rows.PROVENANCE)
+    assert (first["commit"], second["commit"]) == ("abc1234", "def5678")
+
+
+def test_rows_that_are_appended_side_by_side_are_all_there(tmp_path):
+    """The lock is of files, so that it holds between processes, too."""
+
+    def work(worker: int) -> None:
+        for count in range(8):
+            run = rows.add_run(tmp_path, {"run": "2026-01-01T00:00:00Z", "commit": str(worker)})
+            rows.append(BENCHMARK, tmp_path, [{"case": f"{worker} {count}", "run": run}])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    cases = [row["case"] for row in rows.read(tmp_path / "made_up.csv")]
+    assert sorted(cases) == sorted(f"{w} {c}" for w in range(2) for c in range(8))
+    assert len(rows.read(tmp_path / rows.RUNS, "run")) == 2
 
 
 def test_commands_name_no_folder_outside_the_repository(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import mfnet
-from benchmarks import bench_accuracy, bench_op, conftest, questions, rows, trainer
+from benchmarks import bench_accuracy, bench_op, conftest, rows, schema, trainer
 from benchmarks.rows import ROOT
 from benchmarks.trainer import Recipe
 from mfnet.contexts import CONTEXTS
@@ -51,13 +51,15 @@ def suite(*arguments: object, **environment: str) -> tuple[int, str]:
     return process.returncode, text
 
 
-def read(results: Path, question: rows.Question) -> list[rows.Row]:
-    (path,) = results.glob(f"*/{question.name}.csv")
-    return rows.read(path)
+def read(results: Path, benchmark: schema.Benchmark) -> list[rows.Row]:
+    """The rows, with what is known of their runs."""
+    (path,) = results.glob(f"*/{benchmark.name}.csv")
+    runs = {row["run"]: row for row in rows.read(path.with_name(rows.RUNS), "run")}
+    return [row | runs[row["run"]] for row in rows.read(path)]
 
 
 def test_the_whole_suite(tmp_path, images):
-    """One run of everything, small: rows of every question, played back to pytest-benchmark."""
+    """One run of everything, small: rows of every benchmark, played back to pytest-benchmark."""
     saved, runs = tmp_path / "saved.json", tmp_path / "runs"
     options = ["--small", "--device", "cpu", "--results", tmp_path, "--data", images]
     options += ["--contexts", "none,emanet", "--seeds", "3", "--runs", runs, "--fit", FIT]
@@ -65,7 +67,7 @@ def test_the_whole_suite(tmp_path, images):
     status, text = suite("benchmarks", *options, f"--benchmark-json={saved}")
     assert status == 0, text
 
-    found = {q.name: read(tmp_path, q) for q in vars(questions).values() if hasattr(q, "figure")}
+    found = {b.name: read(tmp_path, b) for b in schema.BENCHMARKS}
     for name, of in found.items():
         assert of, name
         for row in of:
@@ -74,24 +76,27 @@ def test_the_whole_suite(tmp_path, images):
             assert str(tmp_path) not in row["command"]
             assert row["device"]
             assert "torch" in row["versions"]
-    assert {row["rival"] for row in found["contexts"]} == set(CONTEXTS)
-    assert set(mfnet.list_models()) < {row["rival"] for row in found["models"]}
-    assert {row["rival"] for row in found["training"]} == set(mfnet.list_models())
+    assert {row["baseline"] for row in found["contexts"]} == set(CONTEXTS)
+    assert set(mfnet.list_models()) < {row["baseline"] for row in found["models"]}
+    assert {row["baseline"] for row in found["training"]} == set(mfnet.list_models())
     for row in found["training"]:
         assert row["data"] == "made_up"
         assert float(row["images_per_s"]) == pytest.approx(2 / float(row["median_s"]), rel=1e-3)
         assert all(float(row[f"{part}_s"]) > 0 for part in ("loader", "forward", "backward"))
-    accuracy = {row["rival"]: row for row in found["accuracy"]}
+    accuracy = {row["baseline"]: row for row in found["accuracy"]}
     assert {name: row["network"] for name, row in accuracy.items()} == {
         "none": "deeplabv3plus (context none)",
         "emanet": "emanet",
     }
     assert all(0 <= float(row["mIoU"]) <= 1 and row["seed"] == "3" for row in accuracy.values())
-    assert {row["rival"] for row in found["accuracy_cost"]} == {"none", "emanet"}
+    assert {row["baseline"] for row in found["accuracy_cost"]} == {"none", "emanet"}
 
-    # pytest-benchmark saw, per rival, the readings that the rows are made of.
+    # pytest-benchmark saw, per baseline, the readings that the rows are made of.
     medians = {
-        (b["group"], b["extra_info"]["rival"]): (b["stats"]["median"], b["extra_info"]["median_s"])
+        (b["group"], b["extra_info"]["baseline"]): (
+            b["stats"]["median"],
+            b["extra_info"]["median_s"],
+        )
         for b in json.loads(saved.read_text())["benchmarks"]
     }
     assert len(medians) > 60
@@ -99,7 +104,7 @@ def test_the_whole_suite(tmp_path, images):
         assert played == pytest.approx(measured, rel=1e-6), group
 
 
-def test_a_rival_that_fails_fails_its_test_alone(tmp_path):
+def test_a_baseline_that_fails_fails_its_test_alone(tmp_path):
     (tmp_path / "breaking.py").write_text(
         "from benchmarks import bench_op\n"
         "def wrong(x, y, z):\n"
@@ -114,17 +119,17 @@ def test_a_rival_that_fails_fails_its_test_alone(tmp_path):
     )
     assert status == 1
     assert "failed: RuntimeError: X' is wrong: relative error 1" in text
-    known = {row["rival"]: row["skipped"] for row in read(tmp_path, questions.OP)}
-    assert known[questions.BEST].startswith("failed: ")
-    assert known[questions.EAGER] == ""
+    known = {row["baseline"]: row["skipped"] for row in read(tmp_path, schema.OP)}
+    assert known[schema.BEST].startswith("failed: ")
+    assert known[schema.EAGER] == ""
 
 
-def test_a_figure_that_fails_has_rows_that_say_so(tmp_path):
+def test_a_case_that_fails_has_rows_that_say_so(tmp_path):
     (tmp_path / "collapsing.py").write_text(
         "from benchmarks import bench_ceilings\n"
         "def collapse(*_):\n"
         "    raise RuntimeError('out of memory')\n"
-        "bench_ceilings.take_turns = collapse\n"
+        "bench_ceilings.time_calls = collapse\n"
     )
     status, text = suite(
         *("benchmarks/bench_ceilings.py", "--small", "--device", "cpu", "--results", tmp_path),
@@ -133,20 +138,20 @@ def test_a_figure_that_fails_has_rows_that_say_so(tmp_path):
     )
     assert status == 1
     assert "4 failed" in text
-    known = [row["skipped"] for row in read(tmp_path, questions.CEILINGS)]
+    known = [row["skipped"] for row in read(tmp_path, schema.CEILINGS)]
     assert known == ["failed: RuntimeError: out of memory"] * 4
 
 
-def test_a_budget_leaves_figures_out_by_name(tmp_path):
+def test_a_budget_leaves_cases_out_by_name(tmp_path):
     options = ["--small", "--device", "cpu", "--results", tmp_path, "--budget", "0"]
     files = ("benchmarks/bench_ceilings.py", "benchmarks/bench_training.py")
     status, text = suite(*files, *options)
     assert status == 0
     networks = len(mfnet.list_models())
     assert f"{4 + networks} skipped" in text
-    for question, rivals in ((questions.CEILINGS, 4), (questions.TRAINING, networks)):
-        known = [row["skipped"] for row in read(tmp_path, question)]
-        assert known == ["--budget 0 was used up"] * rivals
+    for benchmark, baselines in ((schema.CEILINGS, 4), (schema.TRAINING, networks)):
+        known = [row["skipped"] for row in read(tmp_path, benchmark)]
+        assert known == ["--budget 0 was used up"] * baselines
 
 
 def test_no_compile_leaves_torch_compile_out(tmp_path):
@@ -154,14 +159,14 @@ def test_no_compile_leaves_torch_compile_out(tmp_path):
     files = ("benchmarks/bench_op.py", "benchmarks/bench_factorizers.py")
     status, text = suite(*files, *options, "-k", "contiguous and not backward")
     assert status == 0, text
-    for question in (questions.OP, questions.FACTORIZERS):
-        known = {row["rival"] for row in read(tmp_path, question)}
+    for benchmark in (schema.OP, schema.FACTORIZERS):
+        known = {row["baseline"] for row in read(tmp_path, benchmark)}
         assert known == {
-            questions.NATIVE,
-            questions.TRITON,
-            questions.EAGER,
-            questions.BEST,
-            questions.COPY,
+            schema.NATIVE,
+            schema.TRITON,
+            schema.EAGER,
+            schema.BEST,
+            schema.COPY,
         }
 
 
@@ -174,8 +179,8 @@ def test_without_what_the_trainer_needs_the_rows_say_so(tmp_path, images):
         PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
     )
     assert status == 0, text
-    for question in (questions.TRAINING, questions.ACCURACY):
-        known = {row["skipped"] for row in read(tmp_path, question)}
+    for benchmark in (schema.TRAINING, schema.ACCURACY):
+        known = {row["skipped"] for row in read(tmp_path, benchmark)}
         assert known == {"jsonargparse not installed"}
 
 
@@ -193,12 +198,12 @@ def test_a_stopped_run_leaves_whole_rows_and_goes_on(tmp_path, images):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    (first,) = read(tmp_path, questions.ACCURACY)
+    (first,) = read(tmp_path, schema.ACCURACY)
     assert first["seed"] == "0"
 
     status, text = suite(*options)
     assert status == 0, text
-    again = read(tmp_path, questions.ACCURACY)
+    again = read(tmp_path, schema.ACCURACY)
     assert [row["seed"] for row in again] == ["0", "1"]
     assert again[0] == first  # neither trained again nor written again
     assert again[1]["run"] > first["run"]
