@@ -14,7 +14,6 @@ from mfnet import backbone as backbone_module
 from mfnet.backbone import Backbone, same_padding
 from mfnet.flops import count_flops
 
-
 CSPNEXT = pytest.param(
     "cspnext_tiny",
     marks=pytest.mark.skipif(not timm.is_model("cspnext_tiny"), reason="a timm without CSPNeXt"),
