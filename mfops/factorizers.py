@@ -79,7 +79,7 @@ class Factorizer(nn.Module):
         return reconstruct(x, *self._factors(x))
 
     def _product(self, x: Tensor) -> Tensor:
-        return product(x, *self._factors(x))  # X is not read again
+        return self._reconstruct(x)[0]
 
 
 def resampled(z: Tensor, size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
@@ -140,6 +140,10 @@ class LearnedFactorizer(Factorizer):
         if not is_exporting() and grid == self.size:
             return self.y, self.z
         return self.y, resampled(self.z, self.size, grid)
+
+    def _product(self, x: Tensor) -> Tensor:
+        # X need not be read: the product is all there is to do.
+        return product(x, *self._factors(x))
 
 
 class ImageFactorizer(Factorizer):
@@ -220,8 +224,8 @@ class ImageFactorizer(Factorizer):
     def _product(self, x: Tensor) -> Tensor:
         method = METHODS[self.method]
         if method.fused and method.one_step_gradient:  # the kernel for the last Z has X' at hand
-            return self._reconstruct(x)[0]
-        return super()._product(x)
+            return super()._product(x)
+        return product(x, *self._factors(x))  # X is not read again
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """X as the method takes it, the bases to start from, the number of rounds."""
