@@ -52,7 +52,7 @@ bench-check: $(INSTALLED)
 # What a GPU is needed for runs in the machine's own Python with its torch, and fetches nothing.
 GPU_PYTHON := $(firstword $(PYTHON))
 GPU_TEST = $(GPU_PYTHON) -m pytest -m gpu --continue-on-collection-errors
-# $(call measure,QUESTIONS,OPTIONS). Figures that the budget does not suffice for are left out, by
+# $(call measure,BENCHMARKS,OPTIONS). Figures that the budget does not suffice for are left out, by
 # name; pytest ends with 5 where BENCH selects nothing.
 measure = $(GPU_PYTHON) -m pytest $(patsubst %,benchmarks/bench_%.py,$(1)) --seconds 2 $(2) $(BENCH) \
     || [ $$? -eq 5 ]
