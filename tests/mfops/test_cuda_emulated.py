@@ -32,7 +32,7 @@ KIB = 1024
 
 @pytest.fixture(scope="session")
 def run() -> SimpleNamespace:
-    return emulator.operators()
+    return emulator.operators(factors=False)
 
 
 def guarded(case: Case) -> Case:

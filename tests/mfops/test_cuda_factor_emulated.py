@@ -37,7 +37,7 @@ TYPES_IN_ORDER = [type_.values[1] for type_ in TYPES]
 
 @pytest.fixture(scope="session")
 def run() -> Any:
-    return emulator.operators()
+    return emulator.operators(factors=True)
 
 
 def guarded(case: Case) -> Case:

@@ -1,4 +1,4 @@
-// The operators that find factors, added to those of operators.cpp.
+// csrc/cuda's operators that find factors, on CPU tensors, as torch.ops.mfops_emulated.
 #include <torch/csrc/stable/library.h>
 
 // clang-format off: the emulator's primitives first

@@ -12,7 +12,8 @@
 #include "cuda/instantiations/reconstruct_f16.cu"
 // clang-format on
 
-STABLE_TORCH_LIBRARY(mfops_emulated, m) {
+#ifndef MFOPS_NOT_REGISTERED
+STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
     m.def("reconstruct(Tensor x, Tensor y, Tensor z, bool tf32) -> (Tensor, Tensor)");
     m.def("mse(Tensor x, Tensor y, Tensor z, bool tf32) -> Tensor");
     m.def(
@@ -25,3 +26,4 @@ STABLE_TORCH_LIBRARY_IMPL(mfops_emulated, CPU, m) {
     m.impl("mse", TORCH_BOX(&mfops::cuda::mse));
     m.impl("reconstruct_backward", TORCH_BOX(&mfops::cuda::reconstruct_backward));
 }
+#endif
