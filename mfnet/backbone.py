@@ -12,9 +12,11 @@ from typing import Any
 import timm
 import timm.layers.padding
 import torch
-from timm.models import adapt_input_conv, load_state_dict
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mfnet.state_dicts import differences, read_tensors
 
 LOW_STRIDE = 4
 HIGH_STRIDE = 16
@@ -278,45 +280,26 @@ def load_weights(features: Any, name: str, path: Path, in_channels: int) -> None
     Raises:
         ValueError: the file does not fit.
     """
-    try:
-        # Also unwraps {"state_dict": ...} and the "module." prefix of DataParallel.
-        given: dict[str, Any] = load_state_dict(str(path))
-        for key in _first_convolutions(features):
-            if key in given and given[key].shape[1] == 3:
-                given[key] = adapt_input_conv(in_channels, given[key])
-        shapes = {key: tuple(value.shape) for key, value in given.items()}
-    except Exception as error:  # torch.load and safetensors fail in a dozen ways on a bad file
-        raise ValueError(f"backbone_weights: '{path}' is not a file of tensors by name") from error
-
+    given = read_tensors(path, "backbone_weights")
+    for key in _first_convolutions(features):
+        if key in given and given[key].shape[1:2] == (3,):
+            given[key] = adapt_input_conv(in_channels, given[key])
     own = features.state_dict()
     in_file = {key: key if key in given else _unflattened(key) for key in own}
+    faults = differences(given, {source: own[key] for key, source in in_file.items()})
     # Files written before 2018 (torchvision's ResNets among them) lack BatchNorm's step counter.
-    missing = [
-        source
-        for source in in_file.values()
-        if source not in given and not source.endswith("num_batches_tracked")
-    ]
-    # What the whole model has and the features do not is its classifier.
-    unexpected = set(given) - set(in_file.values())
-    if unexpected:
-        unexpected -= set(timm.create_model(name).state_dict())
-    wrong_shape = [
-        f"{source} {shapes[source]} instead of {tuple(own[key].shape)}"
-        for key, source in in_file.items()
-        if source in given and shapes[source] != tuple(own[key].shape)
-    ]
-    faults = [
+    faults["missing"] = [k for k in faults["missing"] if not k.endswith("num_batches_tracked")]
+    if faults["unexpected"]:  # what the whole model has and the features do not is its classifier
+        whole = timm.create_model(name).state_dict()
+        faults["unexpected"] = sorted(set(faults["unexpected"]) - set(whole))
+    told = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (
-            ("missing", missing),
-            ("unexpected", sorted(unexpected)),
-            ("of another shape", wrong_shape),
-        )
+        for what, keys in faults.items()
         if keys
     ]
-    if faults:
+    if told:
         raise ValueError(
-            f"backbone_weights: '{path}' does not fit backbone '{name}': {'; '.join(faults)}"
+            f"backbone_weights: '{path}' does not fit backbone '{name}': {'; '.join(told)}"
         )
     features.load_state_dict({key: given[src] for key, src in in_file.items() if src in given})
 

@@ -1,4 +1,4 @@
-"""Finding and reading trained networks, and what keeps their tensors from being loaded.
+"""Finding and reading trained networks.
 
 A trained network is a checkpoint of a training run or a folder of weights, as
 ``mfnet export RUN --to weights`` writes it; some of these are in the package.
@@ -7,8 +7,6 @@ A trained network is a checkpoint of a training run or a folder of weights, as
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import lightning as L
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's
 RECORD = "mfnet"  # the entry of a checkpoint that tells network, classes and normalization
@@ -96,36 +93,3 @@ def _read_weights(folder: Path) -> dict[str, Any]:
         raise ValueError(f"'{folder / WEIGHTS}' is not a whole file of tensors: {error}") from None
     state |= {name: state[stored] for name, stored in names.items() if stored in state}
     return {"pytorch-lightning_version": L.__version__, "state_dict": state, RECORD: record}
-
-
-def match_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``given`` under the names that the network has for them, compiled or not.
-
-    Bases had no method in their name before: ``bases``, now ``em_bases``.
-    """
-    names = {re.sub(r"\.[^.]+_bases$", ".bases", uncompiled(key)): key for key in own}
-    names |= {uncompiled(key): key for key in own}
-    return {names.get(uncompiled(key), key): tensor for key, tensor in given.items()}
-
-
-def uncompiled(key: str) -> str:
-    """A tensor's name in the network that ``torch.compile`` was given."""
-    return key.replace("_orig_mod.", "")
-
-
-def mismatch(given: Mapping[str, Tensor] | None, own: Mapping[str, Tensor]) -> str:
-    """What keeps a checkpoint's tensors from being loaded, in a few words; empty if nothing."""
-    if given is None:
-        return "it holds no 'state_dict', so it was not written by a training run"
-    faults = {
-        "missing": [key for key in own if key not in given],
-        "unexpected": [key for key in given if key not in own],
-        "of another shape": [
-            f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in given and given[key].shape != own[key].shape
-        ],
-    }
-    return "; ".join(
-        f"{len(keys)} tensors {what} (first: {keys[0]})" for what, keys in faults.items() if keys
-    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,29 +23,11 @@ from torch.optim import Optimizer
 
 from mfnet import from_checkpoint, help, report, run_directory
 from mfnet.callbacks import ClassScores, RunRecord
-from mfnet.checkpoint import (
-    CHECKPOINTS,
-    RECORD,
-    find_checkpoint,
-    read_checkpoint,
-)
-from mfnet.config import (
-    ConfigAction,
-    RunConfig,
-    expand_all,
-    plain,
-    shipped_configs,
-)
+from mfnet.checkpoint import CHECKPOINTS, RECORD, find_checkpoint, read_checkpoint
+from mfnet.config import ConfigAction, RunConfig, expand_all, plain, shipped_configs
 from mfnet.data import SegmentationDataModule
 from mfnet.data.datamodule import CHANNELS
-from mfnet.errors import (
-    NO_DATA,
-    CommandLineError,
-    chosen_by_user,
-    explain,
-    refusal,
-    user_error,
-)
+from mfnet.errors import NO_DATA, CommandLineError, chosen_by_user, explain, refusal, user_error
 from mfnet.inference import TILE, Inference
 from mfnet.monitors import EpochScores, MonitorCheck, check_callbacks
 from mfnet.prediction_writer import PredictionWriter
@@ -313,10 +296,22 @@ def _set_run_defaults(config: Namespace) -> None:
         trainer.max_epochs = MAX_EPOCHS
     if trainer.default_root_dir is None:
         name, _ = _network_names(config.model.network)
-        network = re.sub(r"[^\w.]+", "-", name).strip("-")
-        configs = [Path(str(path)).stem for path in config.get("config") or [] if path]
-        parts = [*configs, *([network] if network != "mfnet" or not configs else [])]
+        configs = [Path(str(path)) for path in config.get("config") or [] if path]
+        parts = [path.stem for path in configs]
+        if not configs or name != _name_in(configs):  # else two networks would share a folder
+            parts.append(re.sub(r"[^\w.]+", "-", name).strip("-"))
         trainer.default_root_dir = os.path.join("runs", "-".join(parts))
+
+
+def _name_in(configs: Sequence[Path]) -> str:
+    """The network of the configurations by themselves; mfnet where they name none."""
+    name = "mfnet"
+    for path in configs:
+        model = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model") or {}
+        network = model.get("network")
+        if isinstance(network, dict) and "class_path" in network:
+            name, _ = _network_names(network)
+    return name
 
 
 def _guard(folder: Path, asked: str | None, checkpoint: str | None) -> None:
@@ -362,8 +357,8 @@ def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | N
 
 def _network_names(network: Any) -> tuple[str, str]:
     """Model and backbone, to be shown in reports."""
-    arguments = network.get("init_args", {})
-    name = arguments.get("name", network.class_path.rpartition(".")[2])
+    arguments = network.get("init_args") or {}
+    name = arguments.get("name", network["class_path"].rpartition(".")[2])
     own = [f"{key} {arguments[key]}" for key in ("context", "factorizer") if arguments.get(key)]
     if own:
         name = f"{name} ({', '.join(own)})"

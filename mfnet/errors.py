@@ -6,6 +6,7 @@ import difflib
 import inspect
 import pydoc
 import re
+import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any
@@ -57,11 +58,7 @@ def chosen_by_user(error: BaseException) -> bool:
 
     Its arguments are the user's, whatever kind of error it raises.
     """
-    frame, modules = error.__traceback__, []
-    while frame is not None:
-        modules.append(frame.tb_frame.f_globals.get("__name__", ""))
-        frame = frame.tb_next
-    return not any(name.startswith("mfnet.") and name != "mfnet.cli" for name in modules)
+    return not any(name.startswith("mfnet.") and name != "mfnet.cli" for name in _modules(error))
 
 
 def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
@@ -160,7 +157,11 @@ def _is_user_error(error: BaseException) -> bool:
 
 def _origin(error: BaseException) -> str:
     """The package that raised the error."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] if frame else ""
+    *_, last = ["", *_modules(error)]
+    return last.partition(".")[0]
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Those that the error has passed, the one that raised it last."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return [frame.f_globals.get("__name__", "") for frame, _ in frames]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -151,10 +151,15 @@ def export(
             network.save_pretrained(partial)
             return path, _compare(network, TrainedNetwork.from_pretrained(partial))
     model = Normalized(network) if normalize else network
-    metadata = json.dumps(_metadata(network, normalize))
+    metadata = {
+        "class_names": network.class_names,
+        "palette": network.palette,
+        "resize": network.resize,
+        "normalisation": None if normalize else network.normalisation._asdict(),
+    }
     with written_whole(path) as partial:
         try:
-            FORMATS[to].write(model.eval(), partial, metadata)
+            FORMATS[to].write(model.eval(), partial, json.dumps(metadata))
         except OSError:
             raise
         except Exception as error:  # exporters and compilers have errors of many classes
@@ -162,15 +167,6 @@ def export(
             reason = error.__cause__ or error  # ONNX's exporter says little beside it
             raise ValueError(f"{to}: torch cannot export {kind}: {reason}") from error
         return path, _compare(model, FORMATS[to].run(partial))
-
-
-def _metadata(network: TrainedNetwork, normalize: bool) -> dict[str, Any]:
-    return {
-        "class_names": network.class_names,
-        "palette": network.palette,
-        "resize": network.resize,
-        "normalisation": None if normalize else network.normalisation._asdict(),
-    }
 
 
 def _example(index: int, channels: int) -> Tensor:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mfnet.checkpoint import RECORD, find_checkpoint, match_names, read_checkpoint
+from mfnet.checkpoint import RECORD, find_checkpoint, read_checkpoint
 from mfnet.models import unwrap
 from mfnet.parameter_groups import backbone_of
 from mfnet.pretrained import PREFIX
+from mfnet.state_dicts import differences, match_names, read_tensors
 from mfops.factorizers import LearnedFactorizer, resampled
 
 Freeze = Literal["statistics"] | bool
@@ -47,14 +47,11 @@ def initialize(network: nn.Module, source: str | Path) -> str:
     if not taken:
         raise ValueError(f"init_from '{source}': none of its tensors fits the network")
     network.load_state_dict({**own, **taken})
+    missing, unexpected, reshaped = differences(given, own).values()
     left = {
-        "of another shape": [
-            f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in given and key not in taken
-        ],
-        "not in it": [key for key in own if key not in given],
-        "in it, but not in the network": [key for key in given if key not in own],
+        "of another shape": reshaped,
+        "not in it": missing,
+        "in it, but not in the network": unexpected,
     }
     parts = [f"{what}: {_listed(keys)}" for what, keys in left.items() if keys]
     return "; ".join([f"init_from '{source}': {len(taken)} of {len(own)} tensors taken", *parts])
@@ -91,12 +88,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         checkpoint = read_checkpoint(find_checkpoint(path))
         state = checkpoint.get("state_dict", {})
         return {k: v for k, v in state.items() if k.startswith(PREFIX)}, checkpoint.get(RECORD, {})
-    try:
-        # Also unwraps {"state_dict": ...} and the "module." prefix of DataParallel.
-        state = load_state_dict(str(path))
-        return {key: value for key, value in state.items() if isinstance(value, Tensor)}, {}
-    except Exception as error:  # torch.load and safetensors fail in a dozen ways on a bad file
-        raise ValueError(f"init_from: '{path}' is not a file of tensors by name") from error
+    return read_tensors(path, "init_from"), {}
 
 
 def _resampled_factors(

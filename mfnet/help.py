@@ -63,7 +63,8 @@ network
   --model.network CLASS                another network, by its class path
   --model.network.help                 create_model's options
 {how}the run
-  --trainer.default_root_dir DIR   its folder; default runs/<config>-<network>
+  --trainer.default_root_dir DIR   its folder; default runs/<config>, with another network
+                                   than the configuration's runs/<config>-<network>
   --ckpt_path P                    {checkpoint}
   --trainer.devices N, --trainer.accelerator cpu|gpu, --trainer.precision bf16-mixed
   --overlays.output DIR            where predict writes         (predictions)

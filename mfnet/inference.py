@@ -139,11 +139,16 @@ class Inference:
         passes = len(self.scales) * (2 if self.flip else 1)
         total: Tensor | None = None
         for scale in self.scales:
-            scaled = _scaled(images, scale)
+            scaled = images
+            if scale != 1:
+                shape = [max(1, round(scale * side)) for side in size]
+                scaled = tv.resize(images, shape, antialias=True)
             for mirrored in (False, True) if self.flip else (False,):
                 logits = network(scaled.flip(-1) if mirrored else scaled).float()
                 share = (logits.flip(-1) if mirrored else logits).softmax(1)
-                share = _resized(share, size).div_(passes)
+                if share.shape[-2:] != size:
+                    share = F.interpolate(share, size, mode="bilinear")
+                share = share.div_(passes)
                 total = share if total is None else total.add_(share)
         assert total is not None  # there is at least one scale
         return total
@@ -167,19 +172,6 @@ class Inference:
         for start, end in windows:
             total[start:end] += fade
         return fade, total
-
-
-def _scaled(images: Tensor, scale: float) -> Tensor:
-    if scale == 1:
-        return images
-    size = [max(1, round(scale * side)) for side in images.shape[-2:]]
-    return tv.resize(images, size, antialias=True)
-
-
-def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, tuple(size), mode="bilinear")
 
 
 def _resized_strips(maps: Tensor, size: Sequence[int]) -> Iterator[Tensor]:

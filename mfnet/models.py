@@ -223,18 +223,15 @@ def create_model(
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     trunk: Backbone | Pyramid
     if name == LIGHT:
-        given = {"context": context, "factorizer": factorizer, "multi_grid": multi_grid}
-        for option, value in given.items():
-            if value is not None:
-                raise TypeError(f"{option}: model '{LIGHT}' takes none, got {value!r}")
+        _check_light(kwargs, context=context, factorizer=factorizer, multi_grid=multi_grid)
         trunk = Pyramid(backbone, backbone_weights, in_channels)
         unit, decoder = _light(trunk, num_classes, kwargs)
     else:
         recipe = _DILATED[name]
-        context = recipe.context if context is None else context
-        if init is not None and context == "mf" and factorizer in (None, "learned"):
-            kwargs["init"] = init
-        build = _context_builder(name, context, factorizer, context_size, num_classes, kwargs)
+        build = _context_builder(
+            name, recipe.context if context is None else context, kwargs, num_classes=num_classes,
+            factorizer=factorizer, context_size=context_size, init=init,
+        )  # fmt: skip
         trunk = Backbone(backbone, backbone_weights, multi_grid, in_channels)
         unit = build(trunk.high_channels, CONTEXT_CHANNELS)
         decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
@@ -242,41 +239,41 @@ def create_model(
     return SegmentationNetwork(trunk, unit, decoder, head)
 
 
+def _check_light(options: Mapping[str, Any], **refused: Any) -> None:
+    for option, value in refused.items():
+        if value is not None:
+            raise TypeError(f"{option}: model '{LIGHT}' takes none, got {value!r}")
+    _check_keywords(f"model '{LIGHT}'", options, ["rank", "width"], [])
+
+
 def _light(
     trunk: Pyramid, num_classes: int, options: Mapping[str, int]
 ) -> tuple[nn.Module, nn.Module]:
-    _check_keywords(f"model '{LIGHT}'", options, ["rank", "width"], [])
+    # No **options above: the command line would take light's parameters for every network's.
     return light(trunk.low_channels, trunk.high_channels, num_classes, **options)
 
 
 def _context_builder(
-    model: str,
-    context: str,
-    factorizer: str | None,
-    context_size: tuple[int, int] | None,
-    num_classes: int,
-    kwargs: dict[str, Any],
+    model: str, context: str, options: Mapping[str, Any], *, factorizer: str | None, **own: Any
 ) -> Callable[[int, int], nn.Module]:
-    """Makes the context of that name, of channels in and out."""
+    """Makes the context of that name, of channels in and out, with those of ``own`` it takes."""
     if context not in CONTEXTS:
         raise ValueError(f"unknown context '{context}': choose from {', '.join(CONTEXTS)}")
     build = CONTEXTS[context]
-    options = list(signature(build).parameters)[2:]  # after in_, out_channels
     if factorizer is not None and context != "mf":
         raise TypeError(f"factorizer: only context 'mf' takes one, this is '{context}'")
+    takes = list(signature(build).parameters)[2:]  # after in_, out_channels
     _check_keywords(
         f"model '{model}' with context '{context}'",
-        kwargs,
         options,
+        takes,
         ["multi_grid", "init", "context", "context_size"],
     )
-    own = {
-        "num_classes": num_classes,
-        "factorizer": factorizer,
-        "context_size": context_size,
-    }
-    given = {name: value for name, value in own.items() if name in options and value is not None}
-    return functools.partial(build, **kwargs, **given)
+    own["factorizer"] = factorizer
+    if factorizer not in (None, "learned"):
+        del own["init"]
+    given = {name: value for name, value in own.items() if name in takes and value is not None}
+    return functools.partial(build, **options, **given)
 
 
 def _check_keywords(

@@ -12,6 +12,20 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from mfnet.parameter_groups import Groups
 
 
+def check_warm_up(epochs: float, make: LRSchedulerCallable | None) -> float:
+    """``epochs``, if a warm-up may last so long beside what makes the scheduler.
+
+    Raises:
+        ValueError: it is below 0, or given beside a scheduler.
+    """
+    if epochs < 0 or (epochs and make is not None):
+        raise ValueError(
+            "lr_warmup: expected at least 0, and 0 beside lr_scheduler, whose schedule has "
+            f"none, got {epochs}"
+        )
+    return epochs
+
+
 def build_optimizer(groups: Groups, make: OptimizerCallable, head_lr: float) -> Optimizer:
     """The optimizer that ``make`` makes of the groups.
 

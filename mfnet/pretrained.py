@@ -15,20 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from mfnet.checkpoint import (
-    RECORD,
-    WEIGHTS,
-    find_checkpoint,
-    match_names,
-    mismatch,
-    read_checkpoint,
-)
+from mfnet.checkpoint import RECORD, WEIGHTS, find_checkpoint, read_checkpoint
 from mfnet.data import voc
 from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
 from mfnet.inference import TILE, Inference, Prediction
 from mfnet.normalization import Normalization
 from mfnet.outputs import read_output
+from mfnet.state_dicts import match_names, mismatch
 
 SOURCE = "a run's folder, a checkpoint, a folder of weights or a shipped network's name"
 PREFIX = "network."  # of the network's tensors, in a checkpoint and here

@@ -6,6 +6,7 @@ Lightning counts steps and batches, which tell neither once their size is anothe
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from fractions import Fraction
 from inspect import signature
 from typing import Any
@@ -19,6 +20,16 @@ Settings = list[list[dict[str, Any]]]
 Kinds = tuple[str, ...]  # the classes of optimizer and scheduler
 KINDS = "optimizer"  # in a checkpoint's record
 OWN_KINDS: Kinds = ("SGD", "LambdaLR")  # of a run that names no others
+
+
+@dataclass
+class Resumption:
+    """What a run knows of the one that it goes on with, and its own settings, which win."""
+
+    resumed_at: Fraction = Fraction(0)  # in epochs
+    stored_kinds: Kinds | None = None
+    configured: Settings | None = None
+    planned: list[dict[str, Any]] = field(default_factory=list)
 
 
 def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
@@ -135,14 +146,13 @@ def stored_kinds(checkpoint: dict[str, Any], record: dict[str, Any]) -> Kinds | 
     return OWN_KINDS if by_sgd and by_factor else None
 
 
-def restore(trainer: L.Trainer, configured: Settings, planned: list[dict[str, Any]]) -> None:
-    """Put this run's settings in place of those that a checkpoint has brought with its states.
-
-    ``configured`` and ``planned`` are what :func:`settings` and :func:`schedules` said before.
-    """
-    for config, given in zip(trainer.lr_scheduler_configs, planned, strict=False):
+def restore(trainer: L.Trainer, run: Resumption) -> None:
+    """Put this run's settings in place of those that a checkpoint has brought with its states."""
+    if run.configured is None:  # a trial of BatchSizeFinder comes before
+        return
+    for config, given in zip(trainer.lr_scheduler_configs, run.planned, strict=False):
         vars(config.scheduler).update(given)
-    for optimizer, groups in zip(trainer.optimizers, configured, strict=True):
+    for optimizer, groups in zip(trainer.optimizers, run.configured, strict=True):
         for group, given in zip(optimizer.param_groups, groups, strict=False):
             # A scheduler that cycles momentum keeps its limits in the group: it is at some place.
             cycled = ("momentum", "betas") if "max_momentum" in given else ()

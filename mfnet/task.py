@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfnet import losses, optimizers, resume
-from mfnet.checkpoint import RECORD, match_names, mismatch, read_checkpoint
+from mfnet.checkpoint import RECORD, read_checkpoint
 from mfnet.constants import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
 from mfnet.fine_tuning import Freeze, frozen_modules, initialize
@@ -29,6 +29,7 @@ from mfnet.outputs import read_output
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.pretrained import arguments_of, build
 from mfnet.scores import segmentation_scores
+from mfnet.state_dicts import match_names, mismatch
 from mfops import collect_losses
 
 EPOCHS_DONE = "epochs_done"  # an entry of a checkpoint, a fraction
@@ -157,21 +158,13 @@ class SegmentationTask(L.LightningModule):
         self.reconstruction_warmup = reconstruction_warmup
         self.channels = channels
         self._given = image_mean, image_std
-        own = normalization_of(network).for_channels(channels)
-        self.normalization = own.replaced(image_mean, image_std)
-        self.lr_warmup = lr_warmup
-        if lr_warmup < 0 or (lr_warmup and lr_scheduler is not None):
-            raise ValueError(
-                "lr_warmup: expected at least 0, and 0 beside lr_scheduler, whose schedule has "
-                f"none, got {lr_warmup}"
-            )
+        self.normalization = normalization_of(network).for_channels(channels).replaced(*self._given)
+        self.lr_warmup = optimizers.check_warm_up(lr_warmup, lr_scheduler)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.loss = losses.prepare(losses.CrossEntropy() if loss is None else loss)
         self.class_weights = class_weights
-        self.training_loss = self._weighted(
-            [1.0] * len(self.class_names) if class_weights == "auto" else class_weights
-        )
+        self.training_loss = self._weighted(class_weights)
         self.auxiliary_weight = auxiliary_weight
         self.init_from = init_from
         self.freeze_backbone = freeze_backbone
@@ -180,11 +173,8 @@ class SegmentationTask(L.LightningModule):
         self.inference = Inference()
         self.keep_probabilities = False
         self._seed = torch.initial_seed()
-        self._resumed_at = Fraction(0)  # in epochs
-        self._configured: resume.Settings | None = None
-        self._planned: list[dict[str, Any]] = []
+        self._resumption = resume.Resumption()
         self._kinds = resume.OWN_KINDS
-        self._stored_kinds: resume.Kinds | None = None
         # Labels were checked where they were read; validate_args would wait for the GPU.
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
@@ -205,8 +195,7 @@ class SegmentationTask(L.LightningModule):
 
     def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
         self._seed = torch.initial_seed()
-        self._resumed_at = Fraction(0)  # a checkpoint, loaded next, tells otherwise
-        self._configured = self._stored_kinds = None
+        self._resumption = resume.Resumption()  # a checkpoint, loaded next, tells otherwise
         if stage == "fit" and self.class_weights == "auto":
             data = getattr(self._data(), "train_set", None)
             self.training_loss = self._weighted(losses.balanced_class_weights(data).tolist())
@@ -216,13 +205,12 @@ class SegmentationTask(L.LightningModule):
             rank_zero_info(initialize(self.network, self.init_from))
             self.init_from = None  # a second fit goes on with what the first has trained
         # As configured: a checkpoint that is loaded next brings those of its own run.
-        self._configured = resume.settings(self.trainer)
-        self._planned = resume.schedules(self.trainer)
+        self._resumption.configured = resume.settings(self.trainer)
+        self._resumption.planned = resume.schedules(self.trainer)
 
     def on_train_start(self) -> None:
         resume.continue_epoch(self.trainer)
-        if self._configured is not None:  # a trial of BatchSizeFinder comes before
-            resume.restore(self.trainer, self._configured, self._planned)
+        resume.restore(self.trainer, self._resumption)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -326,11 +314,12 @@ class SegmentationTask(L.LightningModule):
         config = optimizers.build_scheduler(optimizer, self.lr_scheduler, self._rate_factor)
         parts = (optimizer, config["lr_scheduler"]["scheduler"])
         self._kinds = tuple(type(part).__name__ for part in parts)
-        if self._stored_kinds not in (None, self._kinds):
-            stored, own = resume.describe(self._stored_kinds), resume.describe(self._kinds)
+        stored = self._resumption.stored_kinds
+        if stored is not None and stored != self._kinds:
             raise ValueError(
                 f"checkpoint '{self.trainer.ckpt_path}' does not fit: optimizer and schedule of "
-                f"its run are {stored}; --optimizer and --lr_scheduler give this one {own}"
+                f"its run are {resume.describe(stored)}; --optimizer and --lr_scheduler give this "
+                f"one {resume.describe(self._kinds)}"
             )
         return config
 
@@ -371,8 +360,8 @@ class SegmentationTask(L.LightningModule):
                 f"{', '.join(classes)}; those of the data are {', '.join(self.class_names)}"
             )
         self.normalization = stored.replaced(*self._given)
-        self._resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
-        self._stored_kinds = resume.stored_kinds(checkpoint, record)
+        self._resumption.resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
+        self._resumption.stored_kinds = resume.stored_kinds(checkpoint, record)
         resume.mark_finished_epoch(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -413,13 +402,17 @@ class SegmentationTask(L.LightningModule):
         )
 
     def _rate_factor(self) -> float:
-        warmed_up = resume.share_warmed_up(self.trainer, self._resumed_at, self.lr_warmup)
-        return warmed_up * (1 - resume.share_done(self.trainer, self._resumed_at)) ** self.power
+        start = self._resumption.resumed_at
+        warmed_up = resume.share_warmed_up(self.trainer, start, self.lr_warmup)
+        return warmed_up * (1 - resume.share_done(self.trainer, start)) ** self.power
 
-    def _weighted(self, class_weights: list[float] | None) -> nn.Module:
+    def _weighted(self, class_weights: list[float] | Literal["auto"] | None) -> nn.Module:
         if class_weights is None:
             return self.loss
-        weights = losses.check_class_weights(class_weights, len(self.class_names))
+        classes = len(self.class_names)
+        if class_weights == "auto":  # until training begins, when the masks are counted
+            class_weights = [1.0] * classes
+        weights = losses.check_class_weights(class_weights, classes)
         return losses.with_class_weights(self.loss, weights.to(self.device))
 
     @torch.inference_mode(False)  # else a later fit could not update what a validation created

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,6 +62,4 @@ class DoubleAttentionContext(UnitContext):
     """
 
     def __init__(self, in_channels: int, out_channels: int = 256, rank: int = 64) -> None:
-        super().__init__(
-            in_channels, out_channels, lambda channels: DoubleAttention(channels, rank)
-        )
+        super().__init__(in_channels, out_channels, partial(DoubleAttention, rank=rank))

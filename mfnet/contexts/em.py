@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -74,6 +75,4 @@ class EMContext(UnitContext):
     def __init__(
         self, in_channels: int, out_channels: int = 256, bases: int = 64, steps: int = 3
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, lambda channels: EMAUnit(channels, bases, steps)
-        )
+        super().__init__(in_channels, out_channels, partial(EMAUnit, bases=bases, steps=steps))

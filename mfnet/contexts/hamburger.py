@@ -125,13 +125,10 @@ class HamburgerContext(UnitContext):
         steps: int | None = None,
         inverse_temperature: float | None = None,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            lambda channels: Hamburger(
-                method, channels, rank, steps, inverse_temperature=inverse_temperature
-            ),
+        unit = partial(
+            Hamburger, method, rank=rank, steps=steps, inverse_temperature=inverse_temperature
         )
+        super().__init__(in_channels, out_channels, unit)
 
 
 nmf = partial(HamburgerContext, "nmf")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
+from mfnet.decoder import upsample
 from mfops.exporting import is_exporting
 from mfops.tracing import record_module
 
@@ -42,9 +43,7 @@ class ImagePooling(ASPPPooling):
             )
         else:
             pooled = norm(pooled)
-        return F.interpolate(
-            activation(pooled), size=x.shape[-2:], mode="bilinear", align_corners=True
-        )
+        return upsample(activation(pooled), x.shape[-2:])
 
 
 class AdaptiveMeans(nn.AdaptiveAvgPool2d):

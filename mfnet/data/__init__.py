@@ -1,9 +1,14 @@
 """Data sets in VOC layout, PASCAL VOC with SBD, generated images; transforms; data modules."""
 
 from mfnet.constants import IGNORE_INDEX
-from mfnet.data.datamodule import PascalVOC, SegmentationDataModule, Synthetic, VOCFolder
+from mfnet.data.datamodule import (
+    PascalVOC,
+    Photographs,
+    SegmentationDataModule,
+    Synthetic,
+    VOCFolder,
+)
 from mfnet.data.files import DataError
-from mfnet.data.photographs import Photographs
 from mfnet.data.transforms import as_rgb, denormalize
 
 __all__ = [

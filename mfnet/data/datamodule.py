@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from mfnet.data import synthetic, transforms, voc
-from mfnet.data.dataset import (
-    SegmentationDataset,
-    ShardSampler,
-    TrainSampler,
-    collate,
-)
+from mfnet.data.dataset import SegmentationDataset, TrainSampler, collate, shard_sampler
 from mfnet.data.files import image_size
 from mfnet.data.labels import LabelEntries, LabelMap
 from mfnet.data.loader import ResumableLoader
@@ -120,27 +115,19 @@ class SegmentationDataModule(L.LightningDataModule):
         if stage == "predict":
             return
         if stage == "test":
-            self.test_set = self._evaluated("test")
+            self.test_set = self._data_set("test", transforms.eval_transform)
             return
-        self.val_set = self._evaluated("val")
+        self.val_set = self._data_set("val", transforms.eval_transform)
         if stage in (None, "fit"):
-            samples = self.list_samples("train")
-            self._warn_of_overlap(samples)
-            self._warn_of_padding(samples[0])
-            self.train_set = SegmentationDataset(
-                samples,
-                self.num_classes,
-                self._transform(transforms.train_transform),
-                self.label_map,
-                self.channels,
-            )
+            self.train_set = self._data_set("train", transforms.train_transform)
+            self._warn_of_overlap(self.train_set.samples)
+            self._warn_of_padding(self.train_set.samples[0])
 
     # A checkpoint is loaded between setup and these: the normalization may be another since.
 
     def train_dataloader(self) -> DataLoader:
         self.train_set.transform = self._transform(transforms.train_transform)
-        rank, world_size = self._rank_and_world_size()
-        sampler = TrainSampler(self.train_set, world_size, rank, seed=_seed())
+        sampler = TrainSampler(self.train_set, *self._world(), seed=_seed())
         if self.trainer is not None:
             # Lightning says so too, but with persistent workers only after the first has begun.
             sampler.set_epoch(self.trainer.current_epoch)
@@ -160,22 +147,21 @@ class SegmentationDataModule(L.LightningDataModule):
             )
         paths = find_images(self.predict_images)
         dataset = PredictionDataset(paths, self.resize, self.channels)
-        sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
+        sampler = shard_sampler(dataset, *self._world())
         return self._loader(dataset, sampler, batch_size=1, collate_fn=collate_one)
 
-    def _evaluated(self, split: Split) -> SegmentationDataset:
-        transform = self._transform(transforms.eval_transform)
-        samples = self.list_samples(split)
+    def _data_set(self, split: Split, make: Callable[..., v2.Transform]) -> SegmentationDataset:
+        transform, samples = self._transform(make), self.list_samples(split)
         return SegmentationDataset(
             samples, self.num_classes, transform, self.label_map, self.channels
         )
 
     def _evaluation_loader(self, dataset: SegmentationDataset) -> DataLoader:
         dataset.transform = self._transform(transforms.eval_transform)
-        sampler = ShardSampler(dataset, *reversed(self._rank_and_world_size()))
+        sampler = shard_sampler(dataset, *self._world())
         return self._loader(dataset, sampler, self.eval_batch_size)
 
-    def _warn_of_overlap(self, samples: list[Sample]) -> None:
+    def _warn_of_overlap(self, samples: Sequence[Sample]) -> None:
         both = {sample.image for sample in samples} & {s.image for s in self.val_set.samples}
         if both:
             rank_zero_warn(
@@ -231,10 +217,11 @@ class SegmentationDataModule(L.LightningDataModule):
             )
         return normalization
 
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+    def _world(self) -> tuple[int, int]:
+        """How many processes there are, and which of them this is."""
+        return (
+            (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        )
 
 
 class VOCFolder(SegmentationDataModule):
@@ -256,7 +243,9 @@ class VOCFolder(SegmentationDataModule):
         self.root = Path(root).expanduser()
         self.class_names, colors = voc.read_classes(self.root)
         if self.label_map is None:
-            self.palette = voc.complete_palette(colors, self.num_classes)
+            # PASCAL's, where there are too few.
+            pascal = voc.pascal_palette(self.num_classes)
+            self.palette = colors[: self.num_classes] + pascal[len(colors) :]
         else:
             self.palette = self.label_map.palette(colors, self.num_classes)
 
@@ -333,6 +322,41 @@ class Synthetic(SegmentationDataModule):
 
     def list_samples(self, split: Split) -> list[Sample]:
         return voc.list_folder(self.root, split)
+
+
+class Photographs(SegmentationDataModule):
+    """Images without masks: what ``mfnet predict`` reads where a checkpoint tells the classes."""
+
+    def __init__(
+        self, class_names: list[str] | None = None, palette: Palette | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            class_names: the classes, in the order of the logits; by default the checkpoint's.
+            palette: RGB of each class; by default the checkpoint's, or else PASCAL's colors.
+
+        Raises:
+            ValueError: no class names, or not as many colors as names.
+        """
+        super().__init__(**kwargs)
+        if not class_names:
+            raise ValueError(
+                "predict: nothing tells the classes: give --ckpt_path RUN, the folder or the "
+                "checkpoint of a trained network; an older one needs --config RUN/config.yaml, too"
+            )
+        self.class_names = list(class_names)
+        self.palette = [(r, g, b) for r, g, b in palette or voc.pascal_palette(len(class_names))]
+        if len(self.palette) != len(self.class_names):
+            raise ValueError(
+                f"palette: expected {len(self.class_names)} colors, one for each class, got "
+                f"{len(self.palette)}"
+            )
+
+    def list_samples(self, split: Split) -> list[Sample]:
+        raise ValueError(
+            "Photographs: there are no masks to train or to score with; choose a data set that "
+            "has them, for instance --data VOCFolder"
+        )
 
 
 def _seed() -> int:

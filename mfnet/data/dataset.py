@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, DistributedSampler, default_collate
@@ -94,31 +95,18 @@ class TrainSampler(DistributedSampler):
         return ((index, seeds[index]) for index in islice(super().__iter__(), skip, None))
 
 
-class ShardSampler(DistributedSampler):
-    """Every ``num_replicas``-th index from ``rank`` on, in order.
-
-    ``DistributedSampler`` repeats samples until all ranks have as many; here no sample is counted
-    twice, and the ranks' counts differ by up to one. (It is a subclass so that Lightning leaves it
-    in its place.)
+def shard_sampler(dataset: Any, num_replicas: int, rank: int) -> DistributedSampler:
+    """Every ``num_replicas``-th index from ``rank`` on, in order, no sample being counted twice.
 
     Raises:
         ValueError: there are fewer samples than replicas.
     """
-
-    def __init__(self, dataset: Any, num_replicas: int, rank: int) -> None:
-        super().__init__(dataset, num_replicas, rank, shuffle=False)
-        self._indices = range(rank, len(dataset), num_replicas)
-        if len(dataset) < num_replicas:
-            raise ValueError(
-                f"expected a sample for each process, got {len(dataset)} samples for "
-                f"{num_replicas} processes"
-            )
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
+    if len(dataset) < num_replicas:
+        raise ValueError(
+            f"expected a sample for each process, got {len(dataset)} samples for "
+            f"{num_replicas} processes"
+        )
+    return UnrepeatedDistributedSampler(dataset, num_replicas, rank, shuffle=False)
 
 
 def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

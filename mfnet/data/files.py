@@ -140,9 +140,8 @@ def read_mask(path: str | Path) -> StoredMask:
 
 def image_size(path: str | Path, channels: int = 3) -> tuple[int, int]:
     """(height, width) as stored; only the file's head is read. Raises ``DataError``."""
-    if _is_banded(path, channels):
-        return _band_size(path)
-    with _opened(path, "image") as file:
+    banded = _is_banded(path, channels)
+    with _opened_bands(path) if banded else _opened(path, "image") as file:
         return file.height, file.width
 
 
@@ -213,9 +212,16 @@ def _converted(
             )
         return _image(pixels)
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow's converter clips these to 0 to 255.
-        gray = _scaled(np.array(image), image.mode, path, file_format)
-        return tv_tensors.Image(torch.from_numpy(gray).expand(channels, -1, -1).contiguous())
+        # Pillow's converter clips these to 0 to 255; PGM's it has scaled to 16 bits on reading.
+        pixels = np.array(image)
+        if not image.mode.startswith("I;16") and not (image.mode == "I" and file_format == "PPM"):
+            raise DataError(
+                f"{path}: expected 8 or 16 bits a channel, got mode {image.mode}, values "
+                f"{pixels.min():g} to {pixels.max():g}, whose white is unknown: save it with 8 or "
+                "16 bits"
+            )
+        gray = torch.from_numpy(_eight_bits(pixels, path))
+        return tv_tensors.Image(gray.expand(channels, -1, -1).contiguous())
     if image.has_transparency_data:
         image = image.convert("RGBA")
         extrema: Any = image.getextrema()  # lowest and highest of each band
@@ -232,19 +238,6 @@ def _image(pixels: NDArray[np.uint8]) -> tv_tensors.Image:
     """(H, W) or (H, W, channels) as (channels, H, W)."""
     pixels = np.atleast_3d(pixels)
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
-
-
-def _scaled(
-    pixels: NDArray[Any], mode: str, path: str | Path, file_format: str | None
-) -> NDArray[np.uint8]:
-    """Gray values of more than 8 bits as uint8, if their range is known."""
-    # Pillow scales PGM's values to 16 bits, whatever their maximum.
-    if not mode.startswith("I;16") and not (mode == "I" and file_format == "PPM"):
-        raise DataError(
-            f"{path}: expected 8 or 16 bits a channel, got mode {mode}, values {pixels.min():g} "
-            f"to {pixels.max():g}, whose white is unknown: save it with 8 or 16 bits"
-        )
-    return _eight_bits(pixels, path)
 
 
 def _eight_bits(pixels: NDArray[np.uint16], path: str | Path) -> NDArray[np.uint8]:
@@ -297,11 +290,6 @@ def _read_bands(path: str | Path, channels: int) -> tv_tensors.Image:
             f"{pixels.min():g} to {pixels.max():g}, whose white is unknown"
         )
     return tv_tensors.Image(torch.from_numpy(pixels))
-
-
-def _band_size(path: str | Path) -> tuple[int, int]:
-    with _opened_bands(path) as file:
-        return file.height, file.width
 
 
 def _without_alpha(pixels: NDArray[np.uint8], path: str | Path) -> NDArray[np.uint8]:

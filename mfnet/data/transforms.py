@@ -16,6 +16,7 @@ Two recipes, both ending in a normalized float32 image (C, H, W) and an int64 ma
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,17 +29,6 @@ from mfnet.constants import IGNORE_INDEX
 from mfnet.normalization import IMAGENET, Normalization
 
 Recipe = Literal["paper", "modern"]
-
-
-class Resize(v2.Transform):
-    """Resize to ``size`` (h, w)."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return resized(inpt, self.size)
 
 
 class Rescale(v2.Transform):
@@ -110,7 +100,7 @@ def as_rgb(image: Tensor) -> Tensor:
 
 
 def _resize(size: tuple[int, int] | None) -> list[v2.Transform]:
-    return [] if size is None else [Resize(size)]
+    return [] if size is None else [v2.Lambda(partial(resized, size=size))]
 
 
 def resized(inpt: Any, size: tuple[int, int]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -163,11 +162,6 @@ def read_classes(root: str | Path) -> tuple[list[str], Palette]:
     return names, colors
 
 
-def complete_palette(colors: Palette, num_classes: int) -> Palette:
-    """As many colors as there are classes: PASCAL's where there are too few."""
-    return colors[:num_classes] + pascal_palette(num_classes)[len(colors) :]
-
-
 def list_pascal(
     root: str | Path, split: Split, sbd_root: str | Path | None = None, download: bool = False
 ) -> list[Sample]:
@@ -206,11 +200,9 @@ def list_pascal(
 
 def _list_voc2012(root: str | Path, split: str, download: bool) -> list[Sample]:
     split_file = Path(root, "VOCdevkit", "VOC2012", "ImageSets", "Segmentation", f"{split}.txt")
-    fetch = download and not split_file.is_file()
-    if not fetch:
-        _require(split_file)
+    fetch = _is_to_fetch(split_file, download)
     data = VOCSegmentation(root, year="2012", image_set=split, download=fetch)
-    return _checked(_pairs(data), split_file)
+    return _checked(data, split_file)
 
 
 def _list_sbd(root: str | Path, download: bool) -> list[Sample]:
@@ -222,16 +214,16 @@ def _list_sbd(root: str | Path, download: bool) -> list[Sample]:
     samples = []
     for split in ("train", "val"):
         split_file = root / f"{split}.txt"
-        fetch = download and not split_file.is_file()
-        if not fetch:
-            _require(split_file)
+        fetch = _is_to_fetch(split_file, download)
         data = SBDataset(root, image_set=split, mode="segmentation", download=fetch)
-        samples += _checked(_pairs(data), split_file)
+        samples += _checked(data, split_file)
     return samples
 
 
-def _pairs(data: VOCSegmentation | SBDataset) -> Iterable[Sample]:
-    return (Sample(Path(i), Path(m)) for i, m in zip(data.images, data.masks, strict=True))
+def _is_to_fetch(split_file: Path, download: bool) -> bool:
+    if not download:
+        _require(split_file)
+    return not split_file.is_file()
 
 
 def _require(path: Path) -> Path:
@@ -240,9 +232,9 @@ def _require(path: Path) -> Path:
     return path
 
 
-def _checked(samples: Iterable[Sample], split_file: Path) -> list[Sample]:
+def _checked(data: VOCSegmentation | SBDataset, split_file: Path) -> list[Sample]:
     """The samples, after making sure that all their files are there."""
-    samples = list(samples)
+    samples = [Sample(Path(i), Path(m)) for i, m in zip(data.images, data.masks, strict=True)]
     if not samples:
         raise ValueError(f"{split_file}: names no image")
     # One listing per folder instead of one question per file: quicker on network disks.

@@ -1,12 +1,13 @@
-"""What tests of the command line share: flags of a run that takes seconds, and a user's errors."""
+"""What tests of the command line share: flags of a run that takes seconds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from mfnet.__main__ import main
+
+Fails = Callable[..., str]  # the fixture
 
 RESNET = "--model.network.backbone=resnet18"
 # The smallest network that there is.
@@ -24,15 +25,12 @@ def flags(root: Path, run: str | Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr that a user error ends in."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code in (1, 2)
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    errors = [line for line in stderr.splitlines() if line.startswith("mfnet: error: ")]
-    assert len(errors) == 1
-    assert stderr.splitlines()[-1] == errors[0]
-    return errors[0]
+# What every command but fit is run with.
+CPU = ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+def predict(checkpoint: str | Path, images: str | Path, output: Path, *more: str) -> None:
+    main([
+        "predict", *more, f"--ckpt_path={checkpoint}", f"--data.predict_images={images}", *CPU,
+        f"--overlays.output={output}",
+    ])  # fmt: skip

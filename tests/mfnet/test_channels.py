@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from command_line import RESNET, flags
+from command_line import CPU, RESNET, Fails, flags, predict
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -231,34 +231,23 @@ def test_a_run_of_four_channels(data: Path, tmp_path: Path) -> None:
     with np.load(run / "samples.npz") as samples, Image.open(photograph) as original:
         np.testing.assert_allclose(samples["image_0"], np.array(original)[..., :3], atol=1)
 
-    main([
-        "predict", f"--ckpt_path={run}", f"--data.predict_images={photograph}",
-        "--data.num_workers=0", f"--overlays.output={tmp_path}", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-    ])  # fmt: skip
+    predict(run, photograph, tmp_path)
     with Image.open(tmp_path / "val_00000.png") as overlay:
         assert (overlay.mode, overlay.size) == ("RGB", (40, 40))
 
     # The checkpoint tells the channels too.
-    main([
-        "validate", "--data=VOCFolder", f"--data.root={data}", "--data.num_workers=0",
-        f"--ckpt_path={run}", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-    ])  # fmt: skip
+    main(["validate", "--data=VOCFolder", f"--data.root={data}", f"--ckpt_path={run}", *CPU])
     assert (run / "scores-val.csv").is_file()
 
 
-def test_the_data_say_how_many_channels_a_network_has(
-    data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_data_say_how_many_channels_a_network_has(data: Path, fails: Fails) -> None:
     cli = MFNetCLI(flags(data, "", RESNET, "--data.channels=1"), run=False)
     assert cli.model.network.in_channels == cli.model.channels == 1
     cli.datamodule.setup("validate")
     assert cli.datamodule.val_set[0][0].shape == (1, 40, 40)
-    with pytest.raises(SystemExit):
-        main(["fit", *flags(data, "", RESNET, "--model.network.in_channels=4")])
-    assert capsys.readouterr().err == (
+    assert fails(["fit", *flags(data, "", RESNET, "--model.network.in_channels=4")]) == (
         "mfnet: error: --model.network.in_channels 4: a network has as many channels as the "
-        "images: --data.channels 4\n"
+        "images: --data.channels 4"
     )
 
 

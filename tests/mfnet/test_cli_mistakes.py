@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from command_line import Fails
 
 from mfnet import help
 from mfnet.__main__ import main
@@ -32,18 +33,6 @@ def folder(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text)
     (folder / "binary.yaml").write_bytes(b"\x89PNG\xff\x00")
     return folder
-
-
-def fails(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(line.split())
-    assert exit_.value.code in (1, 2)
-    errors = capsys.readouterr().err.splitlines()
-    assert errors[-1].startswith("mfnet: error: ")
-    assert len(errors[-1]) < 450
-    assert len([line for line in errors if not line.startswith("Seed set to")]) == 1
-    return errors[-1]
 
 
 NO_DATA = "no data: give --config NAME"
@@ -86,6 +75,13 @@ NO_DATA = "no data: give --config NAME"
         ("SMALL --model.network nowhere.Net", "--model.network: no class 'nowhere.Net'"),
         ("SMALL --trainer.logger TensorBoardLogger", "--trainer.logger.save_dir is missing"),
         ("SMALL --trainer.callbacks EarlyStopping", "--trainer.callbacks.monitor is missing"),
+        ("SMALL --config nowhere.yaml", "no file 'nowhere.yaml', and none of the shipped"),
+        ("SMALL --data.root nowhere", "nowhere"),
+        ("SMALL --data.num_workers -1", "num_workers: expected at least 0, got -1"),
+        ("SMALL --model.network.name unet", "unknown model 'unet'"),
+        ("SMALL --model.network.backbone resnet19", "unknown backbone 'resnet19'"),
+        ("SMALL --nonsense 1", "unknown argument --nonsense"),
+        ("SMALL --ckpt_path nowhere.ckpt", "no file 'nowhere.ckpt', which fit would continue"),
         (f"SMALL {CALLBACK}Timer --trainer.callbacks.duratoin 3", "did you mean .*duration"),
         (f"SMALL {CONV} 3 --model.network.out_channels 4 --model.network.groups 2", "by groups"),
         (
@@ -100,11 +96,13 @@ def test_a_mistake_is_told_in_one_line(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fails: Fails,
 ) -> None:
     monkeypatch.chdir(folder)
     small = f"fit --config camvid --data.root voc --trainer.default_root_dir {tmp_path}/run"
-    assert re.search(message, fails(line.replace("SMALL", small), capsys))
+    said = fails(line.replace("SMALL", small).split(), alone=True)
+    assert re.search(message, said)
+    assert len(said) < 450
     assert not (tmp_path / "run").exists()
 
 
@@ -140,6 +138,12 @@ def test_help_of_the_network(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed("fit --config camvid --model.network.help", capsys)
     for word in ("--model.network.backbone_weights", "a timm model", "em: bases", "rank"):
         assert word in text
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed("--help", capsys)
+    for command in ("fit", "validate", "test", "predict", "mfnet demo", "mfnet report RUN"):
+        assert command in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,17 +8,54 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from mfnet.contexts import CONTEXTS, LossContext, MFContext, aspp, aspp_separable, none
 
 
+# The last two are grids on which nothing but a batch of one value per channel is refused.
 @pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (1, 8, 5, 7)])
-def test_shapes_and_gradients(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (1, 8, 5, 7), (1, 8, 1, 2), (2, 8, 1, 1)])
+def test_any_grid_trains(name: str, shape: tuple[int, ...]) -> None:
     context = CONTEXTS[name](8, 16).train()
     x = torch.randn(shape, requires_grad=True)
-    y = context(x)
-    assert y.shape == (shape[0], 16, *shape[2:])
-    y.square().sum().backward()
-    assert all(p.grad is not None for p in context.parameters() if p.requires_grad)
-    assert x.grad is not None
-    assert x.grad.isfinite().all()
+    out = context(x)
+    assert out.shape == (shape[0], 16, *shape[2:])
+    out.square().sum().backward()
+    for tensor in (x, *(p for p in context.parameters() if p.requires_grad)):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["em", "nmf", "vq", "cd", "double_attention", "nonlocal"])
+def test_every_pixel_sees_the_whole_image(name: str) -> None:
+    torch.manual_seed(0)
+    context = CONTEXTS[name](8, 4).double().eval()
+    if name == "nonlocal":  # it starts as the identity
+        nn.init.normal_(context.unit.w[1].weight)
+    x = torch.randn(1, 8, 12, 12, dtype=torch.float64)
+    changed = x.clone()
+    changed[..., 0, 0] += 3
+    moved = (context(changed) - context(x)).abs().sum(1)[0]
+    assert moved[11, 11] > 0  # beyond the reach of the 3x3 convolutions
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("em", {"bases": 0}, "bases: expected a positive integer, got 0"),
+        ("encoding", {"codewords": 0}, "codewords: expected a positive integer, got 0"),
+        ("encoding", {"num_classes": 0}, "num_classes: expected a positive integer, got 0"),
+        ("ppm", {}, "in_channels: expected at least 4, got 3"),
+        ("nmf", {"inverse_temperature": 1}, "inverse_temperature: method 'nmf' takes none, got 1"),
+        *(
+            (name, {"rank": 0}, "rank: expected a positive integer, got 0")
+            for name in ("nmf", "vq", "cd", "double_attention")
+        ),
+        *(
+            (name, {"steps": 0}, "steps: expected at least 1, got 0")
+            for name in ("em", "nmf", "vq", "cd")
+        ),
+    ],
+)
+def test_bad_arguments_are_named(name: str, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CONTEXTS[name](3, **options)
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
@@ -142,12 +179,6 @@ def test_separable_aspp_is_that_of_segmentation_models_pytorch(rates: tuple[int,
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 512, 37, 25)
     torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_separable_aspp_has_its_parameters() -> None:
-    pyramid = 2 * 2048 * 256 + 3 * (9 * 2048 + 2048 * 256) + 5 * 256 * 256 + 6 * 2 * 256
-    last = 9 * 256 + 256 * 256 + 2 * 256
-    assert sum(p.numel() for p in aspp_separable(2048).parameters()) == pyramid + last
 
 
 # none

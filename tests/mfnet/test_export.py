@@ -74,8 +74,9 @@ def test_onnx_of_a_network_from_one_image(name: str, context: str | None) -> Non
         assert (run(x) - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
-def test_a_saved_program_of_mfnet_for_upright_and_wide_images() -> None:
-    model = network("mfnet")
+@pytest.mark.parametrize("name", ["mfnet", "deeplabv3plus", "emanet"])
+def test_a_saved_program_of_a_network_for_upright_and_wide_images(name: str) -> None:
+    model = network(name)
     run = saved_and_loaded(model, torch.randn(2, 3, 65, 97), strict=False)
     for size in [(2, 3, 65, 97), (1, 3, 99, 64), (3, 3, 33, 81)]:
         x = torch.randn(size)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import RESNET, flags
+from command_line import CONV, RESNET, Fails, flags
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,16 +21,9 @@ from mfnet.pretrained import TrainedNetwork
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of three classes and a Z of the grid 3 x 5."""
     torch.manual_seed(7)
+    arguments = {"num_classes": 3, "backbone": "resnet18", "context_size": [3, 5]}
     network = TrainedNetwork(
-        network={
-            "class_path": "mfnet.create_model",
-            "init_args": {
-                "name": "mfnet",
-                "num_classes": 3,
-                "backbone": "resnet18",
-                "context_size": [3, 5],
-            },
-        },
+        network={"class_path": "mfnet.create_model", "init_args": {"name": "mfnet", **arguments}},
         class_names=["a", "b", "c"],
         normalisation={"mean": [0.5] * 3, "std": [0.5] * 3},
     )
@@ -143,20 +136,16 @@ def test_frozen_statistics_alone(images: Path, trained: Path, tmp_path: Path) ->
         (["--model.freeze_backbone=some"], "freeze_backbone: expected"),
         (["--model.init_from=nothing.ckpt"], "no file or folder 'nothing.ckpt', and none of"),
         (
-            ["--model.network=torch.nn.Conv2d", "--model.network.in_channels=3",
-             "--model.network.out_channels=5", "--model.network.kernel_size=1",
-             "--model.freeze_backbone=true"],
+            [*CONV, "--model.freeze_backbone=true"],
             "freeze_backbone: Conv2d has neither a backbone nor an encoder",
         ),
     ],
 )  # fmt: skip
 def test_mistakes(
-    given: list[str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: list[str], message: str, images: Path, tmp_path: Path, fails: Fails
 ) -> None:
     base = [flag for flag in small(images, tmp_path) if "network" not in flag or len(given) < 2]
-    with pytest.raises(SystemExit):
-        main(["fit", *base, *given])
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in fails(["fit", *base, *given])
 
 
 def test_a_frozen_network_of_others(images: Path, tmp_path: Path) -> None:

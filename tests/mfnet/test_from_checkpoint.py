@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import flags
+from command_line import CPU, flags, predict
 from PIL import Image
 
 import mfnet
@@ -47,41 +47,30 @@ NETWORK = [
 ]
 
 
-CPU = ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-
-
 def _of_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if "num_batches" not in key}
 
 
-def predict(run: Path, images: Path, output: Path, *flags: str) -> Image.Image:
-    main([
-        "predict", *flags, "--data.num_workers=0", "--trainer.accelerator=cpu",
-        f"--data.predict_images={images / 'JPEGImages' / 'val_00000.jpg'}",
-        "--trainer.enable_progress_bar=false", f"--overlays.output={output}",
-    ])  # fmt: skip
-    with Image.open(output / "val_00000.png") as picture:
-        return picture.copy()
-
-
 def test_predict_needs_only_the_checkpoint(run: Path, images: Path, tmp_path: Path) -> None:
-    file = run / "checkpoints" / "best.ckpt"
-    alone = predict(run, images, tmp_path / "alone", f"--ckpt_path={file}")
-    folder = predict(run, images, tmp_path / "folder", f"--ckpt_path={run}")
-    configured = predict(
-        run, images, tmp_path / "config", f"--config={run / 'config.yaml'}", "--ckpt_path=best"
-    )
-    assert alone.size == (33, 33)
-    assert alone.tobytes() == folder.tobytes() == configured.tobytes()
+    photo = images / "JPEGImages" / "val_00000.jpg"
+    pictures = []
+    for name, checkpoint, more in (
+        ("alone", run / "checkpoints" / "best.ckpt", []),
+        ("folder", run, []),
+        ("config", "best", [f"--config={run / 'config.yaml'}"]),
+    ):
+        predict(checkpoint, photo, tmp_path / name, *more)
+        with Image.open(tmp_path / name / "val_00000.png") as picture:
+            pictures.append((picture.size, picture.tobytes()))
+    assert pictures[0][0] == (33, 33)
+    assert pictures[0] == pictures[1] == pictures[2]
 
 
 def test_validate_takes_the_network_from_the_checkpoint(
     run: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([
-        "validate", "--data=VOCFolder", f"--data.root={images}", f"--ckpt_path={run}",
-        "--data.resize=[40,48]", "--data.num_workers=0", "--trainer.accelerator=cpu",
-    ])  # fmt: skip
+    data = ["--data=VOCFolder", f"--data.root={images}", "--data.resize=[40,48]", *CPU]
+    main(["validate", f"--ckpt_path={run}", *data])
     assert "val/mIoU" in capsys.readouterr().out
 
 
@@ -91,12 +80,9 @@ def test_windows_scales_and_flips_from_the_command_line(
     """What the command line writes is what Python returns, and masks can be trained on."""
     with Image.open(images / "JPEGImages" / "val_00000.jpg") as photo:
         photo.resize((70, 90)).save(tmp_path / "photo.png")
-    flags = ["--tile=48", "--overlap=0.5", "--scales=[1,1.5]", "--flip=true", *CPU]
-    main([
-        "predict", f"--ckpt_path={run}", f"--data.predict_images={tmp_path / 'photo.png'}",
-        "--data.resize=null", f"--overlays.output={tmp_path / 'out'}",
-        "--overlays.kinds=[mask,probabilities]", *flags,
-    ])  # fmt: skip
+    flags = ["--tile=48", "--overlap=0.5", "--scales=[1,1.5]", "--flip=true"]
+    kinds = ["--data.resize=null", "--overlays.kinds=[mask,probabilities]"]
+    predict(run, tmp_path / "photo.png", tmp_path / "out", *kinds, *flags)
     network = mfnet.load(run)
     network.resize = None
     options = {"tile": 48, "overlap": 0.5, "scales": [1, 1.5], "flip": True}
@@ -116,7 +102,8 @@ def test_windows_scales_and_flips_from_the_command_line(
     (root / "ImageSets" / "Segmentation" / "test.txt").write_text("photo\n")
     shutil.copy(images / "classes.txt", root)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        main(["test", "--data=VOCFolder", f"--data.root={root}", f"--ckpt_path={run}", *flags])
+        data = ["--data=VOCFolder", f"--data.root={root}", *CPU]
+        main(["test", f"--ckpt_path={run}", *data, *flags])
     shown = "in windows of 48 x 48, overlap 0.5, where larger; at scale 1, 1.5; mirrored, too"
     assert f"images shown {shown}" in printed.getvalue()
     assert re.search(r"test/accuracy\W+1\.0\W", printed.getvalue())
@@ -155,7 +142,7 @@ def test_without_a_record_the_classes_are_asked_for(
     del checkpoint[RECORD]  # as one of the version before
     torch.save(checkpoint, tmp_path / "old.ckpt")
     with pytest.raises(SystemExit):
-        predict(run, images, tmp_path, f"--ckpt_path={tmp_path / 'old.ckpt'}")
+        predict(tmp_path / "old.ckpt", images / "JPEGImages", tmp_path)
     assert "nothing tells the classes" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -170,11 +157,10 @@ def test_what_cannot_be_predicted_is_named_and_all_else_written(
     (photos / "._a.jpg").write_bytes(b"what a Mac leaves")
     (photos / "broken.jpg").write_bytes(good.read_bytes()[:300])
     Image.new("RGB", (9, 9)).save(photos / "small.png")
-    flags = [f"--ckpt_path={run}", "--data.num_workers=0", "--trainer.accelerator=cpu"]
-    flags += ["--data.resize=null", f"--overlays.output={tmp_path / 'out'}"]
+    flags = [f"--ckpt_path={run}", "--data.resize=null", f"--overlays.output={tmp_path / 'out'}"]
     names = sorted(str(path) for path in photos.glob("[!.]*"))  # as a shell expands *
     with pytest.raises(SystemExit) as exit_:
-        main(["predict", "--data.predict_images", *names, *flags])
+        main(["predict", "--data.predict_images", *names, *flags, *CPU])
     assert exit_.value.code == 1
     printed = capsys.readouterr()
     assert f"3 images predicted, see {tmp_path / 'out'}" in printed.out
@@ -183,4 +169,4 @@ def test_what_cannot_be_predicted_is_named_and_all_else_written(
     assert f"{photos / 'broken.jpg'}: cannot read image" in line
     assert f"{photos / 'small.png'}: x: expected images of at least 33 x 33" in line
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.png"]
-    main(["predict", f"--data.predict_images={photos / 'a.jpg'}", *flags])
+    predict(run, photos / "a.jpg", tmp_path / "again")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mfnet.inference import Inference
-from mfnet.normalization import IMAGENET, Normalization
+from mfnet.normalization import Normalization
 
 PLAIN = Normalization((0.0,) * 3, (1.0,) * 3)
 
@@ -97,17 +97,6 @@ def test_prediction_at_any_size(tile, size):
     without = Inference(tile=tile).predict(pointwise, image, PLAIN, "cpu", size)
     assert without.probabilities is None
     assert torch.equal(without.labels, got.labels)
-
-
-def test_windows_are_normalized_as_training_images_are():
-    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
-    mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
-    Inference().predict(
-        lambda x: torch.testing.assert_close(x[0], (image / 255 - mean) / std) or x,
-        image,
-        IMAGENET,
-        "cpu",
-    )
 
 
 @pytest.mark.parametrize(

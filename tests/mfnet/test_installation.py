@@ -44,7 +44,6 @@ def test_python_names_the_command_that_installs_a_package(code: str, missing: st
         ("sys.argv = ['-m']; import runpy; runpy.run_module('mfnet', run_name='__main__')", "timm"),
         ("sys.argv = ['bin/mfnet', '--help']; from mfnet.__main__ import main; main()", "timm"),
         ("from mfnet.__main__ import main; main(['--help'])", "lightning"),
-        ("from mfnet.__main__ import main; main(['--help'])", "jsonargparse"),
     ],
 )
 def test_the_command_line_says_so_in_one_line(start: str, missing: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import flags
-from quiet import quiet_trainer
+from command_line import flags, predict
+from quiet import one_step
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, mobilenet_v3_large
 from torchvision.models.segmentation.fcn import FCNHead
@@ -52,17 +52,14 @@ class Answers(nn.Module):
             "object": SimpleNamespace(logits=logits),
             "wrong aux": {"out": full, "aux": self.aux(features)[:, :2]},
             "too small": full[:, :, 0],
+            "too large": full.repeat(1, 1, 2, 2),
+            "channels": full[:, :2],
+            "dict": {"seg": full},
         }[self.answer]
 
 
 def step(network: nn.Module, **arguments: Any) -> tuple[Tensor, dict[str, float], SegmentationTask]:
-    """The loss of a step, and what it logs."""
-    task = SegmentationTask(network, CLASSES, **arguments)
-    task.trainer = quiet_trainer()
-    logged: dict[str, float] = {}
-    task.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    task.log_dict = lambda values, **kwargs: logged.update(values)  # type: ignore[method-assign]
-    return task.training_step((IMAGES, MASKS), 0), logged, task
+    return one_step(network, CLASSES, (IMAGES, MASKS), **arguments)
 
 
 def full_size(logits: Tensor) -> Tensor:
@@ -102,6 +99,9 @@ def test_the_weight_of_an_auxiliary_output() -> None:
     [
         ("wrong aux", r"return auxiliary logits of shape \(2, 3, 33, 37\) .* got \(2, 2, 8, 9\)$"),
         ("too small", r"return logits of shape \(2, 3, 33, 37\) .*, got \(2, 3, 37\)$"),
+        ("too large", r"return logits .*, got \(2, 3, 66, 74\)$"),
+        ("channels", r"return logits .*, got \(2, 2, 33, 37\)$"),
+        ("dict", "return logits .*, got dict with seg$"),
     ],
 )
 def test_what_is_wrong_is_named(answer: str, message: str) -> None:
@@ -169,11 +169,7 @@ def test_torchvisions_network_by_class_path(
     weights = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert len(weights["network.classifier.4.bias"]) == 5  # as many as the data's classes
     image = next((images / "JPEGImages").iterdir())
-    main([
-        "predict", f"--ckpt_path={run}", f"--data.predict_images={image}",
-        "--data.num_workers=0", "--trainer.accelerator=cpu", f"--overlays.output={tmp_path}/seen",
-        "--trainer.enable_progress_bar=false",
-    ])  # fmt: skip
+    predict(run, image, tmp_path / "seen")
     assert len(list((tmp_path / "seen").iterdir())) == len(fetched) == 1
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mfnet.cli import MFNetCLI
-from mfnet.parameter_groups import parameter_groups
 from mfnet.task import SegmentationTask
 
 BATCH, STEPS = 4, 2
@@ -41,32 +40,6 @@ def published_group(network: str, name: str, parameter: Tensor) -> tuple[float, 
     if name.startswith("backbone.") or re.search(r"factorizer\.[yz]$", name):
         return 0.007, 5e-4
     return 0.07, 5e-4
-
-
-@pytest.mark.parametrize("name", ["mfnet", "deeplabv3plus", "emanet"])
-def test_groups_are_the_published_ones(name: str) -> None:
-    task = paper_task(name)
-    names = {id(p): key for key, p in task.network.named_parameters()}
-    found = {
-        names[id(p)]: (group["lr"] * BATCH, group.get("weight_decay", task.weight_decay) / BATCH)
-        for group in parameter_groups(
-            task.network, task.parameter_groups, task.backbone_lr, task.head_lr
-        )
-        for p in group["params"]
-    }
-    assert found == {
-        key: pytest.approx(published_group(name, key, p))
-        for key, p in task.network.named_parameters()
-        if p.requires_grad
-    }
-    listed = {
-        "mfnet": ["backbone", "factors", "head"],
-        "deeplabv3plus": ["backbone", "head"],
-        "emanet": ["weights", "vectors"],
-    }
-    optimizer = task.configure_optimizers
-    task._trainer = trainer()
-    assert [g["name"] for g in optimizer()["optimizer"].param_groups] == listed[name]
 
 
 def published_steps(task: SegmentationTask, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:

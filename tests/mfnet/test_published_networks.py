@@ -141,14 +141,11 @@ NAMES = {
     },
     "deeplabv3plus": DECODER
     | {
-        r"aspp\.aspp1\.conv": "context.convs.0.0",
-        r"aspp\.aspp1\.bn": "context.convs.0.1",
-        r"aspp\.aspp2\.conv": "context.convs.1.0",
-        r"aspp\.aspp2\.bn": "context.convs.1.1",
-        r"aspp\.aspp3\.conv": "context.convs.2.0",
-        r"aspp\.aspp3\.bn": "context.convs.2.1",
-        r"aspp\.aspp4\.conv": "context.convs.3.0",
-        r"aspp\.aspp4\.bn": "context.convs.3.1",
+        **{
+            rf"aspp\.aspp{branch + 1}\.{part}": f"context.convs.{branch}.{place}"
+            for branch in range(4)
+            for place, part in enumerate(("conv", "bn"))
+        },
         r"aspp\.global_avg_pool\.": "context.convs.4.",
         r"aspp\.conv1": "context.project.0",
         r"aspp\.bn1": "context.project.1",

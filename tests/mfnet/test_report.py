@@ -128,18 +128,11 @@ def refused(error, pattern, folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_a_missing_folder(runs, tmp_path):
-    refused(
-        FileNotFoundError, "nowhere: no such run folder", [*runs, tmp_path / "nowhere"], tmp_path
-    )
-
-
-def test_refuses_a_folder_without_metrics(tmp_path):
+def test_refuses_folders_that_are_no_runs_of_their_own(runs, tmp_path):
+    missing = tmp_path / "nowhere"
+    refused(FileNotFoundError, "nowhere: no such run folder", [*runs, missing], tmp_path)
     (tmp_path / "empty").mkdir()
     refused(FileNotFoundError, r"empty: .*metrics\.csv", [tmp_path / "empty"], tmp_path)
-
-
-def test_refuses_the_same_run_twice(runs, tmp_path):
     refused(ValueError, "given twice", [runs[0], runs[0]], tmp_path)
 
 
@@ -171,12 +164,9 @@ def test_refuses_a_missing_or_damaged_record(runs, tmp_path, name):
     refused(FileNotFoundError, rf"emanet/{name}: no such file", runs, tmp_path)
 
 
-def test_refuses_a_summary_without_an_entry(runs, tmp_path):
+def test_refuses_a_record_whose_parts_do_not_fit(runs, tmp_path):
     write_record(runs[0], parameters="many")
     refused(ValueError, r"mfnet/summary\.json: the entry parameters", runs, tmp_path)
-
-
-def test_refuses_predictions_outside_the_classes(runs, tmp_path):
     write_record(runs[0], palette=[[0, 0, 0]], class_names=["background"])
     refused(ValueError, r"mfnet/samples\.npz: .*labels 0 to 0", runs[:1], tmp_path)
 

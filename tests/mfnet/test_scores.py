@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import CPU, RESNET, flags
 from matplotlib.colors import to_rgb
 from torch import Tensor
 from torchmetrics.classification import (
+    MulticlassAccuracy,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
+    MulticlassJaccardIndex,
     MulticlassPrecision,
     MulticlassRecall,
 )
@@ -47,9 +50,16 @@ def test_scores_of_classes_are_those_of_torchmetrics() -> None:
     truth, predicted = masks(0), masks(1)
     truth[:, 2:4] = 255
     scores = segmentation_scores(counted(truth, predicted))
-    metrics = {"Dice": MulticlassF1Score, "precision": MulticlassPrecision}
-    for name, metric in {**metrics, "recall": MulticlassRecall}.items():
-        expected = metric(4, average="none", ignore_index=255)(predicted, truth)
+    for name, kind, average in (
+        ("IoU", MulticlassJaccardIndex, "none"),
+        ("mIoU", MulticlassJaccardIndex, "macro"),
+        ("fwIoU", MulticlassJaccardIndex, "weighted"),
+        ("accuracy", MulticlassAccuracy, "micro"),
+        ("Dice", MulticlassF1Score, "none"),
+        ("precision", MulticlassPrecision, "none"),
+        ("recall", MulticlassRecall, "none"),
+    ):
+        expected = kind(4, average=average, ignore_index=255)(predicted, truth)
         torch.testing.assert_close(scores[name].float(), expected)
     torch.testing.assert_close(scores["Dice"], 2 * scores["IoU"] / (1 + scores["IoU"]))
 
@@ -64,10 +74,14 @@ def test_what_would_divide_by_zero_is_not_a_number() -> None:
         "Dice": [12 / 18, 0, 0, nan],
         "precision": [6 / 10, nan, 0, nan],
         "recall": [6 / 8, 0, nan, nan],
+        "mIoU": 1 / 6,
+        "fwIoU": 8 / 12 * 6 / 12,
+        "accuracy": 6 / 12,
     }.items():
         torch.testing.assert_close(
-            scores[name], torch.tensor(expected).double(), equal_nan=True, msg=name
+            scores[name], torch.tensor(expected, dtype=torch.float64), equal_nan=True, msg=name
         )
+    assert all(score.isnan().all() for score in segmentation_scores(torch.zeros(3, 3)).values())
 
 
 def test_tables_leave_undefined_scores_empty(tmp_path: Path) -> None:
@@ -154,21 +168,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(command: str, data: Path, *flags: str) -> None:
-    main([
-        command, "--data=VOCFolder", f"--data.root={data}", "--data.num_workers=0",
-        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *flags,
-    ])  # fmt: skip
+def score(command: str, data: Path, checkpoint: Path) -> None:
+    place = ["--data=VOCFolder", f"--data.root={data}", f"--ckpt_path={checkpoint}"]
+    main([command, *place, *CPU])
 
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run(
-        "fit", data, "--model.network.backbone=resnet18", "--data.crop_size=33",
-        "--data.batch_size=2", "--trainer.max_epochs=1", "--trainer.enable_model_summary=false",
-        f"--trainer.default_root_dir={folder}",
-    )  # fmt: skip
+    main(["fit", *flags(data, folder, RESNET)])
     return folder
 
 
@@ -186,7 +194,7 @@ def test_a_run_keeps_the_confusion_matrix_of_its_last_validation(finished: Path)
 def test_scores_of_classes_go_into_the_folder_of_the_checkpoint(
     finished: Path, data: Path, command: str, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(command, data, f"--ckpt_path={finished}")
+    score(command, data, finished)
     names = json.loads((finished / "summary.json").read_text())["class_names"]
     confusion = read_confusion(finished / "confusion.csv", names)  # one epoch: the best is the last
     path = finished / f"scores-{stage}.csv"
@@ -207,7 +215,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning(
     shutil.copytree(finished / "checkpoints", folder / "checkpoints")
     (folder / "scores-val.csv").mkdir()
     with pytest.warns(UserWarning, match=r"scores-val\.csv was not written: Is a directory"):
-        run("validate", data, f"--ckpt_path={folder}")
+        score("validate", data, folder)
     assert "| *mean*" in capsys.readouterr().out
 
 

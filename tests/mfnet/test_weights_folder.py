@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command_line import fails
+from command_line import CPU, Fails
 from PIL import Image
 from torch import nn
 
@@ -20,8 +18,6 @@ from mfnet.data import synthetic
 from mfnet.fine_tuning import initialize
 from mfnet.pretrained import TrainedNetwork
 from mfnet.scores import write_class_scores
-
-CPU = ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
 def save(folder: Path, seed: int = 0) -> TrainedNetwork:
@@ -91,14 +87,12 @@ def test_export(network: TrainedNetwork) -> None:
     assert torch.equal(exported.network.weight, network.network.weight)
 
 
-def test_training_starts_from_a_name(
-    network: TrainedNetwork, images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_starts_from_a_name(network: TrainedNetwork, images: Path, fails: Fails) -> None:
     fresh = nn.Conv2d(3, len(synthetic.CLASSES), 1)
     assert initialize(fresh, "tiny") == "init_from 'tiny': 2 of 2 tensors taken"
     assert torch.equal(fresh.weight, network.network.weight)
     flags = ["fit", "--data=VOCFolder", f"--data.root={images}", *CPU]
-    assert "--model.init_from" in fails([*flags, "--ckpt_path=tiny"], capsys)
+    assert "--model.init_from" in fails([*flags, "--ckpt_path=tiny"])
 
 
 def test_a_path_wins_over_a_name(network: TrainedNetwork, tmp_path: Path) -> None:
@@ -112,7 +106,7 @@ def test_a_path_wins_over_a_name(network: TrainedNetwork, tmp_path: Path) -> Non
 
 
 def test_what_is_neither_path_nor_name(
-    network: TrainedNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: TrainedNetwork, tmp_path: Path, fails: Fails
 ) -> None:
     save(tmp_path / "shipped" / "other")
     (tmp_path / "shipped" / "README.md").write_text("no network")
@@ -122,7 +116,7 @@ def test_what_is_neither_path_nor_name(
         ["export", "tyni", "--to=onnx"],
         ["video", "tyni", "in.mp4", "out.mp4"],
     ):
-        assert said in fails(command, capsys)
+        assert said in fails(command)
     with pytest.raises(FileNotFoundError, match=said):
         initialize(nn.Conv2d(3, 3, 1), "tyni")
 
@@ -135,44 +129,29 @@ def test_help_names_what_is_shipped(
     assert "or a shipped network: tiny\n" in capsys.readouterr().out
 
 
-def of_another_library(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-
-
-def no_json(folder: Path) -> None:
-    (folder / "config.json").write_bytes(b"\xff{")
-
-
-def no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def half_the_weights(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
 @pytest.mark.parametrize(
-    ("damage", "file"),
+    ("file", "content"),
     [
-        (of_another_library, "config.json"),
-        (no_json, "config.json"),
-        (no_weights, "model.safetensors"),
-        (half_the_weights, "model.safetensors"),
+        ("config.json", b'{"model_type": "bert"}'),  # of another library
+        ("config.json", b"\xff{"),
+        ("model.safetensors", None),
+        ("model.safetensors", 100),
     ],
 )
 def test_damaged_folders(
-    damage: Callable[[Path], None],
-    file: str,
-    network: TrainedNetwork,
-    capsys: pytest.CaptureFixture[str],
+    file: str, content: bytes | int | None, network: TrainedNetwork, fails: Fails
 ) -> None:
-    damage(Path("shipped/tiny"))
+    damaged = Path("shipped/tiny", file)
+    if content is None:
+        damaged.unlink()
+    else:
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:content] if isinstance(content, int) else content)
     for command in (
         ["predict", "--ckpt_path=tiny", "--data.predict_images=a.jpg"],
         ["export", "shipped/tiny", "--to=weights"],
     ):
-        assert f"tiny/{file}" in fails(command, capsys)
+        assert f"tiny/{file}" in fails(command)
 
 
 class Tied(nn.Module):

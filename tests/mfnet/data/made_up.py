@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from mfnet.data import VOCFolder
 from mfnet.data.voc import pascal_palette
 
 
@@ -32,3 +33,10 @@ def write_voc(root, splits, size=(40, 50), classes=None, palette=None):
     if classes:
         (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     return root
+
+
+def first_sample(root, **arguments):
+    """Image and labels of the first one in the validation split."""
+    data = VOCFolder(str(root), **arguments)
+    data.setup("validate")
+    return data.val_set[0]

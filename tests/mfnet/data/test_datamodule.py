@@ -1,15 +1,12 @@
 """Loaders and samplers: order, seeds, shards, batches; and the arguments."""
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from made_up import write_image, write_mask
-from quiet import quiet_trainer
-from torch import nn
 
-from mfnet.data import PascalVOC, SegmentationDataModule, Synthetic, VOCFolder, synthetic
-from mfnet.data.dataset import ShardSampler, TrainSampler, collate
+from mfnet.data import PascalVOC, Synthetic, VOCFolder
+from mfnet.data.dataset import TrainSampler, collate, shard_sampler
 
 
 def test_last_batch_may_be_of_one_image(folder):
@@ -69,17 +66,10 @@ def test_n_processes_see_what_one_with_the_n_fold_batch_sees():
     assert len({seed for _, seed in whole}) == 12
 
 
-@pytest.mark.parametrize(("count", "ranks"), [(7, 1), (7, 2), (7, 3), (8, 4), (3, 3)])
-def test_shards_hold_every_sample_once(count, ranks):
-    shards = [ShardSampler(range(count), ranks, rank) for rank in range(ranks)]
-    assert sorted(index for shard in shards for index in shard) == list(range(count))
-    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
-
-
 def test_a_process_without_a_sample_is_an_error():
     with pytest.raises(ValueError, match="got 3 samples for 4 processes"):
-        ShardSampler(range(3), 4, 0)
+        shard_sampler(range(3), 4, 0)
+    assert list(shard_sampler(range(7), 3, 1)) == [1, 4]  # no more, as 2 and 5 are another's
 
 
 def test_whole_images_of_several_sizes(folder):
@@ -150,59 +140,6 @@ def test_every_flag_has_help(module):
     assert all(flags.values()), flags
 
 
-class _Recorder(L.LightningModule):
-    """Trains next to nothing, and keeps what it is shown."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = nn.Conv2d(3, 5, 1)
-        self.seen = []
-
-    def training_step(self, batch, index):
-        self.seen.append(batch[0])
-        return self.network(batch[0]).mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def test_command_line_flags(folder):
-    args = ["--data", "VOCFolder", f"--data.root={folder}", "--data.crop_size=[33, 45]"]
-    args += ["--data.resize=[40, 51]", "--data.recipe=paper", "--data.num_workers=0"]
-    cli = LightningCLI(
-        _Recorder,
-        SegmentationDataModule,
-        subclass_mode_data=True,
-        seed_everything_default=False,
-        run=False,
-        args=args,
-    )
-    data = cli.datamodule
-    assert isinstance(data, VOCFolder)
-    assert (data.crop_size, data.resize, data.recipe) == ((33, 45), (40, 51), "paper")
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_resumed_training_sees_the_batches_of_an_uninterrupted_one(tmp_path, num_workers):
-    def fit(epochs, **kwargs):
-        size = {"train": 3, "val": 1, "size": 33, "crop_size": 33, "batch_size": 2}
-        data = Synthetic(str(tmp_path), num_workers=num_workers, **size)
-        model = _Recorder()
-        trainer = quiet_trainer(max_epochs=epochs)
-        trainer.fit(model, data, **kwargs)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return model.seen
-
-    whole = fit(3)
-    fit(1)
-    rest = fit(3, ckpt_path=tmp_path / "last.ckpt")
-    assert len(whole) == 6
-    assert len(rest) == 4
-    for got, expected in zip(rest, whole[2:], strict=True):
-        assert torch.equal(got, expected)
-    assert not torch.equal(whole[0], whole[2])
-
-
 def test_camvid(camvid):
     data = VOCFolder(
         str(camvid), resize=(180, 240), crop_size=(161, 161), batch_size=2, num_workers=0
@@ -218,7 +155,3 @@ def test_camvid(camvid):
     assert images.shape == (2, 3, 180, 240)
     assert masks.shape == (2, 180, 240)
     assert 0.2 < images.std() < 2
-
-
-def test_generated_classes_match_their_module():
-    assert Synthetic().class_names == list(synthetic.CLASSES)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from made_up import write_image, write_mask
+from made_up import first_sample, write_image, write_mask
 from PIL import Image, ImageOps
 
 from mfnet.data import DataError, VOCFolder, denormalize
@@ -82,9 +82,7 @@ def test_the_line_is_the_same_from_a_worker(folder):
 
 
 def test_ignored_label_is_kept(folder):
-    data = VOCFolder(str(folder))
-    data.setup()
-    _, mask = data.val_set[0]
+    _, mask = first_sample(folder)
     assert mask.dtype == torch.int64
     assert (mask[0] == 255).all()
     assert (mask[1:] == 0).all()
@@ -200,9 +198,7 @@ def test_exif_orientation_is_applied_where_the_mask_agrees(folder, orientation, 
         upright = ImageOps.exif_transpose(file)
     mask_size = (upright if upright_mask else stored).size
     write_mask(folder / "SegmentationClass" / "x.png", np.zeros(mask_size[::-1]))
-    data = VOCFolder(str(folder))
-    data.setup("validate")
-    image, mask = data.val_set[0]
+    image, mask = first_sample(folder)
     expected = stored if orientation > 4 and not upright_mask else upright
     assert torch.equal(denormalize(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1))
     assert image.shape[1:] == mask.shape
@@ -213,19 +209,15 @@ def test_exif_orientation_of_a_mask_counts(folder):
     mask = Image.new("L", (50, 40))
     mask.putpixel((0, 0), 1)
     mask.save(folder / "SegmentationClass" / "x.png", exif=_exif(6))
-    data = VOCFolder(str(folder))
-    data.setup("validate")
-    _, labels = data.val_set[0]
+    _, labels = first_sample(folder)
     assert labels.nonzero().tolist() == [[0, 39]]
 
 
 def test_sizes_that_differ_either_way_name_exif(folder):
     Image.new("RGB", (50, 41)).save(folder / "JPEGImages" / "x.jpg", exif=_exif(6))
-    data = VOCFolder(str(folder))
-    data.setup("validate")
     expected = r"x\.png: .* its image, 50 x 41 turned by EXIF, 41 x 50 as stored, got 40 x 50"
     with pytest.raises(DataError, match=expected):
-        data.val_set[0]
+        first_sample(folder)
 
 
 def test_prediction_is_upright(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
-from made_up import write_mask, write_voc
+from made_up import first_sample, write_mask, write_voc
 from PIL import Image
 
 from mfnet.data import DataError, SegmentationDataModule, VOCFolder
@@ -57,9 +57,7 @@ def drawn(kind: str) -> Image.Image:
 
 def labels_of(folder, mask: Image.Image, name: str = "x.png", **arguments) -> torch.Tensor:
     mask.save(folder / "SegmentationClass" / "x.png", format=Image.registered_extensions()[name])
-    data = VOCFolder(str(folder), **arguments)
-    data.setup("validate")
-    return data.val_set[0][1]
+    return first_sample(folder, **arguments)[1]
 
 
 @pytest.mark.parametrize(
@@ -153,10 +151,8 @@ def test_blurred_colors_name_jpeg(folder):
     mask = folder / "SegmentationClass" / "x.jpg"
     Image.fromarray(noise).save(mask)
     mask.with_suffix(".png").unlink()
-    data = VOCFolder(str(folder))
-    data.setup("validate")
     with pytest.raises(DataError, match=r"and \d+ more \(JPEG blurs masks: save them as PNG\)"):
-        data.val_set[0]
+        first_sample(folder)
 
 
 def deep_png() -> bytes:
@@ -187,10 +183,8 @@ def test_what_is_no_mask_is_refused(folder, kind):
         mask, message = Image.new(kind, (50, 40)), f"got mode {kind}"
     if mask is not None:
         mask.save(path, format="PNG" if kind == "both" else "TIFF")
-    data = VOCFolder(str(folder))
-    data.setup("validate")
     with pytest.raises(DataError, match=rf"x\.png: expected a mask .*{message}"):
-        data.val_set[0]
+        first_sample(folder)
 
 
 @pytest.mark.parametrize(
