@@ -195,10 +195,6 @@ def trained(machines: dict[str, dict[str, DataFrame]], own: dict[str, DataFrame]
     return last.drop(columns="measured").sort_index()
 
 
-def of_recipe(found: DataFrame, recipe: tuple[str, ...]) -> DataFrame:
-    return found[(found[RECIPE] == list(recipe)).all(axis=1)]
-
-
 def scores(results: Results) -> DataFrame:
     """A line for each recipe and network, of a recipe the best first: scores over the seeds of the
     last epoch, mean and sample deviation ("mIoU_sd"), and what the network costs. Runs that were

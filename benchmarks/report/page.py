@@ -301,7 +301,7 @@ def across_data_sets(results: Results) -> DataFrame:
     recipes = every.groupby(RECIPE, sort=False).size()
     parts: list[DataFrame] = []
     for name, recipe in recipes[recipes > 1].groupby("data", sort=False).idxmax().items():
-        own = data.of_recipe(every, recipe)
+        own = every[(every[RECIPE] == list(recipe)).all(axis=1)]
         scores = [f"{cell('mIoU (sd)', row)}, {row['runs']:.0f}" for row in own.to_dict("records")]
         own = own if not parts else own[["baseline", "skipped"]]
         parts.append(own.assign(**{f"{name} {ACROSS}": scores}))

@@ -314,10 +314,14 @@ def test_a_newer_run_replaces_an_older_in_its_cases_alone(root):
 
 
 def test_a_run_that_measured_nothing_replaces_nothing(root):
+    """But is shown where there is no other."""
     before = section(root, "Host")
     skipped = {"skipped": "--budget 1 was used up", **NOT_MEASURED}
     append(HOST, folder(root), [row | NEWER | skipped for row in made_up_rows.host()])
     assert section(root, "Host") == before
+    (folder(root) / "host.csv").unlink()
+    append(HOST, folder(root), [row | NEWER | skipped for row in made_up_rows.host()])
+    assert "not measured: --budget 1 was used up" in section(root, "Host")
 
 
 def test_of_training_runs_the_newest_of_each_seed_stands(root):
