@@ -141,7 +141,7 @@ class Table:
     plot: str = ""
     head: Callable[[Results], str] = lambda results: ""
     folded: bool = False
-    also: str = "none"
+    also: str = ""
 
     def markdown(self, results: Results, document: Path) -> str:
         """Nothing where there are no rows. Documents but for the page name the rows' runs."""
@@ -149,7 +149,7 @@ class Table:
         if found.empty:
             return ""
         labels, numbers = (part.split(" | ") if part else [] for part in self.header.split(" || "))
-        numbers += [column for column in found if column.endswith(self.also)]
+        numbers += [title for title in found if self.also and title.endswith(self.also)]
         form, between = "**{}**\n\n{}", "\n\n"
         if self.folded:
             form, between = "<details>\n<summary>{}</summary>\n\n{}\n\n</details>", "\n"
