@@ -9,7 +9,7 @@ which it takes as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import mfops
 from benchmarks.harness import Call
 from benchmarks.kernels import BOTH, DTYPES, FORWARD, LAYOUTS
-from benchmarks.measure import Bench, Case, Measured, pairs, playback, time_calls
+from benchmarks.measure import Bench, Case, Measured, playback, time_calls
 from benchmarks.schema import ATTENTION, MFOPS, SDPA, SDPA_CHANNEL
 
 WIDTH, RANK, CLASSES = 256, 32, 21
@@ -49,7 +49,7 @@ class AttentionCase(Case):
         return int(self.shape.split()[-1])
 
 
-def cases(small: bool) -> list[AttentionCase]:
+def cases(device: str, small: bool) -> list[AttentionCase]:
     return [
         AttentionCase(operation, f"{batch} {WIDTH} {RANK} {pixels}", dtype, layout, which)
         for operation, sizes in (SMALL if small else CASES).items()
@@ -141,10 +141,8 @@ def measure(case: AttentionCase, bench: Bench) -> Measured:
     return time_calls(ATTENTION, case.columns(), calls, bench)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    options = metafunc.config.option
-    found = pairs(cases(options.small), lambda f: BASELINES[f.operation])
-    metafunc.parametrize(("case", "baseline"), found, ids=str)
+def baselines(case: AttentionCase, device: str) -> Iterable[str]:
+    return BASELINES[case.operation]
 
 
 @pytest.mark.benchmark(**playback)

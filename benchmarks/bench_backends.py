@@ -10,7 +10,7 @@ pass is as in bench_models.py, but that neither is compiled.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import mfnet
 import mfops
 from benchmarks import bench_models
 from benchmarks.machine import AUTOCAST
-from benchmarks.measure import Bench, Measured, pairs, playback
+from benchmarks.measure import Bench, Measured, playback
 from benchmarks.schema import BACKENDS as BENCHMARK
 from benchmarks.schema import MFOPS, REFERENCE
 
@@ -83,10 +83,8 @@ def measure(case: BackendCase, bench: Bench) -> Measured:
     )
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    options = metafunc.config.option
-    found = pairs(cases(options.device, options.small), lambda _: BACKENDS)
-    metafunc.parametrize(("case", "baseline"), found, ids=str)
+def baselines(case: BackendCase, device: str) -> Iterable[str]:
+    return BACKENDS
 
 
 @pytest.mark.benchmark(**playback)

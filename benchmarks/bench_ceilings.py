@@ -7,6 +7,7 @@ A copy that reads and writes memory far larger than the caches, and a square pro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks.harness import Call
 from benchmarks.kernels import DTYPES, copy_call
-from benchmarks.measure import Bench, Case, Measured, pairs, playback, time_calls
+from benchmarks.measure import Bench, Case, Measured, playback, time_calls
 from benchmarks.schema import CEILINGS, COPY
 
 MATMUL = "matmul"
@@ -50,9 +51,12 @@ def measure(case: CeilingCase, bench: Bench) -> Measured:
     return found
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    found = pairs(map(CeilingCase, DTYPES), lambda _: [COPY, MATMUL])
-    metafunc.parametrize(("case", "baseline"), found, ids=str)
+def cases(device: str, small: bool) -> list[CeilingCase]:
+    return [CeilingCase(dtype) for dtype in DTYPES]
+
+
+def baselines(case: CeilingCase, device: str) -> Iterable[str]:
+    return COPY, MATMUL
 
 
 @pytest.mark.benchmark(**playback)

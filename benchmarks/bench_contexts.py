@@ -9,7 +9,7 @@ share: the module in training mode, gradients of parameters and features, a cont
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Call, first_line
+from benchmarks.harness import Call, why_not
 from benchmarks.machine import network_dtype
 from benchmarks.measure import (
     Bench,
@@ -26,13 +26,12 @@ from benchmarks.measure import (
     Contender,
     Measured,
     contend,
-    count_flops,
-    pairs,
     playback,
     time_calls,
 )
 from benchmarks.schema import CONTEXTS as BENCHMARK
 from mfnet.contexts import CONTEXTS
+from mfnet.flops import call_flops
 
 FORWARD, BOTH = PASSES = ("forward", "forward + backward")
 SIDES = (33, 65)
@@ -118,8 +117,7 @@ def measure(case: ContextCase, bench: Bench) -> Measured:
         try:
             contenders[name] = contend(module, inputs, make, bench, compile_too=not bench.small)
         except Exception as error:  # one that breaks must not take the others with it
-            why = f"failed: {first_line(error)}"
-            rows.append({**case.columns(), "baseline": name, "skipped": why})
+            rows.append({**case.columns(), "baseline": name, "skipped": why_not(error)})
 
     calls = {name: contender.call for name, contender in contenders.items()}
     found = time_calls(BENCHMARK, case.columns(), calls, bench)
@@ -127,14 +125,12 @@ def measure(case: ContextCase, bench: Bench) -> Measured:
         contender = contenders[row["baseline"]]
         row |= {"setting": contender.setting, **contender.counted(bench)}
         plain = call_of(contender.network, FORWARD, bench)(contender.network, inputs)
-        row["flops"] = count_flops(lambda plain=plain: plain.run(plain.prepare(0)))
+        row["flops"] = call_flops(lambda plain=plain: plain.run(plain.prepare(0)))
     return Measured([*rows, *found.rows], found.seconds)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    options = metafunc.config.option
-    found = pairs(cases(options.device, options.small), lambda _: CONTEXTS)
-    metafunc.parametrize(("case", "baseline"), found, ids=str)
+def baselines(case: ContextCase, device: str) -> Iterable[str]:
+    return CONTEXTS
 
 
 @pytest.mark.benchmark(**playback)

@@ -7,7 +7,7 @@ On a GPU the queue of launches is kept short, so that no call waits for room in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 import mfops
 from benchmarks.bench_op import Problem, make_inputs, on_backend, textbook
-from benchmarks.harness import Call, WallClock, first_line, measure_rounds, times
+from benchmarks.harness import Call, WallClock, measure_rounds, times, why_not
 from benchmarks.kernels import Op
-from benchmarks.measure import Bench, Case, Measured, pairs, playback
+from benchmarks.measure import Bench, Case, Measured, playback
 from benchmarks.schema import EAGER, HOST, MFOPS, TRITON
 
 OPS: dict[str, Op] = {
@@ -56,9 +56,7 @@ def measure(case: HostCase, bench: Bench) -> Measured:
             op(*leaves)
             calls[name] = call_of(op, leaves, bench.machine.synchronize)
         except Exception as error:  # a backend that is not there, or breaks, leaves the others
-            unavailable = "cannot run this call" in str(error)
-            why = str(error) if unavailable else f"failed: {first_line(error)}"
-            rows.append({**case.columns(), "baseline": name, "skipped": why})
+            rows.append({**case.columns(), "baseline": name, "skipped": why_not(error)})
     seconds = measure_rounds(calls, WallClock(), bench.effort)
     seconds = {name: [s / CALLS for s in found] for name, found in seconds.items()}
     rows += [
@@ -68,11 +66,12 @@ def measure(case: HostCase, bench: Bench) -> Measured:
     return Measured(rows, seconds)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    found = pairs(
-        [HostCase(PROBLEM.columns()["shape"], PROBLEM.dtype, mode) for mode in MODES], lambda _: OPS
-    )
-    metafunc.parametrize(("case", "baseline"), found, ids=str)
+def cases(device: str, small: bool) -> list[HostCase]:
+    return [HostCase(PROBLEM.columns()["shape"], PROBLEM.dtype, mode) for mode in MODES]
+
+
+def baselines(case: HostCase, device: str) -> Iterable[str]:
+    return OPS
 
 
 @pytest.mark.benchmark(**playback)

@@ -9,7 +9,7 @@ Inference is latency; training is forward, cross entropy and backward of a batch
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mfnet
-from benchmarks.harness import Call, first_line
+from benchmarks.harness import Call, why_not
 from benchmarks.machine import network_dtype
 from benchmarks.measure import (
     Bench,
@@ -27,13 +27,12 @@ from benchmarks.measure import (
     Contender,
     Measured,
     contend,
-    count_flops,
-    pairs,
     playback,
     time_calls,
 )
 from benchmarks.networks import SMP
 from benchmarks.schema import MODELS, Benchmark
+from mfnet.flops import call_flops
 
 INFERENCE, TRAINING = PASSES = ("inference", "training")
 # At least two images to train on: the networks of smp normalize one value per image.
@@ -84,8 +83,8 @@ def builders(backbone: str) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-def names(case: NetworkCase) -> list[str]:
-    return list(builders(case.backbone))
+def baselines(case: NetworkCase, device: str) -> Iterable[str]:
+    return builders(case.backbone)
 
 
 def input_side(network: nn.Module, side: int) -> int:
@@ -148,11 +147,8 @@ def compare(
             inputs[name] = images(network)
             make = call_of(network, which, bench)
             contenders[name] = contend(network, inputs[name], make, bench, compile_too)
-        except ModuleNotFoundError as error:
-            rows.append({**columns, "baseline": name, "skipped": f"{error.name} not installed"})
         except Exception as error:  # one that breaks must not take the others with it
-            why = f"failed: {first_line(error)}"
-            rows.append({**columns, "baseline": name, "skipped": why})
+            rows.append({**columns, "baseline": name, "skipped": why_not(error)})
 
     calls = {name: contender.call for name, contender in contenders.items()}
     found = time_calls(benchmark, columns, calls, bench)
@@ -162,7 +158,7 @@ def compare(
         row["input"] = f"{batch.shape[-2]}x{batch.shape[-1]}"
         row["images_per_s"] = len(batch) / row["median_s"]
         plain = call_of(contender.network, INFERENCE, bench)(contender.network, [batch[:1]])
-        row["flops"] = count_flops(lambda plain=plain: plain.run(plain.prepare(0)))
+        row["flops"] = call_flops(lambda plain=plain: plain.run(plain.prepare(0)))
     return Measured([*rows, *found.rows], found.seconds)
 
 
@@ -181,12 +177,6 @@ def images_of(case: NetworkCase, bench: Bench) -> Callable[[nn.Module], list[Ten
 def measure(case: NetworkCase, bench: Bench) -> Measured:
     build, images = builders(case.backbone), images_of(case, bench)
     return compare(MODELS, case.columns(), build, images, case.which, bench)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    options = metafunc.config.option
-    found = pairs(cases(options.device, options.small), names)
-    metafunc.parametrize(("case", "baseline"), found, ids=str)
 
 
 @pytest.mark.benchmark(**playback)

@@ -34,7 +34,7 @@ from benchmarks.kernels import (
     compiled_with_graphs,
     on_channels_last,
 )
-from benchmarks.measure import Bench, Measured, pairs, playback
+from benchmarks.measure import Bench, Measured, playback
 from benchmarks.schema import BEST, COMPILE, COMPILE_GRAPHS, COPY, EAGER, NATIVE, OP, TRITON
 from mfops import reference
 
@@ -151,7 +151,7 @@ def ops(problem: Problem, device: str, small: bool) -> dict[str, Op]:
 
 
 @dataclass
-class Inputs:
+class OpInputs:
     outputs: ClassVar = ("X'", "mse")
     grads: ClassVar = ("dX", "dY", "dZ")
 
@@ -177,13 +177,13 @@ class Inputs:
         return dict(zip((*self.outputs, *self.grads), results, strict=True))
 
 
-def make_inputs(problem: Problem, device: str) -> Inputs:
+def make_inputs(problem: Problem, device: str) -> OpInputs:
     batch, channels, rank, pixels = problem.shape
     dtype = getattr(torch, problem.dtype)
     images = () if problem.shared else (batch,)
     # Both terms of the gradients are then of one size.
     grad_mse = torch.tensor(batch * channels * pixels / 2, device=device)
-    return Inputs(
+    return OpInputs(
         x=problem.features(device).requires_grad_(),
         y=torch.randn(*images, channels, rank, device=device, dtype=dtype).requires_grad_(),
         z=torch.randn(*images, rank, pixels, device=device, dtype=dtype).requires_grad_(),
@@ -201,14 +201,8 @@ def measure(case: Case, bench: Bench) -> Measured:
     return kernels.compare(OP, case, prepare(case.problem, bench), bench)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    options = metafunc.config.option
-    found = cases(options.device, options.small)
-
-    def baselines(case: Case) -> list[str]:
-        return kernels.taking_part(names(case.problem, options.device), not options.no_compile)
-
-    metafunc.parametrize(("case", "baseline"), pairs(found, baselines), ids=str)
+def baselines(case: Case, device: str) -> list[str]:
+    return names(case.problem, device)
 
 
 @pytest.mark.benchmark(**playback)

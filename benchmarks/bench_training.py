@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import pytest
 
-from benchmarks.harness import times
+from benchmarks.harness import times, why_not
 from benchmarks.measure import Bench, Measured, playback
 from benchmarks.schema import TRAINING
 from benchmarks.trainer import Recipe, parsed
@@ -154,10 +154,8 @@ def measure(case: TrainingCase, bench: Bench) -> Measured:
     try:
         case.command_line(networks[0])
     except ModuleNotFoundError as error:
-        why = f"{error.name} not installed"
-        return Measured(
-            [{**case.columns(), "baseline": name, "skipped": why} for name in networks], {}
-        )
+        why = {**case.columns(), "skipped": why_not(error)}
+        return Measured([{**why, "baseline": name} for name in networks], {})
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     for _ in range(1 if case.small else ROUNDS):
         for name in networks:

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import rows
 from benchmarks.harness import Effort, first_line
+from benchmarks.kernels import taking_part
 from benchmarks.machine import Machine, processors
 from benchmarks.measure import Bench, Measured, tape
 from benchmarks.schema import Benchmark
@@ -65,6 +66,19 @@ def pytest_configure(config: pytest.Config) -> None:
         options.results = rows.RESULTS
     if options.small and options.results.resolve().is_relative_to(rows.RESULTS):
         raise pytest.UsageError("--small gives no figures for benchmarks/results: add --results")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case of a file with each of its baselines, those of one case next to each other."""
+    if not {"case", "baseline"} <= set(metafunc.fixturenames):
+        return
+    options, of = metafunc.config.option, metafunc.module
+    found = [
+        (case, baseline)
+        for case in of.cases(options.device, options.small)
+        for baseline in taking_part(of.baselines(case, options.device), not options.no_compile)
+    ]
+    metafunc.parametrize(("case", "baseline"), found, ids=str)
 
 
 @pytest.fixture(scope="session")

@@ -178,5 +178,12 @@ def times(seconds: dict[str, list[float]], name: str, bases: tuple[str, ...]) ->
     }
 
 
+def why_not(error: Exception) -> str:
+    """What a row says of a baseline that raised: it is not there, or it breaks."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} not installed"
+    return str(error) if "cannot run this call" in str(error) else f"failed: {first_line(error)}"
+
+
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import Call, first_line
-from benchmarks.measure import Bench, Measured, count_flops, time_calls
+from benchmarks.harness import Call, why_not
+from benchmarks.measure import Bench, Measured, time_calls
 from benchmarks.schema import COMPILE, COMPILE_GRAPHS, COPY, EAGER, Benchmark
+from mfnet.flops import call_flops
 
 FORWARD, BACKWARD, BOTH = PASSES = ("forward", "backward", "forward + backward")
 LAYOUTS = ("contiguous", "channels_last")
@@ -177,8 +178,7 @@ def prepare(
             assert_right(op, sets[0], expected, tolerance[problem.dtype])
             right[name] = op
         except Exception as error:  # a baseline that breaks must not take the others with it
-            unavailable = "cannot run this call" in str(error)
-            skipped[name] = str(error) if unavailable else f"failed: {first_line(error)}"
+            skipped[name] = why_not(error)
     return Prepared(sets, right, skipped)
 
 
@@ -293,7 +293,7 @@ def compare(benchmark: Benchmark, case: Case, ready: Prepared, bench: Bench) -> 
     found = time_calls(benchmark, case.columns(), calls, bench, keep=len(ready.sets))
     plainest = EAGER if EAGER in calls else next(iter(calls))
     state = calls[plainest].prepare(0)
-    flops = count_flops(lambda: calls[plainest].run(state))
+    flops = call_flops(lambda: calls[plainest].run(state))
     for row in found.rows:
         name = row["baseline"]
         row |= {"x_bytes": problem.x_bytes(), "floor_bytes": problem.floor_bytes(which)}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rows
 from benchmarks.harness import Call, Effort, fastest, measure_rounds, times
@@ -114,11 +113,6 @@ tape = Tape()
 playback = {"timer": tape.timer}  # of pytest.mark.benchmark
 
 
-def pairs(cases: Iterable[Any], baselines: Callable[[Any], Iterable[str]]) -> list[tuple[Any, str]]:
-    """Every case with each of its baselines, those of one case next to each other."""
-    return [(case, baseline) for case in cases for baseline in baselines(case)]
-
-
 # How users run networks at their fastest, by name: memory format, torch.compile on top of it.
 SETTINGS = {
     "contiguous": (torch.contiguous_format, False),
@@ -136,7 +130,7 @@ class Contender:
     call: Call
 
     def counted(self, bench: Bench) -> dict[str, int]:
-        """Parameters and peak memory; its FLOPs are counted by `count_flops`."""
+        """Parameters and peak memory; its FLOPs are counted by `mfnet.flops.call_flops`."""
         state = self.call.prepare(0)
         return {
             "peak_bytes": bench.machine.peak_bytes(lambda: self.call.run(state)),
@@ -174,10 +168,3 @@ def contend(
     setting, failed = fastest(tried, bench.machine.clock())
     notes = [f"{name} failed: {why}" for name, why in failed.items()]
     return Contender(network, "; ".join([setting, *notes]), ready(setting))
-
-
-def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of the convolutions and matrix products of a call, 2 for a multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()

@@ -307,7 +307,7 @@ def _name_in(configs: Sequence[Path]) -> str:
     """The network of the configurations by themselves; mfnet where they name none."""
     name = "mfnet"
     for path in configs:
-        model = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model") or {}
+        model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}
         network = model.get("network")
         if isinstance(network, dict) and "class_path" in network:
             name, _ = _network_names(network)

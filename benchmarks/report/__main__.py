@@ -14,9 +14,8 @@ from pathlib import Path
 
 from benchmarks.report import marked
 from benchmarks.report.data import Results, load
-from benchmarks.report.page import PICTURES
-from benchmarks.report.plots import PLOTS, Picture, digest_in
-from benchmarks.report.regions import REGIONS, region
+from benchmarks.report.page import PICTURES, REGIONS, region
+from benchmarks.report.plots import PLOTS, Picture, digest_in, picture
 from benchmarks.rows import ROOT
 from mfnet.files import written_whole
 
@@ -25,9 +24,9 @@ def wanted(root: Path, machines: list[Results]) -> dict[Path, str | Picture]:
     """What every file should hold, by its path from the root."""
     files: dict[Path, str | Picture] = {}
     for results in machines:
-        for plot, draw in PLOTS.items():
-            if picture := draw(results):
-                files[PICTURES / f"{results.machine}-{plot}.png"] = picture
+        for plot in PLOTS:
+            if found := picture(plot, results):
+                files[PICTURES / f"{results.machine}-{plot}.png"] = found
     for path in sorted([*root.glob("*.md"), *root.glob("docs/**/*.md")]):
         document = path.relative_to(root)
         files[document] = rewritten(root, document, machines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +105,8 @@ class Results:
     def runs(self, benchmark: Benchmark) -> DataFrame:
         """The plain rows, with those of earlier runs of the same command and commit."""
         columns = [*benchmark.case, "environment", "command", "commit"]
-        newest = self.plain(benchmark)
-        runs = newest[columns].drop_duplicates()
-        return self.every[benchmark.name].merge(runs, on=columns)
+        newest = self.plain(benchmark)[columns].drop_duplicates()
+        return self.every[benchmark.name].merge(newest, on=columns)
 
 
 def load(folder: Path) -> list[Results]:
@@ -129,10 +127,7 @@ def load(folder: Path) -> list[Results]:
     found = []
     for machine_name, every in machines.items():
         standing = {b.name: newest(every[b.name], b) for b in BENCHMARKS}
-        trained = [of[ACCURACY.name] for of in machines.values()]
-        standing[ACCURACY.name] = newest_of_each_seed(
-            shared(pd.concat(trained, ignore_index=True), every)
-        )
+        standing[ACCURACY.name] = trained(machines, every)
         found.append(Results(machine_name, every, standing))
     return found
 
@@ -145,8 +140,7 @@ def typed(folder: Path, benchmark: Benchmark) -> DataFrame:
     path, columns = folder / f"{benchmark.name}.csv", list(benchmark.columns)
     found = DataFrame(rows.read(path))
     if found.empty:
-        texts = DataFrame(columns=[*columns, *PROVENANCE[1:]], dtype=str)
-        return texts.astype(dict.fromkeys(benchmark.numbers, float))
+        found = DataFrame(columns=columns, dtype=str)
     missing = [c for c in (*benchmark.case, "skipped", "run") if c not in found]
     if missing:
         raise ValueError(f"{path}: expected columns {', '.join(missing)}")
@@ -154,8 +148,9 @@ def typed(folder: Path, benchmark: Benchmark) -> DataFrame:
     times = ("median_s", "q1_s", "q3_s") if benchmark.timed else ()
     required = times or ("mIoU", "fwIoU", "accuracy", "seed")
     for column in benchmark.numbers:
-        text, values = found[column], found[column].map(_number).astype(float)
-        wrong = np.isinf(values)
+        text = found[column]
+        values = pd.to_numeric(text, errors="coerce").astype(float)
+        wrong = np.isinf(values) | (values.isna() & (text != ""))
         if column in (*times, *benchmark.ratios):
             wrong |= values <= 0
         if column in required:
@@ -173,61 +168,69 @@ def typed(folder: Path, benchmark: Benchmark) -> DataFrame:
     return found.merge(runs, how="left", on="run", validate="many_to_one")
 
 
-def _number(text: str) -> float:
-    """NaN for an empty cell, infinity for what is no finite number."""
-    try:
-        value = float(text) if text else 0
-    except ValueError:
-        return math.inf
-    if not text:
-        return math.nan
-    return value if math.isfinite(value) else math.inf
-
-
 def newest(found: DataFrame, benchmark: Benchmark) -> DataFrame:
     """Of each case the rows of the newest run that measured any of it.
 
     In another environment (see `rows.VARIABLES`) a case is another one.
     """
-    parts = []
-    for _, own in found.groupby([*benchmark.case, "environment"], sort=False):
-        runs = measured(own)["run"]
-        parts.append(own[own["run"] == (runs if len(runs) else own["run"]).max()])
-    return pd.concat(parts, ignore_index=True) if parts else found
+    cases = found.groupby([*benchmark.case, "environment"], sort=False).ngroup()
+    age = found["run"].where(found["skipped"] != "", "measured " + found["run"])
+    last = age.groupby(cases).transform("max").str.removeprefix("measured ")
+    standing = found[found["run"] == last]
+    return standing.loc[cases[standing.index].sort_values(kind="stable").index].reset_index(
+        drop=True
+    )
 
 
-def shared(trained: DataFrame, every: dict[str, DataFrame]) -> DataFrame:
-    """Training runs on any machine that a machine has runs or costs of: scores, unlike times, do
-    not depend on it."""
-    own = pd.concat([every[b.name][RECIPE] for b in (ACCURACY, ACCURACY_COST)])
-    return trained.merge(own.drop_duplicates(), on=RECIPE)
+def trained(machines: dict[str, dict[str, DataFrame]], own: dict[str, DataFrame]) -> DataFrame:
+    """The newest training run of each seed, of those recipes that a machine has runs or costs of.
 
-
-def newest_of_each_seed(trained: DataFrame) -> DataFrame:
-    by_age = trained.assign(measured=trained["skipped"] == "").sort_values(["measured", "run"])
-    newest_runs = by_age.drop_duplicates([*RECIPE, "baseline", "seed"], keep="last")
-    return newest_runs.drop(columns="measured").sort_index()
-
-
-def of_recipe(found: DataFrame, recipe: tuple[str, ...]) -> DataFrame:
-    return found[(found[RECIPE] == list(recipe)).all(axis=1)]
+    On whichever machine: scores, unlike times, do not depend on it.
+    """
+    every = pd.concat([of[ACCURACY.name] for of in machines.values()], ignore_index=True)
+    recipes = pd.concat([own[b.name][RECIPE] for b in (ACCURACY, ACCURACY_COST)])
+    every = every.merge(recipes.drop_duplicates(), on=RECIPE)
+    by_age = every.assign(measured=every["skipped"] == "").sort_values(["measured", "run"])
+    last = by_age.drop_duplicates([*RECIPE, "baseline", "seed"], keep="last")
+    return last.drop(columns="measured").sort_index()
 
 
 def scores(results: Results) -> DataFrame:
-    """A line for each recipe and network, the best first: scores over the seeds of the last epoch,
-    mean and sample deviation ("mIoU_sd"), and what the network costs."""
-    by = [*RECIPE, "baseline"]
-    runs = measured(results.of(ACCURACY)).groupby(by, sort=False)
-    columns = ["mIoU", "fwIoU", "accuracy"]
-    found = runs[columns].mean()
-    found[[f"{column}_sd" for column in columns]] = runs[columns].std()
-    found["runs"] = runs.size()
-    same = ["parameters", "flops", "backbone", "size", "epochs"]
-    found[same] = runs[same].first()
+    """A line for each recipe and network, of a recipe the best first: scores over the seeds of the
+    last epoch, mean and sample deviation ("mIoU_sd"), and what the network costs. Runs that were
+    skipped come last. "title" names the recipe."""
+    by, columns = [*RECIPE, "baseline"], ["mIoU", "fwIoU", "accuracy"]
+    every = results.of(ACCURACY)
+    runs = measured(every).groupby(by, sort=False)
+    found = runs[columns].mean().join(runs[columns].std().add_suffix("_sd"))
+    found = found.join(runs[["parameters", "flops", "size"]].first()).assign(runs=runs.size())
     over = [f"over_{base}" for base in ACCURACY_COST.bases]
     costs = measured(results.plain(ACCURACY_COST)).drop_duplicates(by)  # of several, the first
     found = found.reset_index().merge(costs[[*by, "median_s", *over]], how="left", on=by)
-    return found.sort_values("mIoU", ascending=False, kind="stable")
+    found = found.assign(recipe_number=found.groupby(RECIPE, sort=False).ngroup(), skipped="")
+    found = found.sort_values(["recipe_number", "mIoU"], ascending=[True, False])
+    skipped = every.loc[every["skipped"] != "", [*by, "seed", "skipped"]]
+    found = pd.concat([found, skipped], ignore_index=True)
+    titles = recipe_titles(every)
+    return found.assign(title=[titles[key] for key in found[RECIPE].itertuples(index=False)])
+
+
+def recipe_titles(trained: DataFrame) -> dict[tuple[str, ...], str]:
+    """What the training runs of a recipe have in common, and flags where only they differ."""
+    titles, flags = {}, {}
+    first = trained.sort_values("skipped", kind="stable").drop_duplicates(RECIPE)
+    for row in first.to_dict("records"):
+        key = tuple(row[column] for column in RECIPE)
+        epochs = "" if pd.isna(row["epochs"]) else f"{row['epochs']:.0f} epochs"
+        words = [row["data"], f"recipe {row['recipe']}", row["backbone"], row["size"], epochs]
+        titles[key] = ", ".join(filter(None, words))
+        flags[key] = re.split(r" (?=--)", row["flags"])
+    told = {}
+    for key, title in titles.items():
+        alike = [flags[other] for other, own in titles.items() if own == title]
+        apart = [flag for flag in flags[key] if not all(flag in own for own in alike)]
+        told[key] = ", ".join(filter(None, [title, " ".join(apart)]))
+    return told
 
 
 def networks(found: DataFrame) -> DataFrame:
@@ -236,29 +239,10 @@ def networks(found: DataFrame) -> DataFrame:
 
 
 def light_and_variants(found: DataFrame) -> DataFrame:
-    """MFNet Light and its variants; none where there are no variants."""
-    ours = found[found["baseline"].str.startswith((VARIANT, LIGHT))]
-    return ours if ours["baseline"].nunique() > 1 else ours.head(0)
-
-
-def recipe_titles(results: Results) -> dict[tuple[str, ...], str]:
-    """What the training runs of a recipe have in common, and flags where only they differ."""
-    titles = {}
-    for key, found in results.of(ACCURACY).groupby(RECIPE, sort=False):
-        title = f"{key[0]}, recipe {key[1]}"
-        for _, row in measured(found).head(1).iterrows():
-            title += f", {row['backbone']}, {row['size']}, {row['epochs']:.0f} epochs"
-        titles[key] = title
-
-    def flags(key: tuple[str, ...]) -> list[str]:
-        return re.split(r" (?=--)", key[-1])
-
-    told = {}
-    for key, title in titles.items():
-        alike = [flags(other) for other, own in titles.items() if own == title]
-        apart = [flag for flag in flags(key) if not all(flag in own for own in alike)]
-        told[key] = ", ".join(filter(None, [title, " ".join(apart)]))
-    return told
+    """MFNet Light and its variants, of the recipes that there are variants of."""
+    found = found[found["baseline"].str.startswith((VARIANT, LIGHT))]
+    several = found.groupby(RECIPE)["baseline"].transform("nunique") > 1
+    return found[several]
 
 
 def context_passes(results: Results) -> DataFrame:

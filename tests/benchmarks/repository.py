@@ -9,11 +9,8 @@ from made_up_rows import CPU
 
 from benchmarks.report import __main__ as report
 from benchmarks.report.data import Results, load
-from benchmarks.report.page import SECTIONS
-from benchmarks.report.plots import PLOTS
-from benchmarks.report.regions import REGIONS
-
-NEWER = {"run": "2026-11-25T08:00:00Z", "commit": "def5678"}
+from benchmarks.report.page import PAGE, REGIONS, SECTIONS
+from benchmarks.report.plots import picture
 
 
 def region(name: str) -> str:
@@ -21,7 +18,7 @@ def region(name: str) -> str:
 
 
 def make(root: Path) -> Path:
-    """A repository with rows of every benchmark, and with every region in both documents."""
+    """A repository with rows of every benchmark, and with every region in its README."""
     made_up_rows.write(root / "benchmarks" / "results")
     (root / "docs").mkdir()
     regions = "\n".join(map(region, REGIONS))
@@ -39,19 +36,18 @@ def folder(root: Path, machine: str = CPU) -> Path:
     return root / "benchmarks" / "results" / machine
 
 
-def document(root: Path, name: str) -> str:
+def results(root: Path, machine: str = CPU) -> Results:
+    return next(r for r in load(root / "benchmarks" / "results") if r.machine == machine)
+
+
+def document(root: Path, name: str = "README.md") -> str:
     """A document as its rows give it."""
     return report.rewritten(root, Path(name), load(root / "benchmarks" / "results"))
 
 
-def page(root: Path) -> str:
-    return document(root, "docs/benchmarks.md")
-
-
 def section(root: Path, title: str, machine: str = CPU) -> str:
-    """The tables of a section of a machine's part of the page."""
-    tables, _ = SECTIONS[title]
-    return tables(results(root, machine))
+    """A section of a machine's part of the page."""
+    return SECTIONS[title].markdown(results(root, machine), PAGE)
 
 
 def cells(text: str, *first: str) -> list[str]:
@@ -61,15 +57,10 @@ def cells(text: str, *first: str) -> list[str]:
     return found[len(first) :]
 
 
-def results(root: Path, machine: str = CPU) -> Results:
-    return next(r for r in load(root / "benchmarks" / "results") if r.machine == machine)
-
-
-def panels(root: Path, plot: str, machine: str = CPU) -> list[dict]:
+def panels(root: Path, plot: str) -> list[dict]:
     """What a plot is drawn from."""
-    found = PLOTS[plot](results(root, machine))
-    assert found
-    return found.panels
+    found = picture(plot, results(root))
+    return found.panels if found else []
 
 
 def points(panel: dict) -> dict[str, tuple[float, float]]:

@@ -8,7 +8,6 @@ import torch
 from benchmarks import bench_factorizers, kernels
 from benchmarks.bench_factorizers import CAREFUL, PASSES, STEPS, TEXTBOOK, Problem
 from benchmarks.kernels import BOTH, FORWARD, LAYOUTS, Case
-from benchmarks.measure import count_flops
 from benchmarks.schema import (
     BEST,
     COMPILE,
@@ -19,6 +18,7 @@ from benchmarks.schema import (
     NATIVE,
     TRITON,
 )
+from mfnet.flops import call_flops
 from mfops import backends
 from mfops.methods import METHODS
 
@@ -69,9 +69,9 @@ def test_rows_hold_what_was_counted_and_timed(bench, monkeypatch, method, which)
 def test_flops_of_the_lines_are_those_of_the_operators(method):
     inputs = bench_factorizers.make_inputs(problem(method), "cpu")
     x, y0, steps = inputs.x.detach(), inputs.y0, STEPS[method]
-    own = count_flops(lambda: torch.ops.mfops.factorize_reconstruct(x, y0, method, steps))
+    own = call_flops(lambda: torch.ops.mfops.factorize_reconstruct(x, y0, method, steps))
     for lines in (TEXTBOOK[method], CAREFUL[method]):
-        assert count_flops(lambda lines=lines: lines(x, y0)) == own
+        assert call_flops(lambda lines=lines: lines(x, y0)) == own
     big, rank = 2 * 2 * 60 * 5 * 200, 2 * 2 * 5 * 5 * (60 + 200)
     by_hand = {
         "em": 3 * 2 * big + big,  # Y^T X and X Z^T in each round, Y Z
@@ -86,10 +86,10 @@ def test_flops_of_the_gradient_are_those_of_the_operator():
         inputs.x.detach(), inputs.y0, "nmf", STEPS["nmf"]
     )
     gradient = inputs.grad_x_hat, None, inputs.x.detach(), y, z, z_scale
-    own = count_flops(lambda: torch.ops.mfops.nmf_backward(*gradient))
+    own = call_flops(lambda: torch.ops.mfops.nmf_backward(*gradient))
     for lines in (TEXTBOOK["nmf"], CAREFUL["nmf"]):
         outputs = lines(*inputs.leaves)
-        assert count_flops(lambda o=outputs: inputs.gradients(o)) == own == 2 * 2 * 2 * 60 * 5 * 200
+        assert call_flops(lambda o=outputs: inputs.gradients(o)) == own == 2 * 2 * 2 * 60 * 5 * 200
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -8,11 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from pandas import DataFrame
 
 from benchmarks import rows
 from benchmarks.machine import Machine
-from benchmarks.report.data import newest
 from benchmarks.schema import Benchmark
 
 BENCHMARK = Benchmark("made_up", case=("case",), measures=("bytes",), bases=("base",))
@@ -23,16 +21,13 @@ def row(**cells: object) -> dict[str, object]:
 
 
 def test_what_was_appended_is_read_back(tmp_path):
+    assert rows.read(tmp_path / "made_up.csv") == []
     path = rows.append(BENCHMARK, tmp_path, [row(median_s=0.1234567, bytes=12345678, skipped=None)])
     rows.append(BENCHMARK, tmp_path, [row(baseline='with "quotes", a comma\nand a line')])
     first, second = rows.read(path)
     assert list(first) == list(BENCHMARK.columns)
     assert (first["median_s"], first["bytes"], first["skipped"]) == ("0.123457", "12345678", "")
     assert second["baseline"] == 'with "quotes", a comma\nand a line'
-
-
-def test_no_file_has_no_rows(tmp_path):
-    assert rows.read(tmp_path / "made_up.csv") == []
 
 
 def test_a_stop_while_writing_leaves_the_rows_that_were_there(tmp_path, monkeypatch):
@@ -79,27 +74,6 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"made_up.csv.*{message}"):
         rows.read(path)
-
-
-def test_a_case_is_the_newest_run_that_measured_it():
-    found = DataFrame(
-        [
-            row(environment="", case="a", baseline="x", run="1", skipped=""),
-            row(environment="", case="a", baseline="y", run="1", skipped=""),
-            row(environment="", case="b", baseline="x", run="1", skipped=""),
-            row(environment="", case="a", baseline="x", run="2", skipped=""),
-            row(environment="", case="b", baseline="x", run="3", skipped="no time left"),
-            row(environment="", case="c", baseline="x", run="3", skipped="no time left"),
-            row(case="a", baseline="x", run="4", skipped="", environment="SETTING=1"),
-        ]
-    )
-    standing = newest(found, BENCHMARK)[["case", "environment", "baseline", "run"]]
-    assert standing.to_numpy().tolist() == [
-        ["a", "", "x", "2"],
-        ["b", "", "x", "1"],
-        ["c", "", "x", "3"],
-        ["a", "SETTING=1", "x", "4"],
-    ]
 
 
 def test_a_run_has_one_row_and_another_of_that_second_another_id(tmp_path):
