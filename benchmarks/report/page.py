@@ -82,7 +82,7 @@ def command(row: Row) -> str:
 
 # By their titles; others are columns of text.
 COLUMNS: dict[str, Cell] = {
-    "baseline": lambda row: text(data.name(row["baseline"])),
+    **dict.fromkeys(["baseline", "model"], lambda row: text(data.name(row["baseline"]))),
     "(B, C, K, N)": lambda row: f"({', '.join(row['shape'].split())})",
     "method": lambda row: f"{row['method']}, T = {row['steps']}",
     "ms": number("median_s", 1e3),
@@ -334,7 +334,7 @@ SHAPE = "(B, C, K, N)"
 TIMED = (
     "ms [quartiles] | time / mfops (native) | of the copy | bytes / floor | peak MiB | extra, of X"
 )
-SCORES = "baseline | runs || mIoU (sd) | fwIoU (sd) | pixel acc. (sd) | parameters | GFLOPs | ms"
+SCORES = "model | runs || mIoU (sd) | fwIoU (sd) | pixel acc. (sd) | parameters | GFLOPs | ms"
 SCORES += " | time / MFNet Light | time / ASPP"
 NETWORK = "{backbone}, {size}, batch {batch}, {dtype}"
 
@@ -377,7 +377,7 @@ SECTIONS = {
     ),
     "Networks": Table(
         rows_of(schema.MODELS),
-        "pass | baseline | input | setting || parameters | GFLOPs | ms [quartiles] | images/s"
+        "pass | model | input | setting || parameters | GFLOPs | ms [quartiles] | images/s"
         " | time / DeepLabV3+ | time / EMANet | peak MiB",
         by=NETWORK,
         plot="models",
@@ -389,7 +389,7 @@ SECTIONS = {
     ),
     "Training": Table(
         rows_of(schema.TRAINING),
-        "baseline || images/s | ms [quartiles] | time / DeepLabV3+ | loader ms | forward ms"
+        "model || images/s | ms [quartiles] | time / DeepLabV3+ | loader ms | forward ms"
         " | backward ms | optimizer ms | other ms",
         by="{data}, {backbone}, {size}, batch {batch}, {precision}, loader workers: {workers}",
         plot="training",
@@ -402,7 +402,7 @@ SECTIONS = {
     ),
     "The paper's Figure 6": Table(
         data.paper_counts,
-        "baseline | paper: mIoU / fwIoU | paper: parameters || parameters | GFLOPs",
+        "model | paper: mIoU / fwIoU | paper: parameters || parameters | GFLOPs",
         plot="paper",
     ),
 }
@@ -425,7 +425,7 @@ REGIONS = {
     "paper": SECTIONS["The paper's Figure 6"],
     "accuracy": Table(
         across_data_sets,
-        "baseline || parameters | GFLOPs | time / MFNet Light",
+        "model || parameters | GFLOPs | time / MFNet Light",
         also=ACROSS,
         plot="pareto",
     ),
