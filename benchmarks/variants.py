@@ -5,7 +5,7 @@ mfnet fit ... --model.network benchmarks.variants.variant --model.network.name e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -120,6 +120,29 @@ class CornersBelow(PyramidContext):
     align_corners = True
 
 
+class DeepestContext(PyramidContext):
+    """The features of stride 32 alone."""
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__(channels[-1:], width)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return super().forward(features[-1:])
+
+
+class Classifier(FactorizedDecoder):
+    """Little more than the backbone: a linear classifier where the features are."""
+
+    def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
+        super().__init__(width, low_channels, num_classes, rank)
+        del self.queries, self.keys, self.key_bias, self.columns
+        del self.low, self.fine, self.neighbours
+
+    def forward(self, summed: Tensor, low: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.coarse(summed))
+        return logits
+
+
 def one_matrix(network: nn.Module) -> None:
     """Exchanges each projection for a convolution."""
     for module in list(network.modules()):
@@ -155,6 +178,7 @@ VARIANTS = {
     "one matrix in projections": Variant(change=one_matrix),
     "reconstruction loss": Variant(Reconstruction),
     "aligned corners": Variant(Corners, CornersBelow),
+    "stride 32 alone": Variant(Classifier, DeepestContext),
 }
 
 
