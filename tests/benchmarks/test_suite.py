@@ -104,17 +104,22 @@ def test_the_whole_suite(tmp_path, images):
         assert played == pytest.approx(measured, rel=1e-6), group
 
 
-def test_a_baseline_that_fails_fails_its_test_alone(tmp_path):
+def test_what_fails_fails_alone_and_has_rows_that_say_so(tmp_path):
+    """A baseline of the op's, and a whole case: every ceiling."""
     (tmp_path / "breaking.py").write_text(
-        "from benchmarks import bench_op\n"
+        "from benchmarks import bench_ceilings, bench_op\n"
         "def wrong(x, y, z):\n"
         "    x_hat, mse = bench_op.textbook(x, y, z)\n"
         "    return 2 * x_hat, mse\n"
+        "def collapse(*_):\n"
+        "    raise RuntimeError('out of memory')\n"
         "bench_op.careful = wrong\n"
+        "bench_ceilings.time_calls = collapse\n"
     )
     status, text = suite(
-        *("benchmarks/bench_op.py", "--small", "--device", "cpu", "--results", tmp_path),
-        *("-p", "breaking", "-k", "channels_last and shared and forward"),
+        *("benchmarks/bench_op.py", "benchmarks/bench_ceilings.py", "--small", "--device", "cpu"),
+        *("--results", tmp_path, "-p", "breaking", "--no-compile"),
+        *("-k", "ceiling or channels_last and shared and forward"),
         PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
     )
     assert status == 1
@@ -122,24 +127,8 @@ def test_a_baseline_that_fails_fails_its_test_alone(tmp_path):
     known = {row["baseline"]: row["skipped"] for row in read(tmp_path, schema.OP)}
     assert known[schema.BEST].startswith("failed: ")
     assert known[schema.EAGER] == ""
-
-
-def test_a_case_that_fails_has_rows_that_say_so(tmp_path):
-    (tmp_path / "collapsing.py").write_text(
-        "from benchmarks import bench_ceilings\n"
-        "def collapse(*_):\n"
-        "    raise RuntimeError('out of memory')\n"
-        "bench_ceilings.time_calls = collapse\n"
-    )
-    status, text = suite(
-        *("benchmarks/bench_ceilings.py", "--small", "--device", "cpu", "--results", tmp_path),
-        *("-p", "collapsing"),
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
-    )
-    assert status == 1
-    assert "4 failed" in text
-    known = [row["skipped"] for row in read(tmp_path, schema.CEILINGS)]
-    assert known == ["failed: RuntimeError: out of memory"] * 4
+    ceilings = [row["skipped"] for row in read(tmp_path, schema.CEILINGS)]
+    assert ceilings == ["failed: RuntimeError: out of memory"] * 4
 
 
 def test_a_budget_leaves_cases_out_by_name(tmp_path):
