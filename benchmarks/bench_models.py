@@ -58,7 +58,7 @@ class NetworkCase(Case):
 
 
 def cases(device: str, small: bool) -> list[NetworkCase]:
-    backbone, side = ("resnet18", 65) if small else ("resnet50", 513)
+    backbone, side = ("resnet18", 33) if small else ("resnet50", 513)
     dtype = network_dtype(device)
     return [
         NetworkCase(backbone, f"{side}x{side}", batch, dtype, which)

@@ -111,10 +111,10 @@ class TrainingCase:
             generated = {
                 "data": "mfnet.data.Synthetic",
                 "data.cache_dir": self.folder,
-                "data.train": 200,
+                "data.train": 20 if self.small else 200,
                 "data.val": 1,
-                "data.size": 65 if self.small else 161,
-                "data.crop_size": 65 if self.small else 161,
+                "data.size": 33 if self.small else 161,
+                "data.crop_size": 33 if self.small else 161,
                 "data.batch_size": 4 if self.small else 8,
                 "model.network.name": network,
                 "model.network.backbone": "resnet18",

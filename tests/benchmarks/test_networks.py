@@ -141,7 +141,7 @@ def test_a_missing_library_is_named_and_a_broken_network_takes_none_with_it(benc
     assert rows["smp Unet"]["skipped"] == "segmentation_models_pytorch not installed"
     assert rows["emanet"]["skipped"] == "failed: RuntimeError: out of luck"
     assert set(measured.seconds) == {"mfnet_light", "mfnet", "deeplabv3plus"}
-    assert rows["mfnet"]["input"] == "65x65"
+    assert rows["mfnet"]["input"] == "33x33"
     assert rows["mfnet"]["images_per_s"] == pytest.approx(1 / rows["mfnet"]["median_s"])
     assert rows["mfnet"].keys() <= set(MODELS.columns)
 
