@@ -80,17 +80,18 @@ def _able(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def table() -> Iterator[Any]:
     """Parameters of the test below; a dtype may be "tf32": float32 with rounded operands.
 
-    Where a case takes Triton seconds, a few; a quarter in the interpreter, every layout with every
-    dtype.
+    Where a case takes Triton seconds, one of each shape; a quarter in the interpreter, every layout
+    with every dtype.
     """
     dtypes = [*DTYPES, "tf32"]
     for param in all_runs.args[1]:
         run = param if isinstance(param, Run) else param.values[0]
-        few = run.backend == "triton" and not INTERPRETED
         for i, shape in enumerate(SHAPES + MORE_SHAPES):
+            large = shape in FEWER_TILES or shape[2] > 256
+            few = run.backend == "triton" and (large or not INTERPRETED)
             shape = FEWER_TILES.get(shape, shape) if INTERPRETED else shape
             for (j, layout), (k, dtype) in itertools.product(enumerate(LAYOUTS), enumerate(dtypes)):
-                if INTERPRETED and (i + j + k) % 4:
+                if INTERPRETED and not few and (i + j + k) % 4:
                     continue
                 if few and (layout, dtype) != (LAYOUTS[i % 4], dtypes[(i + i // 4) % 4]):
                     continue
