@@ -108,6 +108,19 @@ def test_a_gpu_runs_everything(gpu):
     assert backends.select(gpu[0], 256).name == "native"
 
 
+def test_a_gpus_backward_pass_in_16_bits_is_tritons(gpu, monkeypatch):
+    half = gpu[0].bfloat16()
+    triton = backends.BACKENDS["triton"]
+    chosen = backends.select(half, 3)
+    assert chosen.name == "native"
+    assert chosen.reconstruct == backends.BACKENDS["native"].reconstruct
+    assert chosen.reconstruct_backward == triton.reconstruct_backward
+    with mfops.use_backend("native"):
+        assert backends.select(half, 3) is backends.BACKENDS["native"]
+    monkeypatch.setattr(backends, "TRITON_ERROR", "triton is not installed")
+    assert backends.select(half, 3) is backends.BACKENDS["native"]
+
+
 def test_more_bases_than_the_native_kernels_take(gpu, caplog):
     assert reasons(gpu[0], 257)["native"] == "on CUDA it takes K <= 256, K is 257"
     with caplog.at_level(logging.INFO, logger="mfops"):

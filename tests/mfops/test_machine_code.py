@@ -51,12 +51,14 @@ class Kernel(NamedTuple):
             flags = transposed == "1", shared == "1"
             return cls(kind, TYPES[int(type_)], *flags, int(warps), int(blocks))
         match = re.search(
-            r"\d(round|partials|nmf_backward|persistent)_kernelILNS0_4TypeE(\d)ELb(\d)E", mangled
+            r"\d(round|partials|nmf_backward|persistent)_kernelILNS0_4TypeE(\d)ELb(\d)E\w*?"
+            r"(?:Li(\d+)E)?EEv",
+            mangled,
         )
         if match is None:
             return None
-        kind, type_, transposed = match.groups()
-        warps = 16 if kind == "persistent" else 8
+        kind, type_, transposed, last = match.groups()
+        warps = {"persistent": 16, "round": int(last or 0)}.get(kind, 8)
         return cls(kind, TYPES[int(type_)], transposed == "1", False, warps, 1)
 
 
@@ -126,9 +128,20 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
         assert {(k.type, k.transposed, k.shared) for k in kernels if k.kind == kind} == variants
 
 
-def test_no_kernel_spills_or_uses_local_memory(resources):
+# Bytes that a thread spills, a few times a tile and in no product. All sums of a tile take half of
+# the registers of sixteen warps with 512 channels, and of eight with 128 bases; less for each
+# thread, which needs smaller tiles or more of them at a time, is slower.
+SPILLED = {
+    r"12round_kernel\w+Epilogue\w0ELi512ELi64ELi32ELi16E": 24,
+    r"15backward_kernel\w+ELb0ELi128ELi64ELi128ELi8E": 16,
+}
+
+
+def test_kernels_spill_no_more_than_is_known_and_use_no_local_memory(resources):
     for key, used in resources.items():
-        assert used["STACK"] == used["LOCAL"] == 0, (key, used)
+        known = (size for name, size in SPILLED.items() if re.search(name, key[1]))
+        assert used["STACK"] <= max(known, default=0), (key, used)
+        assert used["LOCAL"] == 0, (key, used)
 
 
 def test_registers_leave_room_for_the_blocks_planned(resources):

@@ -1,5 +1,5 @@
 // What the persistent kernel (persistent.cuh) is made of: what lies where in the shared memory of a
-// cluster's blocks, values of four floats, and what passes from block to block.
+// cluster's blocks, and what passes from block to block.
 #pragma once
 
 #include "cuda/common/swizzled.cuh"
@@ -60,17 +60,6 @@ struct PersistentLayout {
 // branches of the exact quotient.
 __device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 
-struct Four {
-    float v[4];
-};
-__device__ __forceinline__ Four four_of(const uint4& bits) {
-    return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
-}
-__device__ __forceinline__ Four load_four(const float* from) {
-    uint4 bits;
-    load_shared(bits, from);
-    return four_of(bits);
-}
 __device__ __forceinline__ void store_four(float* to, const Four& four) {
     const auto& v = four.v;
     store_shared(to, uint4{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])});

@@ -27,6 +27,17 @@ inline constexpr float kEps = 1e-6f;
 struct alignas(8) Two {
     float first, second;
 };
+struct Four {
+    float v[4];
+};
+__device__ __forceinline__ Four four_of(const uint4& bits) {
+    return {as_float(bits.x), as_float(bits.y), as_float(bits.z), as_float(bits.w)};
+}
+__device__ __forceinline__ Four load_four(const float* from) {
+    uint4 bits;
+    load_shared(bits, from);
+    return four_of(bits);
+}
 
 __device__ __forceinline__ float divisor(Division division, float squares) {
     switch (division) {
@@ -45,6 +56,20 @@ __device__ __forceinline__ float sum_of(const float* parts, int count, int64_t s
 #pragma unroll 8
     for (int i = 0; i < count; ++i) sum += parts[i * stride];
     return sum;
+}
+
+// Adds to each value that `has` one the sum of `count` floats `stride` apart, in order; those of
+// the next value are `apart` from them. All of a count are on their way at a time.
+template <int kValues, class Has>
+__device__ __forceinline__ void add_sums(float (&value)[kValues], const float* parts, int64_t apart,
+                                         int count, int64_t stride, Has has) {
+#pragma unroll 2
+    for (int i = 0; i < count; ++i, parts += stride) {
+#pragma unroll
+        for (int j = 0; j < kValues; ++j) {
+            if (has(j)) value[j] += parts[j * apart];
+        }
+    }
 }
 
 template <class T>

@@ -205,6 +205,7 @@ __device__ __forceinline__ void persistent(const PersistentParams& params) {
                 v = quotient(v, denominator[i++]), w = quotient(w, denominator[i++]);
             });
         }
+        sync_warp();  // all lanes have read the Z that they multiplied
         scores.for_each_pair(write_z);
     };
     const auto store_z = [&](void* to) {

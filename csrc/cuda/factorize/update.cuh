@@ -27,9 +27,49 @@ struct UpdateParams {
 
 // Threads side by side have bases side by side; each has 16 of the channels.
 __host__ __device__ constexpr int slice_of(int padded) { return kThreads / padded * kRowsOfThread; }
-// nmf: Y's part, and 16 rows of Z Z^T; else the threads' sums of squares.
+// nmf: rows of Z Z^T that are multiplied by at a time, whole 16s, each thread bringing 16 elements.
+__host__ __device__ constexpr int gram_rows(int padded) {
+    const int rows = kThreads * kRowsOfThread / padded / 16 * 16;
+    return rows < padded ? rows : padded;
+}
+// nmf: Y's part, and rows of Z Z^T; else the threads' sums of squares.
 constexpr size_t update_shared_bytes(int padded) {
-    return sizeof(float) * (slice_of(padded) * padded + kRowsOfThread * padded);
+    return sizeof(float) * (slice_of(padded) + gram_rows(padded)) * padded;
+}
+
+// nmf: adds Y Z Z^T for a thread's channels and basis k. `y`: Y's part in shared memory, zeros
+// beyond what there is; after it there is room for rows of Z Z^T, whose `ranges` partial sums are
+// `sums`.
+__device__ __forceinline__ void add_denominators(float (&denominator)[kRowsOfThread],
+                                                 const float* y, float* gram, const float* sums,
+                                                 int ranges, int padded) {
+    const int per_pass = kThreads / padded, k = threadIdx.x % padded;
+    const int row = min(static_cast<int>(threadIdx.x) / padded, per_pass - 1);
+#pragma unroll 1
+    for (int first = 0; first < padded; first += gram_rows(padded)) {
+        const int rows = min(gram_rows(padded), padded - first);
+        const auto has = [&](int i) { return threadIdx.x + i * kThreads < rows * padded; };
+        float part[kRowsOfThread] = {};
+        add_sums(part, sums + first * padded + threadIdx.x, kThreads, ranges, padded * padded, has);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kRowsOfThread; ++i) {
+            if (has(i)) gram[threadIdx.x + i * kThreads] = part[i];
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int l = 0; l < rows; l += 4) {
+            float right[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) right[j] = gram[(l + j) * padded + k];
+#pragma unroll
+            for (int i = 0; i < kRowsOfThread; ++i) {
+                const Four left = load_four(y + (row + i * per_pass) * padded + first + l);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) denominator[i] += left.v[j] * right[j];
+            }
+        }
+    }
 }
 
 // A block for each slice of an image's channels.
@@ -46,23 +86,21 @@ __global__ void __launch_bounds__(kThreads, 1)
         params.y ? params.y + (image * params.channels + first) * params.rank : nullptr;
     const bool is_base = k < params.rank && lane_row < per_pass;
     const auto row_of = [&](int i) { return lane_row + i * per_pass; };
+    const auto has = [&](int i) { return is_base && row_of(i) < rows; };
 
-    float value[kRowsOfThread];
+    float value[kRowsOfThread] = {};
+    if constexpr (kUpdate == Update::kStart || kUpdate == Update::kDivide) {
 #pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) {
-        value[i] = 0;
-        const int row = row_of(i);
-        if (row >= rows || !is_base) continue;
-        if constexpr (kUpdate == Update::kStart) {
-            value[i] = *origin_of<float>(params.start, image, first + row, k);
-        } else if constexpr (kUpdate == Update::kDivide) {
-            value[i] = y[static_cast<int64_t>(row) * params.rank + k];
-        } else {
-            value[i] =
-                sum_of(params.partials +
-                           (image * params.ranges * params.channels + first + row) * padded + k,
-                       params.ranges, params.channels * padded);
+        for (int i = 0; i < kRowsOfThread; ++i) {
+            if (!has(i)) continue;
+            value[i] = kUpdate == Update::kStart
+                           ? *origin_of<float>(params.start, image, first + row_of(i), k)
+                           : y[static_cast<int64_t>(row_of(i)) * params.rank + k];
         }
+    } else {
+        const int64_t start = image * params.ranges * params.channels + first + lane_row;
+        add_sums(value, params.partials + start * padded + k, per_pass * padded, params.ranges,
+                 params.channels * padded, has);
     }
     // Y is value times factor: a base that no pixel comes close to would vanish in float16.
     float factor = 1;
@@ -81,30 +119,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     float* const shared = reinterpret_cast<float*>(shared_memory());
     if constexpr (kUpdate == Update::kNmf) {
-        float* const gram = shared + params.slice * padded;
-        const float* const sums = params.sums + image * params.ranges * padded * padded;
-        for (int i = threadIdx.x; i < rows * padded; i += kThreads) {
-            const int row = i / padded, l = i - row * padded;
-            shared[i] = l < params.rank ? y[static_cast<int64_t>(row) * params.rank + l] : 0;
+#pragma unroll
+        for (int i = 0; i < kRowsOfThread; ++i) {
+            if (lane_row >= per_pass) continue;
+            shared[row_of(i) * padded + k] =
+                has(i) ? y[static_cast<int64_t>(row_of(i)) * params.rank + k] : 0;
         }
         float denominator[kRowsOfThread] = {};
-#pragma unroll 1
-        for (int l = 0; l < padded; l += kRowsOfThread) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < kRowsOfThread * padded; i += kThreads) {
-                gram[i] = sum_of(sums + l * padded + i, params.ranges, padded * padded);
-            }
-            __syncthreads();
-#pragma unroll 1
-            for (int j = 0; j < kRowsOfThread; ++j) {
-                const float right = gram[j * padded + k];
-#pragma unroll
-                for (int i = 0; i < kRowsOfThread; ++i) {
-                    if (row_of(i) < rows)
-                        denominator[i] += shared[row_of(i) * padded + l + j] * right;
-                }
-            }
-        }
+        add_denominators(denominator, shared, shared + params.slice * padded,
+                         params.sums + image * params.ranges * padded * padded, params.ranges,
+                         padded);
 #pragma unroll
         for (int i = 0; i < kRowsOfThread; ++i) {
             if (row_of(i) < rows) {
@@ -173,8 +197,8 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
     };
     Accumulators<kType, 16, kMaxRank, kWarps> sum;
     const auto load = [&](int step, int slot) {
-        load_dense(tile(slot), bases + static_cast<int64_t>(step) * chunk * padded,
-                   padded_16(channels(step)), padded, channels(step));
+        load_dense<kThreads>(tile(slot), bases + static_cast<int64_t>(step) * chunk * padded,
+                             padded_16(channels(step)), padded, channels(step));
     };
     const auto compute = [&](int step, int slot) {
         const auto all = tile(slot);
