@@ -174,8 +174,8 @@ BACKENDS = {
     "reference": _backend("reference", _always_available, lambda name: getattr(reference, name)),
 }
 
-# Triton's backward pass took 0.50 to 0.88 of native's time in all 30 cases measured on an H200, in
-# bfloat16; the forward passes are about equal, and native starts faster (docs/gpu.md).
+# Triton's backward pass took 0.57 to 0.89 of native's time in the ten cases measured on an H200, in
+# bfloat16; the forward passes are about equal, and native's takes less of the host (docs/gpu.md).
 NATIVE_WITH_TRITON_BACKWARD = replace(
     BACKENDS["native"], reconstruct_backward=BACKENDS["triton"].reconstruct_backward
 )

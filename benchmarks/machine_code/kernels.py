@@ -155,29 +155,29 @@ def backward(own_rows: bool, aligned: bool) -> Kernel:
 
 
 def round_(nmf: bool, aligned: bool) -> Kernel:
-    scores, sums = products(32, 64, 512, 16), products(512, 64, 32, 16)
-    x = Moves(512, 32, 512, aligned)
-    z = pairs(32, 64, 512)
-    before = {COPY + " of 2": 1} if nmf else {}  # nmf: the Z before, by half of the threads
+    scores, sums = products(32, 64, 512), products(512, 64, 32)
+    x = Moves(512, 32, 256, aligned)
+    z = pairs(32, 64)
+    before = Moves(32, 64, 256, True, 2).brought() if nmf else {}  # nmf: the Z before
     if nmf:
-        square = products(32, 64, 64, 16)
+        square = products(32, 64, 64)
         work = [
             {MMA: scores + square, LDSM: 4, LDSM_T: 64 + 4},
             {QUOTIENT: 2 * z, STORE: z},
-            {OUT_16: 1, MMA: sums + square, LDSM: 8, LDSM_T: 4 + 4},
+            {OUT_16: 1, MMA: sums + square, LDSM: 8, LDSM_T: 8 + 6},
         ]
     else:
-        work = [{MMA: scores}, {EXP: 2 * z}, {STORE: z}, {MMA: sums, LOAD_2: 32}]
+        work = [{MMA: scores}, {EXP: 2 * z}, {STORE: z}, {MMA: sums, LOAD_2: 8}]
     brought = both(x.brought(), before, x.moved())
     # A barrier follows what is moved, on a path of its own.
     work = [both(brought, work[0]), *work[1:]] if aligned else [brought, *work]
     gram = tile(64, 64) if nmf else 0
-    small = 4 * (64 + 512 + 2 * 32 * 8)  # factors of Y's columns, sums by threads and by warps
+    small = 4 * (64 + 256 + 2 * 32 * 4)  # factors of Y's columns, sums by threads and by warps
     stage = tile(512, 32) + (tile(32, 64) if nmf else 0)
     return Kernel(
         f"{'nmf' if nmf else 'em'}'s round, {aligned_or_odd(aligned)}",
         rf"12round_kernelILNS0_4TypeE2ELb0ELNS0_6FamilyE{int(nmf)}ELNS0_8EpilogueE0ELi512E",
-        warps=16,
+        warps=8,
         blocks=1,
         shared=tile(512, 64) + gram + 3 * stage + (0 if nmf else tile(32, 64)) + small,
         copied=2 * 512 * 32,

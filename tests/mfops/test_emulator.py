@@ -115,15 +115,13 @@ def test_mma_tf32_reads_no_more_than_tf32(lib: ctypes.CDLL) -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("matrices", [2, 4])
 @pytest.mark.parametrize("trans", [False, True])
-def test_ldmatrix(lib: ctypes.CDLL, order: str, trans: bool, matrices: int) -> None:
+def test_ldmatrix(lib: ctypes.CDLL, order: str, trans: bool) -> None:
     memory = torch.arange(32 * 8, dtype=torch.int16).view(32, 8)
     rows = memory.flip(0)  # the kernel's lane l passes the row 31 - l
-    kernel = lib.run_ldmatrix if matrices == 4 else lib.run_ldmatrix_2
-    result = run(kernel, memory, torch.empty(32, matrices, dtype=torch.int32), int(trans))
-    pairs = result.view(torch.int16).view(32, matrices, 2)
-    for matrix in range(matrices):
+    result = run(lib.run_ldmatrix, memory, torch.empty(32, 4, dtype=torch.int32), int(trans))
+    pairs = result.view(torch.int16).view(32, 4, 2)
+    for matrix in range(4):
         tile = rows[8 * matrix : 8 * matrix + 8]
         tile = tile.T if trans else tile
         for lane in range(32):

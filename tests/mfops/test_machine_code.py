@@ -51,14 +51,12 @@ class Kernel(NamedTuple):
             flags = transposed == "1", shared == "1"
             return cls(kind, TYPES[int(type_)], *flags, int(warps), int(blocks))
         match = re.search(
-            r"\d(round|partials|nmf_backward|persistent)_kernelILNS0_4TypeE(\d)ELb(\d)E\w*?"
-            r"(?:Li(\d+)E)?EEv",
-            mangled,
+            r"\d(round|partials|nmf_backward|persistent)_kernelILNS0_4TypeE(\d)ELb(\d)E", mangled
         )
         if match is None:
             return None
-        kind, type_, transposed, last = match.groups()
-        warps = {"persistent": 16, "round": int(last or 0)}.get(kind, 8)
+        kind, type_, transposed = match.groups()
+        warps = 16 if kind == "persistent" else 8
         return cls(kind, TYPES[int(type_)], transposed == "1", False, warps, 1)
 
 
@@ -128,19 +126,14 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
         assert {(k.type, k.transposed, k.shared) for k in kernels if k.kind == kind} == variants
 
 
-# Bytes that a thread spills, a few times a tile and in no product. All sums of a tile take half of
-# the registers of sixteen warps with 512 channels, and of eight with 128 bases; less for each
-# thread, which needs smaller tiles or more of them at a time, is slower.
-SPILLED = {
-    r"12round_kernel\w+Epilogue\w0ELi512ELi64ELi32ELi16E": 24,
-    r"15backward_kernel\w+ELb0ELi128ELi64ELi128ELi8E": 16,
-}
+# Up to four registers, in no product: what takes fewer, strips of half the width, was 1.3 times
+# slower on an H200.
+SPILLS = r"15backward_kernel\w+ELb0ELi128ELi64ELi128ELi8E"
 
 
-def test_kernels_spill_no_more_than_is_known_and_use_no_local_memory(resources):
+def test_kernels_spill_as_little_as_is_known_and_use_no_local_memory(resources):
     for key, used in resources.items():
-        known = (size for name, size in SPILLED.items() if re.search(name, key[1]))
-        assert used["STACK"] <= max(known, default=0), (key, used)
+        assert used["STACK"] <= (16 if re.search(SPILLS, key[1]) else 0), (key, used)
         assert used["LOCAL"] == 0, (key, used)
 
 

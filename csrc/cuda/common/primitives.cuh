@@ -146,19 +146,6 @@ __device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], const void* row
                  : "r"(shared_address(row))
                  : "memory");
 }
-// Both for two matrices, whose rows' addresses are those of lanes 0 to 15.
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[2], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
-__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[2], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-}
 
 // d (16 x 8) += a (16 x 16) b (16 x 8).
 //   d: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)

@@ -63,13 +63,12 @@ __device__ __forceinline__ void load_four(float (&v)[4], const Tile& tile, int o
 }
 
 // What one step along k multiplies: a piece of A (16 x kStep), a piece of B (kStep x 8 kPieces),
-// and their product, added to kPieces of the 16 x 8 pieces that accumulators are made of, at most
-// kMostPieces.
-template <Type kType, int kMostPieces>
+// and their product, added to kPieces of the 16 x 8 pieces that accumulators are made of.
+template <Type kType>
 struct Fragments {  // 16 bits
-    static constexpr int kStep = 16, kPieces = kMostPieces;
+    static constexpr int kStep = 16, kPieces = 2;
     using A = uint32_t[4];
-    using B = uint32_t[2 * kPieces];
+    using B = uint32_t[4];
 
     template <bool kByK, class Tile>
     static __device__ __forceinline__ void load_a(A& a, const Tile& tile, int row, int k) {
@@ -84,26 +83,22 @@ struct Fragments {  // 16 bits
     template <bool kByK, class Tile>
     static __device__ __forceinline__ void load_b(B& b, const Tile& tile, int k, int col) {
         const int lane = threadIdx.x % 32, matrix = lane / 8, within = lane % 8;
-        const int piece = kPieces == 1 ? 0 : matrix / 2 * 8;
         if constexpr (kByK) {
-            ldmatrix(b, tile.at(col + piece + within, k + matrix % 2 * 8));
+            ldmatrix(b, tile.at(col + matrix / 2 * 8 + within, k + matrix % 2 * 8));
         } else {
-            ldmatrix_trans(b, tile.at(k + matrix % 2 * 8 + within, col + piece));
+            ldmatrix_trans(b, tile.at(k + matrix % 2 * 8 + within, col + matrix / 2 * 8));
         }
     }
 
     static __device__ __forceinline__ void multiply(float (*acc)[4], const A& a, const B& b) {
-        const uint32_t left[2] = {b[0], b[1]};
+        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
         mma<Element<kType>>(acc[0], a, left);
-        if constexpr (kPieces == 2) {
-            const uint32_t right[2] = {b[2], b[3]};
-            mma<Element<kType>>(acc[1], a, right);
-        }
+        mma<Element<kType>>(acc[1], a, right);
     }
 };
 
-template <int kMostPieces>
-struct Fragments<Type::kTf32, kMostPieces> {
+template <>
+struct Fragments<Type::kTf32> {
     static constexpr int kStep = 8, kPieces = 1;
     using A = uint32_t[4];
     using B = uint32_t[2];
@@ -133,8 +128,8 @@ struct Fragments<Type::kTf32, kMostPieces> {
     }
 };
 
-template <int kMostPieces>
-struct Fragments<Type::kFloat32, kMostPieces> {  // on the plain FMA units
+template <>
+struct Fragments<Type::kFloat32> {  // on the plain FMA units
     static constexpr int kStep = 4, kPieces = 1;
     using A = float[2][4];  // rows g and g + 8
     using B = float[2][4];  // columns 2t and 2t + 1
@@ -186,8 +181,6 @@ class Accumulators {
     __device__ __forceinline__ void add(const TileA& a, const TileB& b, int contraction) {
         if constexpr (kTwoSteps) {
             add_ahead<kAByK, kBByK>(a, b, contraction);
-        } else if constexpr (kBatch > 1) {
-            add_in_batches<kAByK, kBByK>(a, b, contraction);
         } else {
             add_step_by_step<true, kAByK, kBByK>(a, b, contraction, 16 * kM, 8 * kN);
         }
@@ -232,8 +225,8 @@ class Accumulators {
 
    private:
     static_assert(kGrid.rows > 0, "the warps cannot share a matrix of this shape");
+    using F = Fragments<kType>;
     static constexpr int kM = kRows / kGrid.rows / 16, kN = kCols / kGrid.cols / 8;
-    using F = Fragments<kType, kN % 2 ? 1 : 2>;
 
     static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
     static __device__ __forceinline__ int first_row() {
@@ -255,8 +248,6 @@ class Accumulators {
     // as for 256 bases, registers are short.
     static constexpr bool kTwoSteps =
         kRoomy && sizeof(Step) <= 64 && sizeof(Step::a) >= sizeof(Step::b);
-    // Steps of sixteen warps whose loads are on their way at a time.
-    static constexpr int kBatch = kRoomy || sizeof(Step) > 24 ? 1 : 3;
 
     template <bool kAByK, bool kBByK, class TileA, class TileB>
     static __device__ __forceinline__ void load(Step& step, const TileA& a, const TileB& b, int k,
@@ -293,29 +284,6 @@ class Accumulators {
             step = next;
         }
         multiply(step);
-    }
-
-    template <bool kAByK, bool kBByK, class TileA, class TileB>
-    __device__ __forceinline__ void add_in_batches(const TileA& a, const TileB& b,
-                                                   int contraction) {
-        const int row = no_hoist(first_row()), col = no_hoist(first_col());
-        const int batched = contraction / (kBatch * F::kStep) * (kBatch * F::kStep);
-#pragma unroll 1
-        for (int k = 0; k < batched; k += kBatch * F::kStep) {
-            Step steps[kBatch];
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                load<kAByK, kBByK>(steps[i], a, b, k + i * F::kStep, row, col);
-            }
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) multiply(steps[i]);
-        }
-#pragma unroll 1
-        for (int k = batched; k < contraction; k += F::kStep) {
-            Step step;
-            load<kAByK, kBByK>(step, a, b, k, row, col);
-            multiply(step);
-        }
     }
 
     // Step by step, where one alone takes many registers; in what order a step's loads and products

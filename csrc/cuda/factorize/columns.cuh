@@ -8,16 +8,15 @@
 
 namespace mfops::cuda {
 
-// A block of so many warps takes `own` channels of a tile at a time, or all that there are, and up
-// to `rank` bases.
+// A block takes `own` channels of a tile at a time, or all that there are, and up to `rank` bases.
 struct ColumnShape {
-    int own, rank, pixels, warps = kWarps;
+    int own, rank, pixels;
 };
 
 // Of each table the first shape is taken that the problem and the GPU's shared memory have room
 // for. Reasons:
-// kRound: all channels of a tile at once, whose X Z^T takes own x rank accumulators: of 512 x 64 64
-// registers of a thread of 16 warps, of which a scheduler then has four to choose from.
+// kRound: all channels of a tile at once, whose X Z^T takes own x rank accumulators, 128 registers
+// of a thread at most.
 // kCoefficients: Y passes by with each tile, rank / pixels of its bytes for each of X's.
 // kPartials: X passes by once for every 64 bases, Z once for every `own` channels; Z Z^T is
 // computed as if Z were channels, up to kMaxRank of them. kBackward: every group computes Y^T D
@@ -27,7 +26,7 @@ template <size_t kElementBytes>
 struct ColumnShapes;
 template <>
 struct ColumnShapes<2> {
-    static constexpr ColumnShape kRound[] = {{256, 64, 32, 16}, {512, 64, 32, 16}};
+    static constexpr ColumnShape kRound[] = {{256, 64, 32}, {512, 64, 32}};
     static constexpr ColumnShape kCoefficients[] = {{128, 64, 64}, {32, 256, 32}};
     static constexpr ColumnShape kPartials[] = {{256, 64, 64}};
     static constexpr ColumnShape kWidePartials[] = {{256, 64, 32}};  // Z in float32
@@ -42,7 +41,7 @@ struct ColumnShapes<4> {
 };
 
 // `own` channels of a tile of X, or of what is as large.
-template <class T, bool kTransposed, int kOwn, int kPixels, int kThreads>
+template <class T, bool kTransposed, int kOwn, int kPixels>
 struct ChunkTile {
     static constexpr int kLength = kTransposed ? kOwn : kPixels;
     static constexpr int kPitch = kLength + kGranule<T>;
@@ -90,7 +89,7 @@ struct ChunkTile {
 
 // Copies `lines` whole lines of `length` elements, both padded, that lie `apart` elements from each
 // other in dense memory on 16 bytes.
-template <int kThreads, class T>
+template <class T>
 __device__ __forceinline__ void load_dense(const Tile<T>& tile, const T* from, int lines,
                                            int length, int valid_lines, int apart = 0) {
     fill<kThreads>(tile, Lines{from, 0, length + apart, 1}, from, lines, length, valid_lines,
@@ -98,7 +97,7 @@ __device__ __forceinline__ void load_dense(const Tile<T>& tile, const T* from, i
 }
 
 // The other way round, line after line.
-template <int kThreads, class T>
+template <class T>
 __device__ __forceinline__ void store_dense(const Tile<T>& tile, T* to, int lines, int length) {
     write_back<kThreads>(tile, to, length, lines, length, lines, length);
 }

@@ -27,7 +27,7 @@ struct NmfBackwardParams {
 template <Type kType, bool kTransposed, int kOwn, int kPixels>
 struct NmfBackwardLayout {
     using T = Element<kType>;
-    using X = ChunkTile<T, kTransposed, kOwn, kPixels, kThreads>;
+    using X = ChunkTile<T, kTransposed, kOwn, kPixels>;
 
     int padded, stages, channels;
     bool whole, two;  // two: X and G', not one of them
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     using T = typename At::T;
     using X = typename At::X;
     // Coefficients: lines are bases, as channels are of features that are not transposed.
-    using Z = ChunkTile<T, false, kRank, kPixels, kThreads>;
+    using Z = ChunkTile<T, false, kRank, kPixels>;
     const FactorProblem& p = params.problem;
     const ColumnWork& work = params.work;
     const bool has_grad = params.grad_x_hat.data != nullptr, has_error = params.grad_mse != nullptr;
@@ -109,9 +109,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                     p.pixels);
         }
         if (!params.whole || step < work.chunks) {
-            load_dense<kThreads>(bases_tile(slot, c),
-                                 bases + static_cast<int64_t>(c.channel) * padded,
-                                 padded_16(c.channels), padded, c.channels);
+            load_dense(bases_tile(slot, c), bases + static_cast<int64_t>(c.channel) * padded,
+                       padded_16(c.channels), padded, c.channels);
         }
         if (!c.first) return;
         Z::load(at.z(z_slot), params.z, item.image, 0, p.rank, c.pixel, p.pixels);

@@ -29,7 +29,7 @@ __host__ __device__ constexpr int sets_of(int padded, int set) { return (padded 
 template <Type kType, bool kTransposed, bool kWideZ, int kOwn, int kPixels>
 struct PartialsLayout {
     using T = Element<kType>;
-    using X = ChunkTile<T, kTransposed, kOwn, kPixels, kThreads>;
+    using X = ChunkTile<T, kTransposed, kOwn, kPixels>;
     using Z = Coefficient<kType, kWideZ>;
     static constexpr int kPerZ = sizeof(Z) / sizeof(T);
     static_assert(kWideZ || kPixels * base_pitch<T>(kMaxRank) <= X::kElements);
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t pixel = pixel_of(step);
         const int pixels = within(p.pixels - pixel, kPixels);
         const Z* const z = z_of_image + pixel * padded;
-        load_dense<kThreads>(z_tile(slot), z + basis, kPixels, bases, pixels, padded - bases);
+        load_dense(z_tile(slot), z + basis, kPixels, bases, pixels, padded - bases);
         if (squares) {
-            load_dense<kThreads>(all_bases(slot), z, kPixels, padded, pixels);
+            load_dense(all_bases(slot), z, kPixels, padded, pixels);
         } else {
             X::load(at.stage(slot), p.x, item.image, channel, rows, pixel, p.pixels);
         }

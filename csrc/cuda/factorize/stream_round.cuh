@@ -36,12 +36,10 @@ struct RoundParams {
 
 // The scores of a tile's pixels, and what is found out about each of them. A pixel's scores lie in
 // four lanes of all warps that are side by side.
-template <Type kType, int kRank, int kPixels, int kWarps>
+template <Type kType, int kRank, int kPixels>
 struct PixelScores {
-    // As many bases to a warp as two pieces have, where there are enough for all warps.
-    static constexpr WarpGrid kWide =
+    static constexpr WarpGrid kGrid =
         warp_grid(kPixels, kRank, kWarps, sizeof(Element<kType>) == 2 ? 16 : 8);
-    static constexpr WarpGrid kGrid = kWide.rows ? kWide : warp_grid(kPixels, kRank, kWarps, 8);
     using Product = Accumulators<kType, kPixels, kRank, kWarps, kGrid>;
     static constexpr int kOwn = kPixels / kGrid.rows / 8;  // pixels of a thread
     static constexpr int kPairs = kRank / kGrid.cols / 8;  // of each of them, in a thread
@@ -80,10 +78,10 @@ struct PixelScores {
 
 // Layout in shared memory, in elements from its beginning.
 template <Type kType, bool kTransposed, Family kFamily, Epilogue kEpilogue, int kOwn, int kRank,
-          int kPixels, int kWarps>
+          int kPixels>
 struct RoundLayout {
     using T = Element<kType>;
-    using X = ChunkTile<T, kTransposed, kOwn, kPixels, 32 * kWarps>;
+    using X = ChunkTile<T, kTransposed, kOwn, kPixels>;
     using Z = Coefficient<kType, kWide<kType, kFamily>>;
     static constexpr bool kNmf = kFamily == Family::kNmf;
     static constexpr bool kChunks = kEpilogue == Epilogue::kCoefficients;  // Y passes by
@@ -117,14 +115,14 @@ struct RoundLayout {
     }
     __host__ __device__ constexpr int scale() const { return z(z_tiles()); }
     __host__ __device__ constexpr int squares() const { return scale() + padded * kPerFloat; }
-    __host__ __device__ constexpr int parts() const { return squares() + 32 * kWarps * kPerFloat; }
+    __host__ __device__ constexpr int parts() const { return squares() + kThreads * kPerFloat; }
     __host__ __device__ constexpr int elements() const {
-        return parts() + 2 * PixelScores<kType, kRank, kPixels, kWarps>::kParts * kPerFloat;
+        return parts() + 2 * PixelScores<kType, kRank, kPixels>::kParts * kPerFloat;
     }
 };
 
 // Writes a tile's coefficients (lines are pixels) to (K, N) in the tensor's own order.
-template <int kThreads, int kPixels, class T, class Z>
+template <int kPixels, class T, class Z>
 __device__ __forceinline__ void store_coefficients(const Tile<Z>& tile, T* to,
                                                    const FactorProblem& p, int64_t image,
                                                    int64_t pixel, int pixels) {
@@ -148,42 +146,33 @@ struct RoundStep {
 // The phases of a block's work on a tile. Accumulators are the kernel's own variables: as members
 // they would keep all others from registers while the compiler unrolls the loops over them.
 template <Type kType, bool kTransposed, Family kFamily, Epilogue kEpilogue, int kOwn, int kRank,
-          int kPixels, int kWarps>
+          int kPixels>
 struct RoundBlock {
-    using Layout =
-        RoundLayout<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels, kWarps>;
-    static constexpr int kThreads = 32 * kWarps;
+    using Layout = RoundLayout<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels>;
     using T = typename Layout::T;
     using X = typename Layout::X;
     using Z = typename Layout::Z;
-    using S = PixelScores<kType, kRank, kPixels, kWarps>;
+    using S = PixelScores<kType, kRank, kPixels>;
     using Scores = typename S::Product;
     static constexpr bool kNmf = Layout::kNmf, kChunks = Layout::kChunks;
     static constexpr bool kRound = kEpilogue == Epilogue::kRound;
     static constexpr bool kFeatures = kEpilogue == Epilogue::kFeatures;
     // Those of other epilogues: of any shape that the warps can share.
-    static constexpr int kAnyRows = 16 * kWarps, kAnyCols = 16;
-    using Product = Accumulators<kProductType<kType, kWide<kType, kFamily>>,
-                                 kRound ? kOwn : kAnyRows, kRound ? kRank : kAnyCols, kWarps>;
-    using Gram = Accumulators<kType, kRound && kNmf ? kRank : kAnyRows,
-                              kRound && kNmf ? kRank : kAnyCols, kWarps>;
+    using Product = Accumulators<kProductType<kType, kWide<kType, kFamily>>, kRound ? kOwn : 128,
+                                 kRound ? kRank : 16, kWarps>;
+    using Gram =
+        Accumulators<kType, kRound && kNmf ? kRank : 128, kRound && kNmf ? kRank : 16, kWarps>;
 
     const RoundParams& params;
     const FactorProblem& p = params.problem;
     const int padded = padded_16(p.rank), channels = static_cast<int>(p.channels);
     const Layout layout{padded, params.stages, channels};
     const ColumnItem item = item_of(params.work, p.batch, 1, blockIdx.x);
+    const T* const bases = static_cast<const T*>(params.bases) + item.image * p.channels * padded;
+    const T* const gram = static_cast<const T*>(params.gram) + item.image * padded * padded;
     float* const scale = floats_at<T>(layout.scale());
     const int chunks = kChunks ? params.work.chunks : 1;
     const int per_tile = chunks + (kChunks && kNmf ? (padded + kOwn - 1) / kOwn : 0);
-
-    // The image's. Not kept in registers.
-    __device__ __forceinline__ const T* bases() const {
-        return static_cast<const T*>(params.bases) + item.image * p.channels * padded;
-    }
-    __device__ __forceinline__ const T* gram() const {
-        return static_cast<const T*>(params.gram) + item.image * padded * padded;
-    }
 
     // What columns of Y are multiplied by.
     __device__ __forceinline__ void load_scale() const {
@@ -221,18 +210,16 @@ struct RoundBlock {
             X::load(layout.stage(slot), p.x, item.image, s.first, s.count, s.pixel, p.pixels);
         }
         if (kChunks || step == 0) {
-            load_dense<kThreads>(rows_tile(slot),
-                                 (s.gram ? gram() : bases()) + int64_t{s.first} * padded,
-                                 padded_16(s.count), padded, s.count);
+            load_dense(rows_tile(slot), (s.gram ? gram : bases) + int64_t{s.first} * padded,
+                       padded_16(s.count), padded, s.count);
         }
         if constexpr (kNmf) {
-            if (!kChunks && step == 0)
-                load_dense<kThreads>(gram_tile(), gram(), padded, padded, padded);
+            if (!kChunks && step == 0) load_dense(gram_tile(), gram, padded, padded, padded);
             if (s.chunk == (kChunks ? chunks : 0) && !params.first) {
-                load_dense<kThreads>(z_tile(s),
-                                     static_cast<const Z*>(params.z_before) +
-                                         (item.image * p.pixels + s.pixel) * padded,
-                                     kPixels, padded, within(p.pixels - s.pixel, kPixels));
+                load_dense(z_tile(s),
+                           static_cast<const Z*>(params.z_before) +
+                               (item.image * p.pixels + s.pixel) * padded,
+                           kPixels, padded, within(p.pixels - s.pixel, kPixels));
             }
         }
     }
@@ -320,16 +307,14 @@ struct RoundBlock {
     }
     __device__ __forceinline__ void store_z(const RoundStep& s, const Tile<Z>& z, void* to,
                                             int pixels) const {
-        store_coefficients<kThreads, kPixels>(z, static_cast<T*>(to), p, item.image, s.pixel,
-                                              pixels);
+        store_coefficients<kPixels>(z, static_cast<T*>(to), p, item.image, s.pixel, pixels);
     }
 
     // For the next round, or for the kernel that multiplies by Z.
     __device__ __forceinline__ void store_z_after(const RoundStep& s, const Tile<Z>& z,
                                                   int pixels) const {
-        store_dense<kThreads>(
-            z, static_cast<Z*>(params.z_after) + (item.image * p.pixels + s.pixel) * padded, pixels,
-            padded);
+        store_dense(z, static_cast<Z*>(params.z_after) + (item.image * p.pixels + s.pixel) * padded,
+                    pixels, padded);
     }
 
     // nmf: Z times scores / denominators.
@@ -400,8 +385,7 @@ struct RoundBlock {
     // What the block leaves for the kernel that updates Y.
     __device__ __forceinline__ void store_partial_sums(Product& x_z, Gram& z_z,
                                                        float row_sum) const {
-        const int range = item_of(params.work, p.batch, 1, no_hoist(blockIdx.x)).range;
-        const int64_t index = item.image * params.work.ranges + range;
+        const int64_t index = item.image * params.work.ranges + item.range;
         x_z.for_each_pair([&](int c, int k, float& v, float& w) {
             if (c >= channels || k >= padded) return;
             float* const to = params.partials + (index * p.channels + c) * padded + k;
@@ -424,10 +408,10 @@ struct RoundBlock {
 };
 
 template <Type kType, bool kTransposed, Family kFamily, Epilogue kEpilogue, int kOwn, int kRank,
-          int kPixels, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, 1)
+          int kPixels>
+__global__ void __launch_bounds__(kThreads, 1)
     round_kernel(const __grid_constant__ RoundParams params) {
-    using Block = RoundBlock<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels, kWarps>;
+    using Block = RoundBlock<kType, kTransposed, kFamily, kEpilogue, kOwn, kRank, kPixels>;
     constexpr bool kNmf = Block::kNmf, kChunks = Block::kChunks;
     const Block block{params};
     block.load_scale();
@@ -478,7 +462,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
     if constexpr (kEpilogue == Epilogue::kRound) {
         block.store_partial_sums(x_z, z_z, row_sum);
     } else if constexpr (kEpilogue == Epilogue::kFeatures) {
-        error = block_sum<kWarps>(error);
+        error = block_sum(error);
         if (threadIdx.x == 0) params.errors[blockIdx.x] = error;
     }
 }

@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const __grid_constant__ 
     };
     Accumulators<kType, 16, kMaxRank, kWarps> sum;
     const auto load = [&](int step, int slot) {
-        load_dense<kThreads>(tile(slot), bases + static_cast<int64_t>(step) * chunk * padded,
-                             padded_16(channels(step)), padded, channels(step));
+        load_dense(tile(slot), bases + static_cast<int64_t>(step) * chunk * padded,
+                   padded_16(channels(step)), padded, channels(step));
     };
     const auto compute = [&](int step, int slot) {
         const auto all = tile(slot);

@@ -21,16 +21,17 @@ struct CompiledFactors {
     struct Round {
         template <ColumnShape s>
         static constexpr RoundVariant of() {
-            using Layout = RoundLayout<kType, kTransposed, kFamily, kEpilogue, s.own, s.rank,
-                                       s.pixels, s.warps>;
-            return {s,
-                    [](int rank, int64_t channels, int stages) {
-                        const Layout at{padded_16(rank), stages, static_cast<int>(channels)};
-                        return at.elements() * sizeof(T);
-                    },
-                    launch_blocks<round_kernel<kType, kTransposed, kFamily, kEpilogue, s.own,
-                                               s.rank, s.pixels, s.warps>,
-                                  32 * s.warps, RoundParams>};
+            using Layout =
+                RoundLayout<kType, kTransposed, kFamily, kEpilogue, s.own, s.rank, s.pixels>;
+            return {
+                s,
+                [](int rank, int64_t channels, int stages) {
+                    const Layout at{padded_16(rank), stages, static_cast<int>(channels)};
+                    return at.elements() * sizeof(T);
+                },
+                launch_blocks<
+                    round_kernel<kType, kTransposed, kFamily, kEpilogue, s.own, s.rank, s.pixels>,
+                    kThreads, RoundParams>};
         }
     };
 

@@ -47,21 +47,20 @@ __device__ void mma_tf32_(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 }
 
 // 32 rows of 16 bytes; a: transposed; b: bytes to add to the address of lane 5.
-template <int kMatrices>
 __global__ void ldmatrix_kernel(const __grid_constant__ Params p) {
     const unsigned lane = threadIdx.x;
     for (int i = 0; i < 8; ++i) {
         shared_as<uint16_t>()[8 * lane + i] = p.input<uint16_t>()[8 * lane + i];
     }
     __syncthreads();
-    uint32_t r[kMatrices];
+    uint32_t r[4];
     const char* row = shared_memory() + 16 * (31 - lane) + (lane == 5 ? p.b : 0);
     if (p.a) {
         ldmatrix_trans(r, row);
     } else {
         ldmatrix(r, row);
     }
-    for (int i = 0; i < kMatrices; ++i) p.output<uint32_t>()[kMatrices * lane + i] = r[i];
+    for (int i = 0; i < 4; ++i) p.output<uint32_t>()[4 * lane + i] = r[i];
 }
 
 // Copies three groups of 4 floats and one that is not closed to where there are ones, and waits for
@@ -185,8 +184,7 @@ using namespace mfops::cuda;
 ENTRY(run_mma_bf16, mma_kernel<mma_bf16>)
 ENTRY(run_mma_f16, mma_kernel<mma_f16>)
 ENTRY(run_mma_tf32, mma_kernel<mma_tf32_>)
-ENTRY(run_ldmatrix, ldmatrix_kernel<4>)
-ENTRY(run_ldmatrix_2, ldmatrix_kernel<2>)
+ENTRY(run_ldmatrix, ldmatrix_kernel)
 ENTRY(run_copies_wait_0, copies_kernel<0>)
 ENTRY(run_copies_wait_1, copies_kernel<1>)
 ENTRY(run_copies_no_wait, copies_kernel<3>)

@@ -176,15 +176,15 @@ struct MatrixLoad {
     uint32_t* r;
     const void* row;
 };
-template <bool kTrans, int kMatrices>
+template <bool kTrans>
 void load_matrices(void* const* lanes) {
     uint16_t rows[32][8];
-    for (int lane = 0; lane < 8 * kMatrices; ++lane) {
+    for (int lane = 0; lane < 32; ++lane) {
         std::memcpy(rows[lane], static_cast<MatrixLoad*>(lanes[lane])->row, 16);
     }
     for (int lane = 0; lane < 32; ++lane) {
         const int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < kMatrices; ++i) {
+        for (int i = 0; i < 4; ++i) {
             const auto matrix = rows + 8 * i;
             const uint16_t low = kTrans ? matrix[2 * t][g] : matrix[g][2 * t];
             const uint16_t high = kTrans ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
@@ -192,17 +192,15 @@ void load_matrices(void* const* lanes) {
         }
     }
 }
-template <int kMatrices>
-void ldmatrix(uint32_t (&r)[kMatrices], const void* row, Where where = Where::current()) {
+inline void ldmatrix(uint32_t (&r)[4], const void* row, Where where = Where::current()) {
     check_shared(row, 16, "ldmatrix", where);
     MatrixLoad load{r, row};
-    emulator::wait("ldmatrix", where, load_matrices<false, kMatrices>, &load);
+    emulator::wait("ldmatrix", where, load_matrices<false>, &load);
 }
-template <int kMatrices>
-void ldmatrix_trans(uint32_t (&r)[kMatrices], const void* row, Where where = Where::current()) {
+inline void ldmatrix_trans(uint32_t (&r)[4], const void* row, Where where = Where::current()) {
     check_shared(row, 16, "ldmatrix_trans", where);
     MatrixLoad load{r, row};
-    emulator::wait("ldmatrix_trans", where, load_matrices<true, kMatrices>, &load);
+    emulator::wait("ldmatrix_trans", where, load_matrices<true>, &load);
 }
 
 struct Product {
