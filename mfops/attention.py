@@ -1,8 +1,10 @@
 """The two halves of double attention: bases gathered from pixels, and dealt out to pixels.
 
 Both are plain products around a softmax, in whichever order suits the features' layout. On a CPU
-they are faster than `scaled_dot_product_attention`, but for a gather of channels_last features: it
-is level or, forward alone, up to a fifth slower (benchmarks/bench_attention.py).
+and on an H200 they are faster than `scaled_dot_product_attention`, but for a gather of
+channels_last features: on a CPU it is level or, forward alone, up to a fifth slower; on an H200 it
+took two to three times as long when its softmax ran over pixels that lie apart
+(benchmarks/bench_attention.py).
 """
 
 from __future__ import annotations

@@ -178,8 +178,8 @@ def test_persistent_is_taken_where_an_image_fits(run, clusters, monkeypatch, pix
     assert torch.equal(found, streamed) == (not fits)
 
 
-# Of 15 clusters side by side, as on an H200: from two waves to five the last may be too empty.
-STREAMED = {0: range(1, 100), 1: [], 15: [*range(16, 25), *range(31, 38), *range(46, 50), 61, 62]}
+# Of 15 clusters side by side, as on an H200, the second wave may be too empty.
+STREAMED = {0: range(1, 100), 1: [], 15: [16]}
 
 
 @pytest.mark.parametrize("clusters", STREAMED)
