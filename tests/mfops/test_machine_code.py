@@ -126,14 +126,14 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
         assert {(k.type, k.transposed, k.shared) for k in kernels if k.kind == kind} == variants
 
 
-# Up to four registers, in no product: what takes fewer, strips of half the width, was 1.3 times
-# slower on an H200.
+# Two to sixteen registers, by architecture. What takes fewer, strips of half the width, took 1.6
+# times as long on an H200, where it is four.
 SPILLS = r"15backward_kernel\w+ELb0ELi128ELi64ELi128ELi8E"
 
 
 def test_kernels_spill_as_little_as_is_known_and_use_no_local_memory(resources):
     for key, used in resources.items():
-        assert used["STACK"] <= (16 if re.search(SPILLS, key[1]) else 0), (key, used)
+        assert used["STACK"] <= (64 if re.search(SPILLS, key[1]) else 0), (key, used)
         assert used["LOCAL"] == 0, (key, used)
 
 

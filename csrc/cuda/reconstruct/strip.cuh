@@ -20,7 +20,7 @@ struct TileShape {
 // rank / own of its elements for each of X's, so strips are as wide as registers and shared memory
 // allow; 64 16-bit or 32 float32 elements of a line are one whole 128-byte line of the L2. Where
 // one block fills a multiprocessor it has sixteen warps, so that a scheduler has four to choose
-// from, but for 128 bases: sixteen warps have registers for strips of 64, with which they took 1.3
+// from, but for 128 bases: sixteen warps have registers for strips of 64, with which they took 1.6
 // times as long on an H200. Small strips last: GPUs of compute capability 8.6 and 8.9 have 99 KiB
 // for a block, and rank 256 has to fit there too.
 template <size_t kElementBytes, bool kShared>
