@@ -43,8 +43,9 @@ class BackendCase(bench_models.NetworkCase):
 
 
 def cases(device: str, small: bool) -> list[BackendCase]:
+    tiny = {"backbone": "test_resnet"} if small else {}
     return [
-        BackendCase(of.backbone, of.size, of.batch, AUTOCAST, of.which, network)
+        BackendCase(**{**vars(of), **tiny, "dtype": AUTOCAST}, network=network)
         for network in NETWORKS
         for of in bench_models.cases(device, small)
     ]

@@ -22,7 +22,7 @@ from mfnet.data import synthetic
 
 FIT = (
     "--trainer.max_epochs 1 --trainer.accelerator cpu --data.crop_size 33 --data.batch_size 2 "
-    "--data.num_workers 0 --trainer.enable_progress_bar false --model.network.backbone resnet18"
+    "--data.num_workers 0 --trainer.enable_progress_bar false --model.network.backbone test_resnet"
 )
 
 
