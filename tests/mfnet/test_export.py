@@ -54,7 +54,7 @@ def test_a_traced_context(name: str) -> None:
         torch.testing.assert_close(run(x), context(x), rtol=1e-5, atol=1e-5)
 
 
-def network(name: str, context: str | None = None, backbone: str = "resnet18") -> nn.Module:
+def network(name: str, context: str | None = None, backbone: str = "test_resnet") -> nn.Module:
     torch.manual_seed(0)
     size = (5, 7) if name == "mfnet" else None
     model = mfnet.create_model(name, 5, backbone, context=context, context_size=size)
