@@ -169,23 +169,37 @@ def test_float64_on_a_gpu(gpu):
     )
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_compiles_for_a_gpu_with_its_precision(gpu, precision):
+def traced(inputs: list[torch.Tensor]) -> list[torch.fx.Node]:
+    """What torch.compile makes of a call, its backward pass too where a gradient is wanted."""
     graphs = []
 
     def keep(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
+    torch.compiler.reset()
+    torch.compile(mfops.factorized_reconstruction, fullgraph=True, backend=keep)(*inputs)
+    parts = (part for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule))
+    return [node for part in parts for node in part.graph.nodes]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_compiles_for_a_gpu_with_its_precision(gpu, precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-    torch.compiler.reset()
     try:
-        torch.compile(mfops.factorized_reconstruction, fullgraph=True, backend=keep)(*gpu)
+        nodes = traced(gpu)
     finally:
         torch.set_float32_matmul_precision(before)
-    (call,) = (n for n in graphs[0].graph.nodes if n.target == torch.ops.mfops.reconstruct.default)
+    (call,) = (node for node in nodes if node.target == torch.ops.mfops.reconstruct.default)
     assert call.args[3] == (precision == "high")
+
+
+def test_compiles_for_a_gpu_with_tritons_backward_pass(gpu):
+    nodes = traced([t.bfloat16().requires_grad_() for t in gpu])
+    operators = {node.target for node in nodes}
+    assert torch.ops.mfops.reconstruct.default in operators
+    assert torch.ops.mfops.triton_reconstruct_backward.default in operators
 
 
 def test_choices_nest_and_end_with_the_block():
