@@ -209,6 +209,7 @@ def select(x: Tensor, rank: int, method: str | None = None) -> Backend:
             _log_once(backend.name, reason)
     if (
         x.is_cuda
+        and method is None
         and backend.name == "native"
         and x.dtype in (torch.bfloat16, torch.float16)
         and _triton_reason(x, rank) is None

@@ -115,6 +115,7 @@ def test_a_gpus_backward_pass_in_16_bits_is_tritons(gpu, monkeypatch):
     assert chosen.name == "native"
     assert chosen.reconstruct == backends.BACKENDS["native"].reconstruct
     assert chosen.reconstruct_backward == triton.reconstruct_backward
+    assert backends.select(half, 3, "em") is backends.BACKENDS["native"]
     with mfops.use_backend("native"):
         assert backends.select(half, 3) is backends.BACKENDS["native"]
     monkeypatch.setattr(backends, "TRITON_ERROR", "triton is not installed")
