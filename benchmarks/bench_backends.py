@@ -43,9 +43,10 @@ class BackendCase(bench_models.NetworkCase):
 
 
 def cases(device: str, small: bool) -> list[BackendCase]:
-    tiny = {"backbone": "test_resnet"} if small else {}
     return [
-        BackendCase(**{**vars(of), **tiny, "dtype": AUTOCAST}, network=network)
+        BackendCase(
+            "test_resnet" if small else of.backbone, of.size, of.batch, AUTOCAST, of.which, network
+        )
         for network in NETWORKS
         for of in bench_models.cases(device, small)
     ]

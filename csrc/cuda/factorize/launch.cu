@@ -137,11 +137,6 @@ Division division_of(Method method, bool start) {
     }
 }
 
-size_t persistent_bytes(const FactorProblem& p, int span) {
-    const PersistentLayout at{padded_32(static_cast<int>(p.channels)), padded_16(p.rank), span};
-    return at.bytes();
-}
-
 // A wave of clusters takes the same time however few its images, a full one 0.56 of what streaming
 // as many takes (512 x 1089 on an H200: em 228 us for two waves of 15, 214 us for streaming 16; nmf
 // 542 and 518). So more than one is taken only with as large a part of their places.
