@@ -8,9 +8,9 @@ Inference is latency; training is forward, cross entropy and backward of a batch
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ from benchmarks.measure import (
     playback,
     time_calls,
 )
-from benchmarks.networks import SMP
+from benchmarks.networks import smp
 from benchmarks.schema import MODELS, Benchmark
 from mfnet.flops import call_flops
 
@@ -58,7 +58,7 @@ class NetworkCase(Case):
 
 
 def cases(device: str, small: bool) -> list[NetworkCase]:
-    backbone, side = ("resnet18", 33) if small else ("resnet50", 513)
+    backbone, side = ("test_resnet", 33) if small else ("resnet50", 513)
     dtype = network_dtype(device)
     return [
         NetworkCase(backbone, f"{side}x{side}", batch, dtype, which)
@@ -69,18 +69,13 @@ def cases(device: str, small: bool) -> list[NetworkCase]:
 
 def builders(backbone: str) -> dict[str, Callable[[], nn.Module]]:
     """The baselines by name."""
-
-    def smp(name: str) -> Callable[[], nn.Module]:
-        return lambda: getattr(importlib.import_module(SMP), name)(
-            encoder_name=backbone, encoder_weights=None, classes=NUM_CLASSES
-        )
-
-    def own(name: str) -> Callable[[], nn.Module]:
-        return lambda: mfnet.create_model(name, num_classes=NUM_CLASSES, backbone=backbone)
-
-    return {name: own(name) for name in mfnet.list_models()} | {
-        f"smp {name}": smp(name) for name in SMP_NETWORKS
+    build: dict[str, Callable[[], nn.Module]] = {
+        name: partial(mfnet.create_model, name, NUM_CLASSES, backbone)
+        for name in mfnet.list_models()
     }
+    for name in SMP_NETWORKS:
+        build[f"smp {name}"] = lambda name=name: smp(name, NUM_CLASSES, backbone).network
+    return build
 
 
 def baselines(case: NetworkCase, device: str) -> Iterable[str]:

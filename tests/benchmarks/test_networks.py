@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mfnet
-from benchmarks import bench_backends, bench_contexts, bench_models, measure
+from benchmarks import bench_backends, bench_contexts, bench_models, measure, networks
 from benchmarks.schema import CONTEXTS as BENCHMARK
 from benchmarks.schema import MFOPS, MODELS, REFERENCE
 from mfnet.contexts import CONTEXTS
@@ -126,13 +126,13 @@ def test_a_missing_library_is_named_and_a_broken_network_takes_none_with_it(benc
 
     real = importlib.import_module
     monkeypatch.setattr(
-        importlib, "import_module", lambda n: missing(n) if n == bench_models.SMP else real(n)
+        importlib, "import_module", lambda n: missing(n) if n == networks.SMP else real(n)
     )
 
-    def broken(name, **options):
+    def broken(name, *arguments):
         if name == "emanet":
             raise RuntimeError("out of luck\nmore")
-        return real("mfnet.models").create_model(name, **options)
+        return real("mfnet.models").create_model(name, *arguments)
 
     monkeypatch.setattr(mfnet, "create_model", broken)
     case = bench_models.cases("cpu", small=True)[0]
