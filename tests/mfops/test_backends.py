@@ -80,8 +80,8 @@ def _able(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def table() -> Iterator[Any]:
     """Parameters of the test below; a dtype may be "tf32": float32 with rounded operands.
 
-    Where a case takes Triton seconds, one of each shape; a quarter in the interpreter, every layout
-    with every dtype.
+    Where a case takes Triton seconds, one of each shape; four in the interpreter, which together
+    have every layout, every dtype and every sharing.
     """
     dtypes = [*DTYPES, "tf32"]
     for param in all_runs.args[1]:
@@ -97,7 +97,11 @@ def table() -> Iterator[Any]:
                     continue
                 if dtype == "tf32" and run.operands(dtype) is None:
                     continue
-                sharing = SHARING[::3] if few else SHARING
+                sharing = SHARING
+                if few:
+                    sharing = SHARING[::3]
+                elif INTERPRETED:
+                    sharing = [SHARING[(i // 4 + j) % 4]]
                 name = f"{run}-{shape}-{layout}-{dtype}"
                 marks = getattr(param, "marks", ())
                 yield pytest.param(run, shape, layout, dtype, sharing, marks=marks, id=name)
