@@ -1,7 +1,7 @@
 # Every target but gpu first makes the virtual environment .venv and installs this tree into it
 # (editable).
 # PYTHON: the interpreters to try, in order; `make test PYTHON=/path/to/python3.12` names one.
-PYTHON ?= python3 python3.12 python3.11
+PYTHON ?= python3 python3.13 python3.12 python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,13 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(folder.parent))
     return folder
+
+
+def test_who_installs_the_tests_has_what_a_build_requires() -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = told["project"]
+    installed = {*project["dependencies"], *project["optional-dependencies"]["test"]}
+    assert installed >= set(told["build-system"]["requires"])
 
 
 def write_tool(folder: Path, name: str, script: str) -> None:

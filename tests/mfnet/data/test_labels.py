@@ -168,7 +168,7 @@ def deep_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-@pytest.mark.parametrize("kind", ["CMYK", "LAB", "YCbCr", "float", "16-bit RGB", "both"])
+@pytest.mark.parametrize("kind", ["CMYK", "LAB", "float", "16-bit RGB", "both"])
 def test_what_is_no_mask_is_refused(folder, kind):
     path = folder / "SegmentationClass" / "x.png"
     if kind == "float":
