@@ -24,8 +24,8 @@ _LIGHTNING = "Early stopping conditioned on metric"
 
 
 # jsonargparse's accounts, of version 4.48 and of 4.53.
-_MISSING = r'arguments are required: ([\w.]+)|Key "([\w.]+)" is required'
-_UNKNOWN = r"unrecognized arguments: (.*)|[Oo]ption '(.+?)'|(?:nested key|Key) '(.+?)'"
+_MISSING = r"arguments are required: ([\w.]+)"
+_UNKNOWN = r"unrecognized arguments: (.*)|[Oo]ption '(.+?)'"
 _NO_CLASS = (
     r"dot import path string: (\S+)|class_path '(\S+)':\s+(?:No module|module '|cannot import)"
 )
@@ -73,13 +73,13 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
     key = ".".join(keys)
     prefix = f"{key}." if key else ""
     if found := re.search(_MISSING, message):
-        missing = found[1] or found[2]
+        missing = found[1]
         if missing.rpartition(".")[2] == "data":
             return NO_DATA
         example = f"; for example {EXAMPLE}" if key == "data" else ""
         return f"--{prefix}{missing} is missing{example}"
     if found := re.search(_UNKNOWN, message):
-        given = (found[1] or f"--{prefix}{found[2] or found[3]}").split()[0].partition("=")[0]
+        given = (found[1] or f"--{prefix}{found[2]}").split()[0].partition("=")[0]
         if not given.startswith("-"):
             return f"'{given}' belongs to no flag; a configuration is given as --config {given}"
         if "class_path 'mfnet.data.SegmentationDataModule'" in message:

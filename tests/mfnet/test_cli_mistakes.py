@@ -151,23 +151,5 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"mfnet \S+, mfops \S+, torch \S+, lightning \S+\n", text)
 
 
-@pytest.mark.parametrize(
-    ("account", "line"),
-    [
-        ('Validation failed: Key "fit.data" is required but not included', NO_DATA),
-        (
-            'Parser key "data":\n  Errors:\n    - Problem with given class_path '
-            "'mfnet.data.VOCFolder':\n        Validation failed: Key \"root\" is required but not",
-            "--data.root is missing",
-        ),
-        (
-            'Parser key "data":\n  Errors:\n    - Problem with given class_path '
-            "'mfnet.data.VOCFolder':\n        Validation failed: Key 'batchsize' is not expected\n",
-            "unknown argument --data.batchsize: did you mean --data.batch_size",
-        ),
-        ("Subcommand 'fit' does not accept nested key 'trianer.x'", "argument --trianer.x;"),
-        ("something never heard of,\n  in two lines", "something never heard of, in two lines"),
-    ],
-)
-def test_the_accounts_of_an_older_jsonargparse(account: str, line: str) -> None:
-    assert line in explain(account, help.nested_flags(), help.data_classes())
+def test_an_account_that_nobody_foresaw_is_one_line() -> None:
+    assert explain("never heard of,\n  in two lines", [], []) == "never heard of, in two lines"
