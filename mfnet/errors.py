@@ -23,7 +23,7 @@ LONGEST = 400  # characters of a message that nobody here foresaw
 _LIGHTNING = "Early stopping conditioned on metric"
 
 
-# jsonargparse's accounts, of version 4.48 and of 4.53.
+# jsonargparse's accounts, of versions 4.52 and 4.53.
 _MISSING = r"arguments are required: ([\w.]+)"
 _UNKNOWN = r"unrecognized arguments: (.*)|[Oo]ption '(.+?)'"
 _NO_CLASS = (
