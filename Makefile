@@ -4,6 +4,7 @@
 PYTHON ?= python3 python3.13 python3.12 python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+BUILD_REQUIREMENTS := $(VENV)/.build-requirements
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*/*)
 EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfops/emulator/*/*/*))
@@ -139,9 +140,12 @@ $(BIN)/python:
 
 # The build requirements go in first: the extension is then compiled against the very torch that
 # runs it, and torch is not fetched a second time into a throw-away build environment.
-$(INSTALLED): pyproject.toml setup.py $(SOURCES) | $(BIN)/python
+$(BUILD_REQUIREMENTS): pyproject.toml | $(BIN)/python
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" \
 	    | $(BIN)/python -m pip install -r /dev/stdin
+	touch $@
+
+$(INSTALLED): $(BUILD_REQUIREMENTS) setup.py $(SOURCES)
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
 	$(BIN)/python -m mfops
 	touch $@

@@ -1,11 +1,12 @@
 """What an installation has to do, apart from the source tree: `.ci/run` names this file to pytest.
 
-It runs in an environment into which `pip install .` has put the package, without the extra `mfnet`
-(`-k "not mfnet"`) and then with it (`-k mfnet`).
+It runs in an environment that held what builds the package, torch above all, and into which the
+package's wheel was installed: without the extra `mfnet` (`-k "not mfnet"`), then with it (`-k mfnet`).
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -50,6 +51,11 @@ def test_the_module() -> None:
     assert out.shape == x.shape
     out.mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in context.parameters())
+
+
+def test_torch_is_required() -> None:
+    requirements = importlib.metadata.requires("mfops")
+    assert any(requirement.startswith("torch>") for requirement in requirements)
 
 
 def test_the_op_alone_brings_no_trainer() -> None:
