@@ -1,7 +1,7 @@
 """What an installation has to do, apart from the source tree: `.ci/run` names this file to pytest.
 
-It runs in an environment that held what builds the package, torch above all, and into which the
-package's wheel was installed: without the extra `mfnet` (`-k "not mfnet"`), then with it (`-k mfnet`).
+It runs in an environment that held what builds the package, torch above all, when the package's
+wheel went in: without the extra `mfnet` (`-k "not mfnet"`), then with it (`-k mfnet`).
 """
 
 from __future__ import annotations
