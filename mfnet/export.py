@@ -130,8 +130,8 @@ def export(
 
     Raises:
         FileNotFoundError, ValueError: as :func:`mfnet.load`; an unknown format, a package that it
-            needs is missing, torch cannot export the network, or what was written differs by more
-            than 1e-3.
+            needs is missing, torch cannot export the network, or what was written does not run on
+            images of every size or differs by more than 1e-3.
     """
     if to not in (*FORMATS, "weights"):
         raise ValueError(f"to: expected {', '.join(FORMATS)} or weights, got {to!r}")
@@ -180,7 +180,14 @@ def _compare(model: Exported, run: Run) -> float:
     worst = 0.0
     for index, size in enumerate(SIZES):
         images = _example(index, model.channels)
-        expected, got = model(images), run(images)
+        expected = model(images)
+        try:
+            got = run(images)
+        except Exception as error:  # a program asserts what its export took for granted
+            raise ValueError(
+                f"export: what torch exported does not run on images {size}: {error}; nothing was "
+                "written"
+            ) from error
         if got.shape != expected.shape:
             raise ValueError(
                 f"export: expected logits {tuple(expected.shape)} of images {size}, got "

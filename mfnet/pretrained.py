@@ -142,8 +142,9 @@ class TrainedNetwork(
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> TrainedNetwork:
-        # The mixin's own default leaves what the file lacks as it was initialized.
-        return super()._from_pretrained(strict=strict, **kwargs)
+        # The mixin's own default leaves what the file lacks as it was initialized; its versions
+        # differ in the mode that they leave a network in.
+        return super()._from_pretrained(strict=strict, **kwargs).eval()
 
 
 def load(source: str | Path) -> TrainedNetwork:
@@ -215,9 +216,7 @@ def build(network: Mapping[str, Any]) -> nn.Module:
         config = parser.parse_object({"network": dict(network)})
     except ArgumentError as error:
         raise ValueError(f"network: {' '.join(str(error).split())}") from error
-    # instantiate_classes until jsonargparse 4.49
-    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return make(config).network
+    return parser.instantiate(config).network
 
 
 def _pixels(image: Any, channels: int) -> Tensor:

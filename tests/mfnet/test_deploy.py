@@ -93,15 +93,30 @@ class Branching(nn.Module):
         return images if images.sum() > 0 else -images
 
 
-def test_what_torch_cannot_export_ends_in_one_line(run, capsys):
+class Wide(nn.Module):
+    """Of its program torch.export takes the example's way, and asserts that a size goes it too."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images if images.shape[3] > images.shape[2] else -images
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Branching, "pt2: torch cannot export Branching: Could not guard"),
+        (Wide, "export: what torch exported does not run on images (1, 65, 65): Guard failed"),
+    ],
+)
+def test_what_torch_cannot_export_ends_in_one_line(run, capsys, network, message):
     told = json.loads((run / "config.json").read_text())
-    network = TrainedNetwork(**{**told, "network": {"class_path": f"{__name__}.Branching"}})
+    class_path = f"{__name__}.{network.__name__}"
+    network = TrainedNetwork(**{**told, "network": {"class_path": class_path}})
     network.save_pretrained("branching")
     assert mfnet.load("branching").predict("photo.jpg").shape == (40, 50)
     with pytest.raises(SystemExit):
         main(["export", "branching", "--to", "pt2"])
     said = capsys.readouterr().err.splitlines()[-1]  # torch logs before
-    assert said.startswith("mfnet: error: pt2: torch cannot export Branching: Could not guard")
+    assert said.startswith(f"mfnet: error: {message}")
     assert {p.name for p in Path("branching").iterdir()} == {
         "README.md",
         "config.json",

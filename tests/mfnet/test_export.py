@@ -18,6 +18,11 @@ from mfnet.contexts.pooling import AdaptiveMeans
 from mfops import exporting
 from mfops.methods import METHODS
 
+# An older torch exports of a network that pools, as ResNets do, whether its sizes are even.
+pooling_of_free_sizes = pytest.mark.xfail(
+    torch.__version__ < "2.13",
+    reason="torch's pooling of free sizes is for those like the example's",
+)
 SIZES = [(2, 8, 9, 9), (1, 8, 7, 11), (3, 8, 12, 5)]  # the first is the example's grid
 
 
@@ -67,6 +72,7 @@ def network(name: str, context: str | None = None, backbone: str = "test_resnet"
     return with_awkward_norms(model)
 
 
+@pooling_of_free_sizes
 @pytest.mark.parametrize(
     ("name", "context"),
     [("mfnet", None), ("deeplabv3plus", "nonlocal")],
@@ -80,6 +86,7 @@ def test_onnx_of_a_network_from_one_image(name: str, context: str | None) -> Non
         assert (run(x) - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
+@pooling_of_free_sizes
 @pytest.mark.parametrize("name", ["mfnet", "deeplabv3plus", "emanet"])
 def test_a_saved_program_of_a_network_for_upright_and_wide_images(name: str) -> None:
     model = network(name)
