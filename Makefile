@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 BUILD_REQUIREMENTS := $(VENV)/.build-requirements
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*/*)
-EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard tests/mfops/emulator/* tests/mfops/emulator/*/*/*))
+EMULATOR := $(filter %.cpp %.h %.cuh,$(wildcard $(foreach depth,* */* */*/*,tests/mfops/emulator/$(depth))))
 
 # Of make gpu, in this order.
 GPU_PARTS := gpu-build gpu-test gpu-test-triton gpu-bench gpu-bench-op gpu-bench-factorizers gpu-sanitize

@@ -19,7 +19,9 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 // Of every function that uses the instruction or AVX-512: nothing else runs on other processors.
+#ifndef MFOPS_BF16  // tests emulate the instructions
 #define MFOPS_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#endif
 #endif
 
 namespace mfops::cpu::bf16 {

@@ -1,4 +1,5 @@
-"""Runs csrc/cuda's kernels without a GPU: compiles them against cuda/common of this folder.
+"""Runs csrc/cuda's kernels without a GPU: compiles them against cuda/common of this folder; and
+csrc/cpu's bfloat16 kernels without AVX512-BF16, against avx512/immintrin.h.
 
 An entry point is an extern "C" function that returns `mfops::emulator::error_of(...)`. The
 environment's MFOPS_EMULATOR_ORDER ("ascending", "descending" or a number, the seed of a shuffle) is
@@ -16,16 +17,28 @@ import os
 import shlex
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pybind11
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
+MFOPS = HERE.parents[2] / "mfops"
+WITH_TORCH = (
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-Wno-attributes",
+    *(f"-isystem{path}" for path in include_paths()),
+    *(f"-L{path}" for path in library_paths()),
+    "-Wl,--no-as-needed",
+    "-ltorch",
+    "-ltorch_cpu",
+)
 
 
 @functools.cache
@@ -69,21 +82,28 @@ def load(*sources: Path) -> ctypes.CDLL:
 def operators(*, factors: bool) -> Any:
     """csrc/cuda's operators on CPU tensors, those that find factors or the others, as
     torch.ops.mfops_emulated: two libraries, so that two processes need not compile all of both."""
-    flags = [
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        "-Wno-attributes",
-        *(f"-isystem{path}" for path in include_paths()),
-        *(f"-L{path}" for path in library_paths()),
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-ltorch_cpu",
-    ]
     sources = [HERE / "operators.cpp"]
+    flags = WITH_TORCH
     if factors:  # they call the others, which this library doesn't register
         sources.append(HERE / "factor_operators.cpp")
-        flags.append("-DMFOPS_NOT_REGISTERED")
-    torch.ops.load_library(build(*sources, flags=tuple(flags)))
+        flags += ("-DMFOPS_NOT_REGISTERED",)
+    torch.ops.load_library(build(*sources, flags=flags))
     return torch.ops.mfops_emulated
+
+
+def package_with_bfloat16(folder: Path) -> None:
+    """mfops as the package in ``folder``, its C++ extension with AVX512-BF16 emulated."""
+    shutil.copytree(MFOPS, folder / "mfops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    includes = pybind11.get_include(), sysconfig.get_paths()["include"]
+    library = build(
+        *sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*/*.cpp")]),
+        flags=(
+            *(f"-I{HERE}/avx512", "-O3", "-Wno-psabi", '-DMFOPS_CUDA_MISSING="not emulated"'),
+            *(f"-isystem{path}" for path in includes),
+            *WITH_TORCH,
+        ),
+    )
+    shutil.copy(library, folder / "mfops" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 def call(function: Any, *arguments: torch.Tensor | int) -> None:

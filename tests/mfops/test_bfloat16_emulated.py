@@ -1,0 +1,45 @@
+"""csrc/cpu's bfloat16 kernels on any processor: the same sources, AVX512-BF16 emulated.
+
+What this cannot see: time, and how the compiler combines the real instructions.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import emulator
+import pytest
+
+HERE = Path(__file__).parent
+# The tables of all that is bfloat16, and special values. A test of factors takes every dtype.
+TESTS = """
+native and agrees and (bfloat16 or any_shape or factor_backends and not (sliced or second))
+or native and (nan or infinite or per_image)
+or lie_otherwise or unrounded_features or any_number_of_threads and bfloat16
+""".replace("\n", " ")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("emulated")
+    emulator.package_with_bfloat16(folder)
+    return folder
+
+
+def test_numerics(package):
+    files = (
+        f"test_{name}.py" for name in ("cpu_bfloat16", "backends", "factor_backends", "factor_ops")
+    )
+    options = ("-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", TESTS)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *(HERE / file for file in files)],
+        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        cwd=package,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout  # as where the instruction is missing
