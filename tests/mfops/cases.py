@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from guarded import guarded
 from torch import Tensor
 
 from mfops import reference
@@ -71,16 +72,18 @@ def make(
     shared: tuple[bool, bool],
     device: str = "cpu",
 ) -> Case:
+    """A call's inputs; on the CPU a read or write beyond the end of one is a fault."""
     torch.manual_seed(0)
     batch, channels, rank, pixels = shape
+    guard = guarded if device == "cpu" else torch.Tensor.detach
     y = torch.randn(*([] if shared[0] else [batch]), channels, rank).to(device, dtype)
     z = torch.randn(*([] if shared[1] else [batch]), rank, pixels).to(device, dtype)
     grad = features((batch, channels, pixels), layout, dtype, device)
     return Case(
-        x=features((batch, channels, pixels), layout, dtype, device),
-        y=y,
-        z=z,
-        grad_x_hat=grad[0] if all(shared) else grad,
+        x=guard(features((batch, channels, pixels), layout, dtype, device)),
+        y=guard(y),
+        z=guard(z),
+        grad_x_hat=guard(grad[0] if all(shared) else grad),
         # As large a share of the gradients as the other term's.
         grad_mse=torch.tensor(float(batch * channels * pixels), device=device),
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from cases import U_TF32, Operands, U, _u, features
+from guarded import guarded
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -65,16 +66,18 @@ def make(
     shared: bool = True,
     device: str = "cpu",
 ) -> Case:
+    """A call's inputs; on the CPU a read or write beyond the end of one is a fault."""
     torch.manual_seed(0)
     batch, channels, rank, pixels = shape
+    guard = guarded if device == "cpu" else torch.Tensor.detach
     x = features((batch, channels, pixels), layout, dtype, device)
     if METHODS[method].nonnegative:
         x.relu_()
     y0 = METHODS[method].noise(*(() if shared else (batch,)), channels, rank)
     return Case(
-        x=x,
-        y0=y0.to(device),
-        grad_x_hat=features((batch, channels, pixels), layout, dtype, device),
+        x=guard(x),
+        y0=guard(y0.to(device)),
+        grad_x_hat=guard(features((batch, channels, pixels), layout, dtype, device)),
         grad_mse=torch.tensor(float(batch * channels * pixels), device=device),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
+from guarded import guarded
 from torch import Tensor
 
 ORDERS = ["ascending", "descending", "1", "2"]
@@ -194,7 +195,7 @@ def test_copies_are_there_after_the_wait(lib: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16])
 def test_copy_fills_up_with_zeros(lib: ctypes.CDLL, count: int) -> None:
-    source = emulator.guarded(torch.arange(1, 17, dtype=torch.uint8))
+    source = guarded(torch.arange(1, 17, dtype=torch.uint8))
     result = torch.empty(16, dtype=torch.uint8)
     run(lib.run_copy, source, result, 0, 32, count, threads=1)
     assert torch.equal(result, torch.where(torch.arange(16) < count, source, 0))
@@ -212,14 +213,14 @@ def test_copy_fills_up_with_zeros(lib: ctypes.CDLL, count: int) -> None:
     ],
 )
 def test_wrong_copies(lib: ctypes.CDLL, numbers: tuple[int, ...], message: str) -> None:
-    source = emulator.guarded(torch.zeros(64, dtype=torch.uint8))
+    source = guarded(torch.zeros(64, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match=rf"block 0: thread 0 at kernels\.cpp:\d+: .*{message}"):
         run(lib.run_copy, source, torch.empty(16), *numbers, threads=1)
 
 
 def test_words(lib: ctypes.CDLL) -> None:
     source = torch.arange(4, dtype=torch.int32)
-    result = emulator.guarded(torch.zeros(4, dtype=torch.int32))
+    result = guarded(torch.zeros(4, dtype=torch.int32))
     assert torch.equal(run(lib.run_words, source, result, 1008, 1008, threads=1), source)
 
 
@@ -235,7 +236,7 @@ def test_words(lib: ctypes.CDLL) -> None:
     ],
 )
 def test_wrong_words(lib: ctypes.CDLL, numbers: tuple[int, ...], message: str) -> None:
-    target = emulator.guarded(torch.empty(8, dtype=torch.int32))
+    target = guarded(torch.empty(8, dtype=torch.int32))
     with pytest.raises(RuntimeError, match=message):
         run(lib.run_words, torch.empty(4, dtype=torch.int32), target, *numbers, threads=1)
 
@@ -342,14 +343,14 @@ def test_unknown_order_is_told(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 
 
 def test_guarded_memory(lib: ctypes.CDLL) -> None:
-    memory = emulator.guarded(torch.arange(6.0))
+    memory = guarded(torch.arange(6.0))
     assert torch.equal(run(lib.run_guard, memory, torch.empty(6), 6), torch.arange(6.0))
     with pytest.raises(RuntimeError, match="thread 3: no access to memory at 0x"):
         run(lib.run_guard, memory, torch.empty(7), 7)
     with pytest.raises(RuntimeError, match="thread 3: no access to memory at 0x"):
         run(lib.run_guard, torch.empty(7), memory, 7)
 
-    aligned = emulator.guarded(torch.arange(6.0), align=16)
+    aligned = guarded(torch.arange(6.0), align=16)
     assert aligned.data_ptr() % 16 == 0
     assert run(lib.run_guard, aligned, torch.empty(8), 8)[6:].isnan().all()  # 8 bytes in between
     with pytest.raises(RuntimeError, match="no access"):
@@ -358,7 +359,7 @@ def test_guarded_memory(lib: ctypes.CDLL) -> None:
 
 def test_guarded_keeps_strides() -> None:
     tensor = torch.arange(12.0).view(3, 4)[:, ::2].T
-    copy = emulator.guarded(tensor)
+    copy = guarded(tensor)
     assert copy.stride() == tensor.stride()
     assert torch.equal(copy, tensor)
     assert copy.as_strided((11,), (1,))[1::2].isnan().all()  # the gaps
