@@ -41,5 +41,5 @@ def test_numerics(package):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout  # as where the instruction is missing
