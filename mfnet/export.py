@@ -183,11 +183,11 @@ def _compare(model: Exported, run: Run) -> float:
         expected = model(images)
         try:
             got = run(images)
-        except Exception as error:  # a program asserts what its export took for granted
+        except Exception as refusal:  # a program asserts what its export took for granted
             raise ValueError(
-                f"export: what torch exported does not run on images {size}: {error}; nothing was "
-                "written"
-            ) from error
+                f"export: what torch exported does not run on images {size}: {refusal}; nothing "
+                "was written"
+            ) from refusal
         if got.shape != expected.shape:
             raise ValueError(
                 f"export: expected logits {tuple(expected.shape)} of images {size}, got "
