@@ -111,13 +111,13 @@ def test_what_torch_cannot_export_ends_in_one_line(run, capsys, network, message
     told = json.loads((run / "config.json").read_text())
     class_path = f"{__name__}.{network.__name__}"
     network = TrainedNetwork(**{**told, "network": {"class_path": class_path}})
-    network.save_pretrained("branching")
-    assert mfnet.load("branching").predict("photo.jpg").shape == (40, 50)
+    network.save_pretrained("trained")
+    assert mfnet.load("trained").predict("photo.jpg").shape == (40, 50)
     with pytest.raises(SystemExit):
-        main(["export", "branching", "--to", "pt2"])
+        main(["export", "trained", "--to", "pt2"])
     said = capsys.readouterr().err.splitlines()[-1]  # torch logs before
     assert said.startswith(f"mfnet: error: {message}")
-    assert {p.name for p in Path("branching").iterdir()} == {
+    assert {p.name for p in Path("trained").iterdir()} == {
         "README.md",
         "config.json",
         "model.safetensors",
