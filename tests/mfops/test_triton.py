@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import check, make
+from torch.torch_version import TorchVersion
 
 from benchmarks.machine_code import listing
 from mfops.backends import BACKENDS, TRITON_ERROR
@@ -32,6 +33,7 @@ from mfops.triton.forward import forward_kernel
 from mfops.triton.rounds import round_kernel
 
 HERE = Path(__file__).parent
+NEW_PTXAS = TorchVersion(triton.__version__) >= "3.9"
 # The least shared memory a program may use: that of compute capability 8.6 and 8.9.
 SHARED_MEMORY = 99 * 1024
 KERNELS = (
@@ -208,7 +210,8 @@ def test_rounds_compile_ahead_of_time(ahead_of_time, tmp_path, arch, kind, metho
         tensor_cores = re.search(r"mma\.sync|wgmma\.mma_async", kernel.asm["ptx"])
         assert bool(tensor_cores) == (kind != "float32" and kernel.name != "means_kernel")
         assert not re.search(r"arith\.muli .*: (tensor<.*x)?i32", kernel.asm["ttir"])
-        known = (method, kind, arch) == ("vq", "float32", 90)  # two, by triton 3.9's ptxas alone
+        # Two registers, by triton 3.9's ptxas alone.
+        known = NEW_PTXAS and (method, kind, arch) == ("vq", "float32", 90)
         assert spilled(kernel, tmp_path) <= (8 if known else 0)
 
 
