@@ -67,7 +67,8 @@ def launch_means(x: Tensor, partials: Tensor, sums: Tensor, method: str) -> tupl
     means_kernel[(batch, ceil_div(rank, block_k))](
         partials, *partials.stride(), sums, *sums.stride(), mean, *mean.stride(),
         unit, *unit.stride(), rounded, *rounded.stride(), rows, rank, partials.shape[0] // batch,
-        EM=method == "em", ROWS=256, BLOCK_K=block_k, num_warps=4,
+        EM=method == "em", ROWS=256, BLOCK_K=block_k,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return mean if method == "vq" else unit, rounded
 
@@ -113,6 +114,7 @@ def launch_ratios(
     ratios_kernel[(batch * row_tiles, ceil_div(rank, block_k))](
         partials, *partials.stride(), sums, *sums.stride(), y, *strides(y), new, *new.stride(),
         rounded, *rounded.stride(), rows, rank, partials.shape[0] // batch, sums.shape[0] // batch,
-        row_tiles, PRECISION=precision, ROWS=tile_rows, BLOCK_K=block_k, num_warps=4,
+        row_tiles, PRECISION=precision, ROWS=tile_rows, BLOCK_K=block_k,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return new, rounded
