@@ -118,7 +118,7 @@ class Pyramid(nn.Module):
     Args:
         name: a timm model that gives features at strides 4 to 32, for example ``"resnet50"``,
             ``"tf_efficientnet_lite0"`` or ``"swin_tiny_patch4_window7_224"``.
-        weights, in_channels: see :class:`Backbone`.
+        weights, in_channels: see ``Backbone``.
 
     Raises:
         ValueError: unknown backbone, features missing at one of the strides, images of one size

@@ -30,12 +30,12 @@ class RunRecord(Callback):
 
     ``summary.json``: model, backbone, parameters, trainable_parameters (both without those of an
     auxiliary head, which only trains), gflops
-    (:func:`mfnet.flops.count_flops`, at the validation images' size; null where it cannot be
+    (``mfnet.flops.count_flops``, at the validation images' size; null where it cannot be
     counted), input_size, class_names, palette; written at the first validation.
     ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
     a few validation images, always the same, and ``epoch``; refreshed at every validation.
-    ``confusion.csv``: see :func:`mfnet.scores.write_confusion`; of the last validation, where the
-    module has counts (:attr:`mfnet.task.SegmentationTask.confusion_counts`).
+    ``confusion.csv``: see ``mfnet.scores.write_confusion``; of the last validation, where the
+    module has counts (``mfnet.task.SegmentationTask.confusion_counts``).
     Rank 0 alone writes, only while fitting, and not in the sanity check.
 
     Args:
@@ -118,7 +118,7 @@ class ClassScores(Callback):
     """Print the scores of each class after ``validate`` and ``test``, and write them as CSV.
 
     The files are ``scores-val.csv`` and ``scores-test.csv``; see
-    :func:`mfnet.scores.write_class_scores`. Where the folder cannot be written to, that is a
+    ``mfnet.scores.write_class_scores``. Where the folder cannot be written to, that is a
     warning. Rank 0 alone prints and writes.
 
     Args:

@@ -29,7 +29,7 @@ def shipped_networks() -> dict[str, Path]:
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """What :func:`read_checkpoint` takes, a checkpoint or a folder of weights, of what a user says.
+    """What ``read_checkpoint`` takes, a checkpoint or a folder of weights, of what a user says.
 
     Args:
         source: the folder of a run (its best checkpoint), a checkpoint, a folder of weights or,

@@ -56,11 +56,11 @@ class FunctionLinkParser(LightningArgumentParser):
 
 
 class MFNetCLI(LightningCLI):
-    """Lightning's CLI for :class:`SegmentationTask` and the data modules.
+    """Lightning's CLI for ``SegmentationTask`` and the data modules.
 
-    A run lives in ``trainer.default_root_dir``; see :mod:`mfnet.run_directory`. ``ckpt_path``
+    A run lives in ``trainer.default_root_dir``; see ``mfnet.run_directory``. ``ckpt_path``
     takes a file, or ``best`` or ``last`` for those of that folder, and to evaluate or predict
-    all that :func:`mfnet.load` takes.
+    all that ``mfnet.load`` takes.
 
     Args:
         args: the command line; default: the process's.

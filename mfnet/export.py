@@ -115,7 +115,7 @@ def export(
     """Write a trained network to a file that takes any batch, height and width.
 
     Args:
-        source: what :func:`mfnet.load` takes.
+        source: what ``mfnet.load`` takes.
         to: ``"onnx"``, ``"pt2"`` (torch.export; where it is loaded, ``import mfops`` comes first),
             ``"aoti"`` (AOTInductor, compiled for this machine's kind of processor), or
             ``"weights"``, a folder for ``mfnet.load`` and ``from_pretrained``.
@@ -129,7 +129,7 @@ def export(
         network's largest logit, over three sizes.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`mfnet.load`; an unknown format, a package that it
+        FileNotFoundError, ValueError: as ``mfnet.load``; an unknown format, a package that it
             needs is missing, torch cannot export the network, or what was written does not run on
             images of every size or differs by more than 1e-3.
     """

@@ -28,7 +28,7 @@ def initialize(network: nn.Module, source: str | Path) -> str:
 
     Args:
         network: compiled or wrapped, or not.
-        source: what :func:`mfnet.load` takes, or a file of tensors by name (``.safetensors``, or
+        source: what ``mfnet.load`` takes, or a file of tensors by name (``.safetensors``, or
             what ``torch.load(weights_only=True)`` reads).
 
     Returns:

@@ -30,7 +30,7 @@ LEVELS = 4  # strides 4, 8, 16, 32
 
 
 class Projection(nn.Module):
-    """A 1x1 convolution without bias, whose weight is a product of two matrices, W = B A.
+    """A 1x1 convolution without bias, whose weight is a product of two matrices, M = B A.
 
     Learning can be faster than with one matrix ("On the Optimization of Deep Networks: Implicit
     Acceleration by Overparameterization", Arora et al., ICML 2018) and costs the same, but for the
@@ -80,10 +80,10 @@ class FactorizedDecoder(nn.Module):
 
         X = relu(BN(S))                        at stride 8, of the sum S of the coarser levels
         Y = X softmax over N of (Q X)^T        K bases
-        P = W Y                                K columns of logits
+        P = W2 (W1 Y + c)                      K columns of logits
         G = relu(BN(D (project(low) + S)))     at stride 4, D: 3x3, each channel by itself
         Z = softmax over K of (V G + b)        coefficients
-        L = P Z + A G + a
+        L = P Z + U G + u
 
     ``forward(summed, low)`` takes S ``(B, width, h, w)`` and low-level features
     ``(B, low_channels, H, W)`` and returns logits ``(B, num_classes, H, W)``.

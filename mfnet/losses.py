@@ -137,7 +137,7 @@ def check_class_weights(weights: Sequence[float], classes: int) -> Tensor:
 
 
 def balanced_class_weights(dataset: Any) -> Tensor:
-    """:func:`median_frequency` of the masks of a split, as they are on disk; float32 (classes,).
+    """``median_frequency`` of the masks of a split, as they are on disk; float32 (classes,).
 
     Raises:
         ValueError: it is not one of mfnet's data sets.
@@ -182,7 +182,7 @@ def evaluate(loss: nn.Module, logits: Tensor, masks: Tensor) -> Tensor:
     """``loss(logits, masks)`` in float32, a scalar; 0 where no pixel counts.
 
     Args:
-        loss: a module that :func:`prepare` has seen.
+        loss: a module that ``prepare`` has seen.
         logits: (B, classes, H, W).
         masks: int64 (B, H, W), 255 where ignored.
 

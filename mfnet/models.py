@@ -30,7 +30,7 @@ class SegmentationNetwork(nn.Module):
 
     Args:
         backbone: images to ``(low, high)`` features, the high ones as the context takes them.
-        context: high-level features to context features; see :mod:`mfnet.contexts`.
+        context: high-level features to context features; see ``mfnet.contexts``.
         decoder: ``(context features, low features)`` to logits at any resolution. They are
             upsampled with aligned corners, unless its ``align_corners`` is ``False``.
         auxiliary_head: features before the backbone's last stage to logits at any resolution. It
@@ -154,7 +154,7 @@ _DILATED = {
 
 
 def list_models() -> list[str]:
-    """The names :func:`create_model` knows."""
+    """The names ``create_model`` knows."""
     return [LIGHT, *_DILATED]
 
 
@@ -174,7 +174,7 @@ def create_model(
 ) -> SegmentationNetwork:
     """Build a segmentation network.
 
-    ``"mfnet_light"`` (:mod:`mfnet.light`) is the one to start with: nothing in it is dilated. The
+    ``"mfnet_light"`` (``mfnet.light``) is the one to start with: nothing in it is dilated. The
     others, those of MFNet's paper, have a backbone at output stride 16.
 
     Args:
@@ -184,9 +184,9 @@ def create_model(
             strides 4 to 32, for the others one that supports ``output_stride``.
         backbone_weights: ``None`` (random), ``"timm"`` (pretrained, downloaded when not cached)
             or the path of a torchvision or timm state-dict file; see
-            :class:`mfnet.backbone.Backbone`.
+            ``mfnet.backbone.Backbone``.
         context: another context in place of a dilated network's own, by its name in
-            :data:`mfnet.contexts.CONTEXTS`: ``"mf"`` (mfnet's), ``"em"`` (emanet's), ``"nmf"``,
+            ``mfnet.contexts.CONTEXTS``: ``"mf"`` (mfnet's), ``"em"`` (emanet's), ``"nmf"``,
             ``"vq"``, ``"cd"`` (Hamburger's), ``"double_attention"`` (A2-Net's), ``"aspp"``
             (deeplabv3plus's), ``"aspp_separable"``, ``"ppm"`` (PSPNet's), ``"encoding"``
             (EncNet's), ``"nonlocal"``, ``"none"``. mfnet is thus deeplabv3plus with
@@ -197,18 +197,23 @@ def create_model(
             sixteenth of the training images' size; ``None``: (33, 33), that of 513 x 513 images.
             No other context looks at it.
         init: what the learned factors of mf start from, ``"normal"`` (``None`` means it) or
-            ``"uniform"``; see :class:`mfops.FactorizedContext`. No other context looks at it.
+            ``"uniform"``; see ``mfops.FactorizedContext``. No other context looks at it.
         multi_grid: dilations of the blocks of a ResNet's last layer, (2, 4, 8) in the paper's code
-            (timm's own: 1, 2, 2); see :class:`mfnet.backbone.Backbone`.
+            (timm's own: 1, 2, 2); see ``mfnet.backbone.Backbone``.
         in_channels: channels of the images; the backbone's weights for RGB are adapted, see
-            :class:`mfnet.backbone.Backbone`. The command line has ``--data.channels``.
+            ``mfnet.backbone.Backbone``. The command line has ``--data.channels``.
         auxiliary_head: an FCN head on the features before the backbone's last stage, whose logits
-            the network returns beside its own in training; see :class:`SegmentationNetwork`.
+            the network returns beside its own in training; see ``SegmentationNetwork``.
         **kwargs: mfnet_light: ``rank=32`` and ``width=256``. The others: options of the network's
-            context. mf: ``rank=64``, ``loss_weight=0.1`` (where
-            the caller does not take the loss) and ``steps`` of a factorizer that has them. em:
-            ``bases=64`` and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``.
-            double_attention: ``rank=64``. encoding: ``codewords=32``.
+            context. mf: ``rank=64``, ``loss_weight=0.1`` (where the caller does not take the loss),
+            ``steps`` and ``inverse_temperature`` of a factorizer that has them. em: ``bases=64``
+            and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``; vq, cd:
+            ``inverse_temperature=100``. double_attention: ``rank=64``. aspp, aspp_separable:
+            ``rates=(6, 12, 18)``. encoding: ``codewords=32``.
+
+    Returns:
+        The network, in training mode: floating images ``(B, in_channels, H, W)`` to logits
+        ``(B, num_classes, H, W)``, H and W from 33 on.
 
     Raises:
         ValueError: unknown model, backbone or context, a value out of range, weights that do not

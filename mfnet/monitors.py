@@ -26,7 +26,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 
     Raises:
         MisconfigurationException: a callback that finds or changes learning rates by means that
-            :class:`mfnet.task.SegmentationTask` does not offer; a score watched with the mode of
+            ``mfnet.task.SegmentationTask`` does not offer; a score watched with the mode of
             a loss, or a loss with that of a score.
     """
     for callback in callbacks:

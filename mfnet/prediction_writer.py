@@ -32,12 +32,12 @@ class PredictionWriter(BasePredictionWriter):
     folder of its name in ``output``. Images from several folders keep their place below the folder
     they share.
 
-    A prediction is a :class:`mfnet.inference.Prediction` of a batch ``(image, original, [path])``
+    A prediction is a ``mfnet.inference.Prediction`` of a batch ``(image, original, [path])``
     of one image, the original uint8 (1, C, H, W).
 
     Raises ``ValueError`` before anything is predicted when two images would share a file, or a
     file would replace one of the images; ``DataError`` at the end, naming the images that could
-    not be predicted (:class:`mfnet.data.prediction.Skipped`), all others being written.
+    not be predicted (``mfnet.data.prediction.Skipped``), all others being written.
     """
 
     def __init__(self, output: str | Path, kinds: Sequence[Kind] = ("overlay",)) -> None:
@@ -115,7 +115,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def output_files(paths: Sequence[str | Path], output: Path, suffix: str) -> dict[Path, Path]:
-    """The file in ``output`` for each image; see :class:`PredictionWriter`.
+    """The file in ``output`` for each image; see ``PredictionWriter``.
 
     Raises:
         ValueError: two images would share a file, or a file would replace an image.

@@ -57,9 +57,9 @@ class TrainedNetwork(
     """A segmentation network with all that its use needs.
 
     ``forward`` takes normalized images (B, C, H, W) and returns the network's logits; for
-    photographs there is :meth:`predict`. ``save_pretrained(folder)``, ``from_pretrained(folder)``
+    photographs there is ``predict``. ``save_pretrained(folder)``, ``from_pretrained(folder)``
     and ``push_to_hub(name)`` are huggingface_hub's: ``config.json`` holds the arguments below,
-    ``model.safetensors`` the weights, neither can hold code.
+    ``model.safetensors`` the weights; neither of them can hold code.
 
     Args:
         network: ``class_path`` of an ``nn.Module`` or of a function that returns one, ``init_args``
@@ -67,11 +67,14 @@ class TrainedNetwork(
         class_names: the classes, in the order of the logits.
         palette: RGB of each class; default: PASCAL's colors.
         normalisation: ``mean`` and ``std`` that images are normalized with, C numbers each.
-        resize: (height, width) that images were resized to in training; :meth:`predict` does so.
+        resize: (height, width) that images were resized to in training; ``predict`` does so.
 
     Attributes:
-        network: the network itself, for instance a :class:`mfnet.SegmentationNetwork`.
+        network: the network itself, for instance a ``mfnet.SegmentationNetwork``.
         channels: C, those of the images.
+
+    Raises:
+        ValueError: ``network`` does not make an ``nn.Module``.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class TrainedNetwork(
         self.channels = len(self.normalisation.mean)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Normalized images, float (B, C, H, W), to logits (B, classes, h, w)."""
         return read_output(self.network(images), images, len(self.class_names), self.network)[0]
 
     @torch.inference_mode()
@@ -100,7 +104,7 @@ class TrainedNetwork(
 
         Args:
             image: a PIL image, the path of one, or a uint8 tensor (C, H, W).
-            **options: those of :class:`mfnet.inference.Inference`: ``tile`` (1025; ``None`` shows
+            **options: those of ``mfnet.inference.Inference``: ``tile`` (1025; ``None`` shows
                 large images as a whole, too), ``overlap``, ``scales``, ``flip``.
 
         Raises:
@@ -114,7 +118,7 @@ class TrainedNetwork(
     def predict_probabilities(
         self, image: Image.Image | str | Path | Tensor, **options: Any
     ) -> Tensor:
-        """Probabilities, float16 (classes, H, W); otherwise as :meth:`predict`."""
+        """Probabilities, float16 (classes, H, W); otherwise as ``predict``."""
         probabilities = self._predict(image, options, probabilities=True).probabilities
         assert probabilities is not None  # they were asked for
         return probabilities
@@ -157,8 +161,8 @@ def load(source: str | Path) -> TrainedNetwork:
 
     Raises:
         FileNotFoundError: it is none of these; the message lists the names.
-        ValueError: it does not tell what network it holds (written by a version before 0.1.0's
-            last), or its tensors do not fit.
+        ValueError: it does not tell what network it holds (an early version did not store that),
+            or its tensors do not fit.
     """
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
@@ -175,7 +179,7 @@ def load(source: str | Path) -> TrainedNetwork:
 
 
 def arguments_of(record: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """A :class:`TrainedNetwork`'s arguments, of a checkpoint's record; plain values.
+    """A ``TrainedNetwork``'s arguments, of a checkpoint's record; plain values.
 
     Raises:
         ValueError: the record does not tell the network.

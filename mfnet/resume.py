@@ -50,7 +50,7 @@ def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
 def share_warmed_up(trainer: L.Trainer, resumed_at: Fraction, epochs: float) -> float:
     """The share of the first ``epochs`` that is done, in 0 to 1; 1 where there are none.
 
-    Never below that at ``resumed_at`` (in epochs), as in :func:`share_done`.
+    Never below that at ``resumed_at`` (in epochs), as in ``share_done``.
     """
     if epochs == 0:
         return 1.0

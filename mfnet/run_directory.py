@@ -172,7 +172,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """See :func:`mfnet.checkpoint.read_checkpoint`."""
+        """See ``mfnet.checkpoint.read_checkpoint``."""
         return read_checkpoint(path, map_location, weights_only is not False)
 
 

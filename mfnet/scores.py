@@ -97,7 +97,7 @@ def write_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -
 
 
 def read_confusion(path: Path, class_names: Sequence[str]) -> Tensor:
-    """What :func:`write_confusion` wrote: int64 (classes, classes).
+    """What ``write_confusion`` wrote: int64 (classes, classes).
 
     Raises ``ValueError`` naming the file when it is not whole or has other classes.
     """

@@ -17,7 +17,7 @@ class SyncBatchNormPlugin(TorchSyncBatchNorm):
     """What ``Trainer(sync_batchnorm=True)`` does, for every network and device.
 
     timm's conversion keeps the activation inside its ``BatchNormAct2d``, which torch's drops.
-    On CPUs, where ``torch.nn.SyncBatchNorm`` refuses to run, :class:`CPUSyncBatchNorm` stands in.
+    On CPUs, where ``torch.nn.SyncBatchNorm`` refuses to run, ``CPUSyncBatchNorm`` stands in.
     Converted layers stay when training ends: they evaluate as plain BatchNorm.
     """
 

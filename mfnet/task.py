@@ -41,7 +41,7 @@ class SegmentationTask(L.LightningModule):
     The loss is ``L(logits) + auxiliary_weight * L(auxiliary logits) + reconstruction_weight *
     reconstruction``, the last weight being 0 for the first ``reconstruction_warmup`` epochs. L is
     cross entropy (CE) or ``loss``. Auxiliary logits are a network's that returns them in training;
-    see :mod:`mfnet.outputs`. The reconstruction loss is what the network returns where its
+    see ``mfnet.outputs``. The reconstruction loss is what the network returns where its
     ``forward`` takes ``return_loss``, and the losses that ``FactorizedContext`` modules in it would
     inject, with this weight in place of their own (one of weight 0 stays without a loss). CE is
     the mean over the pixels that are not ignored (255) in the batches of all ranks together, so
@@ -52,7 +52,7 @@ class SegmentationTask(L.LightningModule):
     Batches are ``(images (B, C, H, W), masks int64 (B, H, W))``. Per epoch, ``train/loss``,
     ``train/ce`` (with another loss ``train/<its class>``), ``train/auxiliary`` and
     ``train/reconstruction`` (unweighted), ``lr-<group>`` (``backbone``, ``head``), ``val/loss`` and
-    the scores of :func:`segmentation_scores` are logged: ``val/mIoU``, ``val/fwIoU``,
+    the scores of ``segmentation_scores`` are logged: ``val/mIoU``, ``val/fwIoU``,
     ``val/accuracy``, ``val/IoU/<class>``. ``val/loss`` is L of the logits alone, without class
     weights, so that runs with other weights compare: CE over all pixels of the set; of another
     loss, the mean over the batches, weighted by their pixels that are not ignored.
@@ -62,8 +62,8 @@ class SegmentationTask(L.LightningModule):
     checkpoint of an optimizer or schedule of another class is refused.
 
     Args:
-        network: a :class:`mfnet.SegmentationNetwork` or any module that maps images to logits
-            ``(B, classes, h, w)``, by themselves or as :mod:`mfnet.outputs` reads them; compiled,
+        network: a ``mfnet.SegmentationNetwork`` or any module that maps images to logits
+            ``(B, classes, h, w)``, by themselves or as ``mfnet.outputs`` reads them; compiled,
             distributed or averaging wrappers of one too.
         class_names: the classes, in the order of the logits' channels.
         backbone_lr: learning rate of ``network.backbone_parameters()``; in another module, of
@@ -74,7 +74,7 @@ class SegmentationTask(L.LightningModule):
         power: the rates are multiplied by ``(1 - share) ** power`` at every step, ``share`` being
             that of the epochs (or of ``max_steps``, if those end first) that are done.
         parameter_groups: ``"two_rates"``, those above, or ``"published"``: as the code of MFNet's
-            paper has them, :func:`mfnet.parameter_groups.published`.
+            paper has them, ``mfnet.parameter_groups.published``.
         reconstruction_weight: weight of the reconstruction loss (the paper's lambda; EncNet's
             SE-loss has 0.2, without a warm-up).
         reconstruction_warmup: epochs trained without it.
@@ -92,11 +92,11 @@ class SegmentationTask(L.LightningModule):
             once an epoch.
         loss: a module called as ``loss(logits float32 (B, classes, H, W), masks)`` that returns a
             scalar and ignores 255: where one takes ``ignore_index`` and has its default, it is
-            given 255. ``None``: :class:`mfnet.losses.CrossEntropy`.
+            given 255. ``None``: ``mfnet.losses.CrossEntropy``.
         class_weights: a number for each class, for a loss that takes ``weight``; ``"auto"``:
-            :func:`mfnet.losses.median_frequency` of the training masks, counted before training.
+            ``mfnet.losses.median_frequency`` of the training masks, counted before training.
         auxiliary_weight: weight of the loss of auxiliary logits.
-        init_from: a trained network to start from, :func:`mfnet.fine_tuning.initialize`; read when
+        init_from: a trained network to start from, ``mfnet.fine_tuning.initialize``; read when
             training starts, and not where it goes on from a checkpoint.
         freeze_backbone: whether the backbone stays as it is, parameters and statistics;
             ``"statistics"``: its BatchNorm statistics alone.

@@ -21,11 +21,11 @@ def paint_film(
     """Write a film with the network's classes over it: H.264, without sound.
 
     Args:
-        network: what :func:`mfnet.load` returns.
+        network: what ``mfnet.load`` returns.
         source: a film that FFmpeg reads.
         output: the film to write, for instance ``out.mp4``. H.264 wants even numbers of rows and
             columns: an odd last one is left out.
-        tile: see :meth:`mfnet.TrainedNetwork.predict`.
+        tile: see ``mfnet.TrainedNetwork.predict``.
 
     Returns:
         The number of pictures.

@@ -246,7 +246,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def available_backends() -> dict[str, str | None]:
-    """For each backend None, or the reason it cannot run on this machine at all."""
+    """Which backends run on this machine, and why others do not.
+
+    Returns:
+        For "native", "triton" and "reference" None, or the reason it cannot run here at all. Where
+        "native" runs it may still lack CUDA kernels: `python -m mfops` says what was built.
+    """
     triton = TRITON_ERROR
     if triton is None and ops.TRITON_DEVICE == "CUDA" and not torch.cuda.is_available():
         triton = "no CUDA device"

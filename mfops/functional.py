@@ -140,7 +140,12 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
 def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """The mse of `factorized_reconstruction` alone; X' is never written to memory.
 
+        mse = 1/(B C N) sum_bcn (X - Y Z)^2_bcn
+
     Arguments and errors are those of `factorized_reconstruction`.
+
+    Returns:
+        A float32 scalar (float64 for float64 input), differentiable in x, y and z.
     """
     if isinstance(x, Proxy):
         return record_function(factorized_mse, x, y, z)

@@ -2,7 +2,7 @@
 
 To add one, write its file and name its class or function in ``CONTEXTS``: it is called as
 ``CONTEXTS[name](in_channels, out_channels, **options)``, and its further parameters become
-keywords of :func:`mfnet.create_model` (one called ``num_classes`` gets the network's). One with an
+keywords of ``mfnet.create_model`` (one called ``num_classes`` gets the network's). One with an
 auxiliary loss derives from ``LossContext``.
 """
 

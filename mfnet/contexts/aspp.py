@@ -17,7 +17,7 @@ def aspp(in_channels: int, out_channels: int = 256, rates: Sequence[int] = RATES
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: ``torchvision``'s own ``ASPP``.
 
     Same class, parameters and state dict. Only its pooling branch is exchanged for one that a
-    batch of one image can train (:class:`~mfnet.contexts.pooling.ImagePooling`).
+    batch of one image can train (``mfnet.contexts.pooling.ImagePooling``).
 
     Args:
         rates: dilations of the 3x3 convolutions: DeepLab's at output stride 16; (12, 24, 36) at 8.
@@ -33,11 +33,11 @@ def aspp_separable(
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: the separable form of ASPP.
 
     What ``segmentation_models_pytorch.DeepLabV3Plus`` has in this place, parameters and state dict
-    included: :func:`aspp` with its atrous 3x3 convolutions made separable, then a separable 3x3
+    included: ``aspp`` with its atrous 3x3 convolutions made separable, then a separable 3x3
     convolution, BatchNorm, ReLU.
 
     Args:
-        rates: as for :func:`aspp`; segmentation_models_pytorch's default is (12, 24, 36).
+        rates: as for ``aspp``; segmentation_models_pytorch's default is (12, 24, 36).
     """
     pyramid = aspp(in_channels, out_channels, rates)
     for branch, rate in enumerate(rates, start=1):

@@ -21,7 +21,7 @@ class DoubleAttention(nn.Module):
         Y = A softmax over N of B^T     (feature gathering)
         Z = softmax over K of V         (feature distribution)
 
-    and ``relu(x + BN(conv(Y Z)))``. :class:`mfops.FactorizedContext` has the same factors of X
+    and ``relu(x + BN(conv(Y Z)))``. ``mfops.FactorizedContext`` has the same factors of X
     itself (``factorizer="double_attention"``).
 
     Args:
@@ -51,7 +51,7 @@ class DoubleAttention(nn.Module):
 class DoubleAttentionContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``.
 
-    3x3 convolution to 512, BatchNorm, ReLU; :class:`DoubleAttention`; 3x3 convolution to
+    3x3 convolution to 512, BatchNorm, ReLU; ``DoubleAttention``; 3x3 convolution to
     ``out_channels``, BatchNorm, ReLU.
 
     Args:

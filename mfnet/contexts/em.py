@@ -18,7 +18,7 @@ class EMAUnit(nn.Module):
     """Expectation-maximization attention (Li et al., ICCV 2019), shape-preserving.
 
     ``relu(x + BN(conv2(relu(Y Z))))``, where Y and Z are found on ``X = conv1(x)`` by
-    :class:`mfops.methods.em.EM`, which has the formulas. As published, no gradient passes through
+    ``mfops.methods.em.EM``, which has the formulas. As published, no gradient passes through
     ``Y Z``: nothing can ever train ``conv1``, so it is frozen at its random start and
     ``DistributedDataParallel`` finds no unused parameters.
 
@@ -61,7 +61,7 @@ def _published_names(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 class EMContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: EMANet's head without classifier.
 
-    3x3 convolution to 512, BatchNorm, ReLU; :class:`EMAUnit`; 3x3 convolution to
+    3x3 convolution to 512, BatchNorm, ReLU; ``EMAUnit``; 3x3 convolution to
     ``out_channels``, BatchNorm, ReLU.
 
     Args:

@@ -20,7 +20,7 @@ class Hamburger(nn.Module):
     """Geng et al., "Is Attention Better Than Matrix Decomposition?", ICLR 2021; shape-preserving.
 
     ``relu(x + upper(cheese(Y Z)))``, where Y and Z are found on ``X = lower(x)`` by a method of
-    :mod:`mfops.methods`, whose docstring has the formulas. ``lower`` and ``upper`` are 1x1
+    ``mfops.methods``, whose docstring has the formulas. ``lower`` and ``upper`` are 1x1
     convolutions, ``cheese`` a 1x1 convolution with BatchNorm and ReLU; for "nmf" X is
     ``relu(lower(x))``. The gradient reaches ``lower`` through the last update of Z alone.
 
@@ -103,7 +103,7 @@ def _published_names(module: Hamburger, state_dict: dict[str, Any], prefix: str,
 class HamburgerContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)``: HamNet's head without classifier.
 
-    3x3 convolution to 512, BatchNorm, ReLU; :class:`Hamburger`; 3x3 convolution to
+    3x3 convolution to 512, BatchNorm, ReLU; ``Hamburger``; 3x3 convolution to
     ``out_channels``, BatchNorm, ReLU.
 
     Args:

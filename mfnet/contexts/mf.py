@@ -21,12 +21,12 @@ class MFContext(LossContext):
     Args:
         rank: number of bases K.
         factorizer: ``"learned"``, ``"em"``, ``"nmf"``, ``"vq"``, ``"cd"`` or
-            ``"double_attention"``; see :class:`mfops.FactorizedContext`.
+            ``"double_attention"``; see ``mfops.FactorizedContext``.
         steps: rounds T of ``"em"``, ``"nmf"``, ``"vq"`` and ``"cd"``; ``None``: as published.
         context_size: ``(h, w)`` of the grid that a learned Z belongs to; on another it is
             resampled bilinearly.
         init: what learned factors start from, ``"normal"`` (the paper's words; ``None`` means it)
-            or ``"uniform"`` (its code); see :class:`mfops.FactorizedContext`.
+            or ``"uniform"`` (its code); see ``mfops.FactorizedContext``.
         inverse_temperature: of ``"vq"`` and ``"cd"``; ``None``: 100.
         loss_weight: weight of the loss where it enters through the backward pass
             (``return_loss=False``, in training).

@@ -66,7 +66,7 @@ class NonLocalBlock(nn.Module):
 class NonLocalContext(UnitContext):
     """``(B, in_channels, h, w)`` to ``(B, out_channels, h, w)`` through a non-local block.
 
-    3x3 convolution to 512, BatchNorm, ReLU; :class:`NonLocalBlock`; 3x3 convolution to
+    3x3 convolution to 512, BatchNorm, ReLU; ``NonLocalBlock``; 3x3 convolution to
     ``out_channels``, BatchNorm, ReLU.
     """
 

@@ -16,7 +16,7 @@ class PPMContext(nn.Module):
 
     As in Zhao et al., "Pyramid Scene Parsing Network", section 3.2: means over 1x1, 2x2, 3x3 and
     6x6 bins, each through a 1x1 convolution to ``in_channels / 4``, BatchNorm, ReLU and bilinear
-    upsampling (:class:`~mfnet.contexts.pooling.ImagePooling`), are concatenated to the features;
+    upsampling (``mfnet.contexts.pooling.ImagePooling``), are concatenated to the features;
     then a 3x3 convolution, BatchNorm, ReLU.
 
     Raises:

@@ -35,7 +35,7 @@ class SegmentationDataModule(L.LightningDataModule):
     Batches are ``(image, mask)``: float32 (B, C, H, W), normalized as the trainer's module says in
     ``normalization`` (without one: by ImageNet's mean and standard deviation), and int64 (B, H, W)
     with 255 where a pixel is ignored. Prediction batches are ``(image, original, [path])`` of one
-    image, uint8 (1, C, h, w) and (1, C, H, W), or a :class:`mfnet.data.prediction.Skipped`.
+    image, uint8 (1, C, h, w) and (1, C, H, W), or a ``mfnet.data.prediction.Skipped``.
 
     A class has ``class_names``, ``num_classes`` and ``palette`` (RGB) once it is constructed.
     """

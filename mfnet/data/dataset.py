@@ -32,7 +32,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         num_classes: labels are below this, or 255 (ignored).
         transform: joint transform of (image, mask), both ``tv_tensors`` of dtype uint8.
         label_map: turns masks into labels; without it, their numbers are the labels.
-        channels: C; see :func:`mfnet.data.files.read_image`.
+        channels: C; see ``mfnet.data.files.read_image``.
 
     Attributes:
         record: what the masks that were read hold.

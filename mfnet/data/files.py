@@ -71,14 +71,14 @@ def read_image(path: str | Path, channels: int = 3) -> tv_tensors.Image:
 
 
 def picture_to_image(picture: Image.Image, channels: int = 3) -> tv_tensors.Image:
-    """What :func:`read_image` makes of a file, of a picture that is open already."""
+    """What ``read_image`` makes of a file, of a picture that is open already."""
     return _converted(ImageOps.exif_transpose(picture), "image", picture.format, channels)
 
 
 def read_pair(
     image: str | Path, mask: str | Path, channels: int = 3
 ) -> tuple[tv_tensors.Image, StoredMask]:
-    """An image as :func:`read_image` returns it, and its mask.
+    """An image as ``read_image`` returns it, and its mask.
 
     EXIF orientation: annotation tools show and mark the upright image, so the image is turned
     upright where it then has the mask's size, which includes the cases that the size cannot decide

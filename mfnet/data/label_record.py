@@ -96,7 +96,7 @@ def check_palettes(tables: Iterable[tuple[Sequence[Path], Tensor]]) -> None:
     """Raise ``DataError`` where a number has two colors.
 
     Args:
-        tables: mask files, and what :meth:`LabelRecord.colors` says of them.
+        tables: mask files, and what ``LabelRecord.colors`` says of them.
     """
     first: dict[int, tuple[int, Path]] = {}
     for masks, table in tables:

@@ -24,12 +24,12 @@ class Skipped(NamedTuple):
 
 class PredictionDataset(Dataset[tuple[Tensor, Tensor, str] | Skipped]):
     """Triples of a uint8 image (C, h, w) for the network, the original (C, H, W), upright as its
-    EXIF orientation says, and its path; :class:`Skipped` where the file cannot be read.
+    EXIF orientation says, and its path; ``Skipped`` where the file cannot be read.
 
     Args:
         paths: image files.
         resize: (h, w); by default the image is the original.
-        channels: C; see :func:`mfnet.data.files.read_image`.
+        channels: C; see ``mfnet.data.files.read_image``.
     """
 
     def __init__(

@@ -49,16 +49,16 @@ class Method(ABC):
         return F.normalize(torch.randn(*shape, device=device, **seeded), dim=-2)
 
     def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
-        """Z before the first round: for methods whose updates look at the Z before."""
+        """Z (B, K, N) before the first round: for methods whose updates look at the Z before."""
         return x.new_zeros(x.shape[0], y.shape[-1], x.shape[-1])
 
     @abstractmethod
     def update_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """The next Z."""
+        """The next Z (B, K, N), of x's dtype."""
 
     @abstractmethod
     def update_bases(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """The next Y, from the Z just updated."""
+        """The next Y (B, C, K), of x's dtype, from the Z just updated."""
 
     def final_coefficients(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """The Z of X' = Y Z after the last round, differentiable in x; y and z are constants."""

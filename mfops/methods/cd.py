@@ -25,7 +25,7 @@ class CD(Method):
     gradient reaches X, Y being constant.
 
     Args:
-        inverse_temperature: t, as for :class:`mfops.methods.vq.VQ`.
+        inverse_temperature: t, as for `mfops.methods.vq.VQ`.
     """
 
     has_kernel = True
