@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from mfops.checks import check_features
+from mfops.autocast import autocasts
+from mfops.checks import check_device, check_features, check_kind, check_tensor
 from mfops.tracing import record_function
 
 
@@ -32,13 +33,13 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
         Y (B, C, K), of x's dtype, or the autocast dtype.
 
     Raises:
-        TypeError: x is no tensor of a dtype listed.
-        ValueError: x has another shape or no element, queries do not fit it.
+        TypeError: not a tensor, a dtype not listed or, outside autocast, dtypes that differ.
+        ValueError: shapes or devices that do not fit, an empty x.
     """
     if isinstance(x, Proxy):
         return record_function(gather, x, queries)
     check_features(x)
-    _check_shape("queries", queries, ("K", x.shape[1]))
+    _check("queries", queries, ("K", x.shape[1]), "x", x)
     rows = x if x.dim() == 3 else x.flatten(2)
     # matmul would copy all features where the queries want a gradient.
     shared = queries.expand(rows.shape[0], -1, -1)
@@ -54,29 +55,31 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
 def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
     """What every pixel of a guide carries of the bases.
 
-        X' = Y Z,    Z = softmax over K of (G guide + b)
+        X' = Y Z,    Z = softmax over K of (V G + b)
 
     (feature distribution; A2-Nets, as above.) The guide need not have the pixels that the bases
     were gathered from: coefficients of a finer map upsample what the bases say.
 
     Args:
         y: bases (B, M, K), or what a linear map made of them.
-        keys: G (K, D). bias: b (K,).
-        guide: features (B, D, N) or (B, D, H, W); all of one dtype and device.
+        keys: V (K, D).
+        bias: b (K,).
+        guide: features G (B, D, N) or (B, D, H, W); all of one dtype and device.
 
     Returns:
         X' (B, M, N) or (B, M, H, W), of y's dtype, or the autocast dtype.
 
     Raises:
-        TypeError: the guide is no tensor of a dtype that `gather` takes.
-        ValueError: shapes that do not fit.
+        TypeError: not a tensor, a dtype that `gather` does not take or, outside autocast, dtypes
+            that differ.
+        ValueError: shapes or devices that do not fit, an empty guide.
     """
     if isinstance(guide, Proxy):
         return record_function(distribute, y, keys, bias, guide)
-    check_features(guide)
-    _check_shape("keys", keys, ("K", guide.shape[1]))
-    _check_shape("bias", bias, (keys.shape[0],))
-    _check_shape("y", y, (guide.shape[0], "M", keys.shape[0]))
+    check_features(guide, "guide")
+    _check("keys", keys, ("K", guide.shape[1]), "the guide", guide)
+    _check("bias", bias, (keys.shape[0],), "the guide", guide)
+    _check("y", y, (guide.shape[0], "M", keys.shape[0]), "the guide", guide)
     rows = guide if guide.dim() == 3 else guide.flatten(2)
     shared = keys.expand(rows.shape[0], -1, -1)  # as in gather
     if _channels_innermost(rows):
@@ -93,8 +96,11 @@ def _channels_innermost(rows: Tensor) -> bool:
     return rows.stride(1) == 1
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
-    """Letters stand for any number from 1 on."""
+def _check(
+    name: str, tensor: Tensor, expected: tuple[int | str, ...], like: str, features: Tensor
+) -> None:
+    """Of that shape, where letters stand for any number from 1 on, and of the features' kind."""
+    check_tensor(name, tensor)
     shape = tuple(tensor.shape)
     fits = len(shape) == len(expected) and all(
         size > 0 if isinstance(own, str) else size == own
@@ -103,3 +109,4 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> 
     if not fits:
         wanted = str(expected).replace("'", "")
         raise ValueError(f"{name}: expected shape {wanted}, got {shape}")
+    (check_device if autocasts(features) else check_kind)(name, tensor, like, features)

@@ -46,6 +46,11 @@ def _backward(
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
+def _expanded(x_hat: Tensor, x: Tensor) -> Tensor:
+    """A view of an X' that all images share alone: autograd lets nobody change a view in place."""
+    return x_hat.expand(x.shape) if x_hat.dim() == 2 else x_hat
+
+
 # `forward` takes ctx itself: a separate `setup_context` costs 20 us a call in torch's binding of
 # default arguments, more than the rest of the call together. torch.func would want that one, and
 # rules for vmap; of plain PyTorch it knows them all.
@@ -67,7 +72,7 @@ class Reconstruct(torch.autograd.Function):
         ctx.tf32 = tf32
         ctx.set_materialize_grads(False)
         x_hat, mse = backend.reconstruct(x, y, z, tf32)
-        return x_hat.expand(x.shape) if expand else x_hat, mse
+        return _expanded(x_hat, x) if expand else x_hat, mse
 
     @staticmethod
     def backward(
@@ -83,7 +88,7 @@ def reconstruct(
     if not _operator_alone():
         return Reconstruct.apply(x, y, z, backend, tf32, expand)
     x_hat, mse = backend.reconstruct(x, y, z, tf32)
-    return x_hat.expand(x.shape) if expand else x_hat, mse
+    return _expanded(x_hat, x) if expand else x_hat, mse
 
 
 class ReconstructionError(torch.autograd.Function):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mfops import ops, reference
 from mfops.exporting import constant_for_the_compiler, is_exporting_onnx
@@ -93,9 +94,14 @@ def _native_gpu_reason(index: int) -> str | None:
     return _ask_build(index)
 
 
+def in_forward_mode() -> bool:
+    """Within torch.autograd.forward_ad, which torch.func.jvp uses, too."""
+    return forward_ad._current_level >= 0
+
+
 def under_transform() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, ..) runs this call."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func (grad, vmap, jvp, ..) or forward mode runs this call."""
+    return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 def _kernel_reason(x: Tensor, method: str | None) -> str | None:
@@ -181,7 +187,10 @@ NATIVE_WITH_TRITON_BACKWARD = replace(
 )
 
 # Process-wide on purpose: autograd runs backward passes in threads of its own.
-_explicit: str | None = os.environ.get("MFOPS_BACKEND") or None
+_OF_ENVIRONMENT: str | None = os.environ.get("MFOPS_BACKEND") or None
+_explicit = _OF_ENVIRONMENT
+# The blocks of use_backend that are open, in whichever threads: the last one's name is the choice.
+_open_blocks: list[list[str]] = []
 
 
 def _check_name(name: str, source: str) -> None:
@@ -228,6 +237,8 @@ def _log_once(name: str, reason: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Runs every mfops call inside the block on one backend, process-wide, or raises.
 
+    `gather`, `distribute` and X' of learned factors without its error are PyTorch's everywhere.
+
     Args:
         name: "native", "triton" or "reference".
 
@@ -238,11 +249,14 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _explicit
     _check_name(name, "backend")
-    previous, _explicit = _explicit, name
+    block = [name]
+    _open_blocks.append(block)
+    _explicit = name
     try:
         yield
-    finally:
-        _explicit = previous
+    finally:  # blocks of two threads need not be nested: each takes itself away, and nothing else
+        _open_blocks[:] = [other for other in _open_blocks if other is not block]
+        _explicit = _open_blocks[-1][0] if _open_blocks else _OF_ENVIRONMENT
 
 
 def available_backends() -> dict[str, str | None]:

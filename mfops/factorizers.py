@@ -6,7 +6,7 @@ is one too.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
+from mfops.autocast import autocasts
 from mfops.backends import under_transform
 from mfops.checks import (
     check_channels,
     check_features,
     check_method,
     check_positive,
+    check_steps,
     check_temperature,
 )
 from mfops.exporting import is_exporting
 from mfops.functional import (
-    autocasts,
     factorize_checked,
     factorize_reconstruct_checked,
     product,
@@ -32,16 +33,18 @@ from mfops.functional import (
 )
 from mfops.methods import METHODS, WITH_PARAMETERS
 from mfops.reference import accumulation_dtype
-from mfops.tracing import record_method
+from mfops.tracing import record_module
 
 INITS = ("normal", "uniform")
+Want = Literal["factors", "reconstruction", "product"]
 
 
 class Factorizer(nn.Module):
-    """forward(x) -> y, z; reconstruct(x) -> X', mse; product(x) -> X'.
+    """factorizer(x) -> y, z; reconstruct(x) -> X', mse; product(x) -> X'.
 
-    X' has x's shape, or a batch of 1 where all images share it. Each of the three checks x once;
-    what a subclass says (`_factors`, `_reconstruct`, `_product`) takes it as checked.
+    X' has x's shape, or a batch of 1 where all images share it. Each of the three is one call of
+    the module, in which its hooks run, and checks x once; what a subclass says (`_factors`,
+    `_reconstruct`, `_product`) takes it as checked.
 
     Args:
         channels: C of the features.
@@ -51,26 +54,32 @@ class Factorizer(nn.Module):
         super().__init__()
         self.channels = channels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Y and Z."""
+    def forward(self, x: Tensor, want: Want = "factors") -> Any:
+        if isinstance(x, Proxy):
+            return record_module(self, x, want)
         self._check(x)
-        return self._factors(x)
+        if want == "factors":
+            return self._factors(x)
+        return self._reconstruct(x) if want == "reconstruction" else self._product(x)
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X' = Y Z and its mse to x."""
-        self._check(x)
-        return self._reconstruct(x)
+        x_hat, mse = self(x, "reconstruction")
+        return x_hat, mse
 
     def product(self, x: Tensor) -> Tensor:
         """X' alone."""
-        if isinstance(x, Proxy):
-            return record_method(self, "product", x)
-        self._check(x)
-        return self._product(x)
+        x_hat: Tensor = self(x, "product")
+        return x_hat
 
     def _check(self, x: Tensor) -> None:
         check_features(x)
         check_channels(x, self.channels)
+        for parameter in self.parameters():
+            if x.dtype != parameter.dtype and not autocasts(x):
+                raise TypeError(
+                    f"x: expected the dtype of the parameters, {parameter.dtype}, got {x.dtype}"
+                )
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -96,7 +105,9 @@ class LearnedFactorizer(Factorizer):
     resampled bilinearly as a (K, h, w) map.
 
     Args:
-        channels: C. rank: K. size: the grid (h, w) that Z belongs to.
+        channels: C.
+        rank: K.
+        size: the grid (h, w) that Z belongs to.
         init: the distribution that Y and Z start from: "normal", standard normal, as in MFNet's
             paper: X' then has a deviation of sqrt(K); or "uniform", as in its code: Y in
             +-1 / sqrt(C K), Z in +-1 / sqrt(N K): X' starts at almost 0.
@@ -162,7 +173,8 @@ class ImageFactorizer(Factorizer):
 
     Args:
         method: "em", "nmf", "vq", "cd" or one made known by `mfops.register_method`.
-        channels: C. rank: K.
+        channels: C.
+        rank: K.
         steps: T, the rounds; None: the method's own (em 3; the others 6 in training, 7 in
             evaluation).
         inverse_temperature: of "vq" and "cd"; None: the method's own, 100.
@@ -182,9 +194,9 @@ class ImageFactorizer(Factorizer):
         inverse_temperature: float | None = None,
     ) -> None:
         super().__init__(check_positive("channels", channels))
-        check_method(method, 1 if steps is None else steps)
+        check_method(method)
         self.method = method
-        self.steps = steps
+        self.steps = None if steps is None else check_steps(steps)
         self.inverse_temperature = check_temperature(method, inverse_temperature)
         shape = channels, check_positive("rank", rank)
         self._buffer = f"{method.replace('.', '_')}_bases"  # no name of a buffer has dots
@@ -282,7 +294,8 @@ class DoubleAttentionFactorizer(Factorizer):
     Differentiable throughout; W_b and W_v (K, C) are parameters.
 
     Args:
-        channels: C. rank: K.
+        channels: C.
+        rank: K.
     """
 
     def __init__(self, channels: int, rank: int) -> None:
@@ -292,9 +305,6 @@ class DoubleAttentionFactorizer(Factorizer):
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x if x.dim() == 3 else x.flatten(2)
-        dtype = self.gather.weight.dtype
-        if x.dtype != dtype and not autocasts(x):
-            raise TypeError(f"x: expected the dtype of the parameters, {dtype}, got {x.dtype}")
         y = x @ torch.softmax(self.gather(x), dim=-1).mT.to(x.dtype)
         return y, torch.softmax(self.distribute(x), dim=-2).to(y.dtype)
 
@@ -315,13 +325,13 @@ def create_factorizer(
     Raises:
         ValueError: an unknown name; steps, init or inverse_temperature where there are none.
     """
+    if not isinstance(name, str) or name not in (*WITH_PARAMETERS, *METHODS):
+        names = ", ".join([*WITH_PARAMETERS, *METHODS])
+        raise ValueError(f"factorizer: expected one of {names}, got {name!r}")
     if init is not None and name != "learned":
         raise ValueError(f"init: factorizer {name!r} takes none, got {init!r}")
     if name in METHODS:
         return ImageFactorizer(name, channels, rank, steps, inverse_temperature)
-    if name not in WITH_PARAMETERS:
-        names = ", ".join([*WITH_PARAMETERS, *METHODS])
-        raise ValueError(f"factorizer: expected one of {names}, got {name!r}")
     for option, given in (("steps", steps), ("inverse_temperature", inverse_temperature)):
         if given is not None:
             raise ValueError(f"{option}: factorizer {name!r} takes none, got {given}")

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
 from mfops import autograd, reference
+from mfops.autocast import cast_for_autocast, without_autocast
 from mfops.backends import select, under_transform
 from mfops.checks import (
     check_bases,
     check_factors,
     check_features,
     check_method,
+    check_steps,
     check_temperature,
 )
 from mfops.exporting import constant_for_the_compiler
 from mfops.methods import METHODS, with_temperature
 from mfops.methods.base import INVERSE_TEMPERATURE
 from mfops.tracing import record_function
-
-
-@constant_for_the_compiler  # torch 2.11 cannot trace it
-def _has_autocast(device: str) -> bool:
-    """False for devices such as "meta", which refuse to be asked whether autocast is on."""
-    return torch.amp.is_autocast_available(device)
-
-
-def _autocast_is_on(device: str) -> bool:
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where x is."""
-    return _autocast_is_on(x.device.type)
-
-
-def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the op runs in the autocast dtype, float64 excepted, as matmul does."""
-    if not autocasts(tensors[0]):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(
-        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
-
-
-def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Switches autocast off on a type of device, where it is on.
-
-    Where it is off already a region without it would be one more thing in an exported program.
-    """
-    return torch.autocast(device, enabled=False) if _autocast_is_on(device) else nullcontext()
 
 
 @constant_for_the_compiler  # a graph is compiled anew when the setting changes
@@ -69,7 +36,7 @@ def _tf32(x: Tensor) -> bool:
 def _prepare(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x as (B, C, N), y and z as the operators take them; x's features are checked already."""
     if isinstance(y, Tensor) and isinstance(z, Tensor):
-        x, y, z = _cast_for_autocast(x, y, z)
+        x, y, z = cast_for_autocast(x, y, z)
     check_factors(x, y, z)
     # A view for contiguous and channels_last images alike.
     return (x if x.dim() == 3 else x.flatten(2)), y, z
@@ -201,8 +168,9 @@ def factorize(
     if isinstance(x, Proxy):
         return record_function(factorize, x, y0, method, steps, inverse_temperature)
     check_features(x)
-    check_method(method, steps)
-    return factorize_checked(x, y0, method, steps, check_temperature(method, inverse_temperature))
+    check_method(method)
+    temperature = check_temperature(method, inverse_temperature)
+    return factorize_checked(x, y0, method, check_steps(steps), temperature)
 
 
 def factorize_reconstruct(
@@ -238,16 +206,16 @@ def factorize_reconstruct(
     if isinstance(x, Proxy):
         return record_function(factorize_reconstruct, x, y0, method, steps, inverse_temperature)
     check_features(x)
-    check_method(method, steps)
+    check_method(method)
     temperature = check_temperature(method, inverse_temperature)
-    return factorize_reconstruct_checked(x, y0, method, steps, temperature)
+    return factorize_reconstruct_checked(x, y0, method, check_steps(steps), temperature)
 
 
 # For `mfops.factorizers`, which have checked features and method, and given the temperature.
 
 
 def _prepare_bases(x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
-    (x,) = _cast_for_autocast(x)
+    (x,) = cast_for_autocast(x)
     check_bases(x, y0)
     rows = x if x.dim() == 3 else x.flatten(2)
     return rows, y0.detach().to(reference.accumulation_dtype(x))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfops.backends import under_transform
+from mfops.backends import in_forward_mode, under_transform
 
 _scale_loss: Callable[[Tensor], Tensor] | None = None
 
@@ -25,10 +25,12 @@ def set_loss_scaling(scale: Callable[[Tensor], Tensor] | None) -> None:
     Args:
         scale: a linear function of a scalar tensor. It is called in every backward pass, so it
             follows a scale that changes from step to step. None: losses enter as they are.
-            The setting is process-wide.
+            The setting is process-wide. `torch.compile(fullgraph=True)` traces it: it cannot trace
+            `GradScaler.scale`, and keeps Python's numbers as they were. There multiply by a
+            tensor, or take the losses with `mfops.collect_losses`.
 
     Raises:
-        TypeError: `scale` is neither callable nor None.
+        TypeError: `scale` is neither callable nor None; in the backward pass, it returns no tensor.
     """
     global _scale_loss
     if scale is not None and not callable(scale):
@@ -45,7 +47,7 @@ _INJECTED_ONCE = (
 
 def _count(kind: str) -> int:
     """How many of torch.func's transforms that run this call are of a kind."""
-    if not under_transform():
+    if not torch._C._are_functorch_transforms_active():
         return 0
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break()  # it cannot trace the question
@@ -54,34 +56,49 @@ def _count(kind: str) -> int:
     return sum(level.key() == getattr(functorch.TransformType, kind) for level in levels)
 
 
-def _several_at_once(vmaps: int, grad_out: Tensor) -> bool:
+def _several_at_once(vmaps: int, grad_x: Tensor) -> bool:
     """Whether a vmap that the forward pass knew nothing of runs backward passes."""
     if torch.compiler.is_compiling():
         return False
     # Batched gradients of autograd itself have a vmap apart from torch.func's.
-    return _count("Vmap") != vmaps or torch._C._functorch.is_legacy_batchedtensor(grad_out)
+    return _count("Vmap") != vmaps or torch._C._functorch.is_legacy_batchedtensor(grad_x)
 
 
-def _inject(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of out and loss."""
-    if _several_at_once(ctx.vmaps, grad_out):
+def _inject(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and loss."""
+    if _several_at_once(ctx.vmaps, grad_x):
         raise RuntimeError(_INJECTED_ONCE)
     (one,) = ctx.saved_tensors
-    return grad_out, one if _scale_loss is None else _scale_loss(one)
+    if _scale_loss is None:
+        return grad_x, one
+    scaled = _scale_loss(one)
+    if not isinstance(scaled, Tensor):
+        raise TypeError(
+            "set_loss_scaling: expected the function to return a tensor, got "
+            f"{type(scaled).__name__}"
+        )
+    return grad_x, scaled
 
 
 class InjectLoss(torch.autograd.Function):
-    """Passes `out` on; backward, `loss` gets the gradient it has as a term of the total loss."""
+    """Passes x on; backward, `loss` gets the gradient it has as a term of the total loss.
+
+    A loss that is handed over gets none here, but the same is kept for the backward pass: under
+    activation checkpointing the second forward pass may inject what the first has handed over.
+    """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor, handed_over: bool) -> Tensor:
         ctx.save_for_backward(torch.ones_like(loss))
         ctx.vmaps = 0
-        return out.view_as(out)
+        ctx.handed_over = handed_over
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-        return _inject(ctx, grad_out)
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if ctx.handed_over:
+            return grad_x, None, None
+        return *_inject(ctx, grad_x), None
 
 
 class TransformedInjectLoss(torch.autograd.Function):
@@ -90,8 +107,8 @@ class TransformedInjectLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(out: Tensor, loss: Tensor) -> Tensor:
-        return out.view_as(out)
+    def forward(x: Tensor, loss: Tensor) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -99,18 +116,22 @@ class TransformedInjectLoss(torch.autograd.Function):
         ctx.vmaps = _count("Vmap")
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-        return _inject(ctx, grad_out)
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor]:
+        return _inject(ctx, grad_x)
 
 
-def inject_loss(out: Tensor, loss: Tensor) -> Tensor:
-    """`out`, whose backward pass gives `loss` the gradient of a term of the total loss.
+def inject_loss(x: Tensor, loss: Tensor, handed_over: bool = False) -> Tensor:
+    """x, whose backward pass gives `loss` the gradient of a term of the total loss.
+
+    A loss that is handed over to the training loop gets none.
 
     Raises:
         RuntimeError: forward-mode differentiation, or many backward passes at once.
     """
     if not under_transform():
-        return InjectLoss.apply(out, loss)
-    if _count("Jvp"):
+        return InjectLoss.apply(x, loss, handed_over)
+    if handed_over:
+        return x
+    if in_forward_mode() or _count("Jvp"):
         raise RuntimeError(_INJECTED_ONCE)
-    return TransformedInjectLoss.apply(out, loss)
+    return TransformedInjectLoss.apply(x, loss)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from mfops.checks import check_positive
+from mfops.checks import check_positive, check_size, check_weight
 from mfops.factorizers import create_factorizer
 from mfops.loss_injection import inject_loss
 from mfops.tracing import record_module
 
-_collected: list[Tensor] | None = None
+# The lists of the blocks of collect_losses that are open, in whichever threads; losses go to the
+# last. A block that ends takes its own away: blocks of two threads need not be nested.
+_collecting: list[list[Tensor]] = []
 
 
 def _added(x: Tensor, shared: Tensor) -> Tensor:
@@ -41,14 +43,15 @@ def collect_losses() -> Iterator[list[Tensor]]:
 
     The list holds the unweighted mse, a float32 scalar, of every `FactorizedContext` that is
     called without `return_loss`, in training and with a `loss_weight` above 0. The setting is
-    process-wide.
+    process-wide. Under activation checkpointing losses are handed over with `use_reentrant=False`;
+    with True, whose first pass has no gradients, they are injected as without the block.
     """
-    global _collected
-    before, _collected = _collected, []
+    losses: list[Tensor] = []
+    _collecting.append(losses)
     try:
-        yield _collected
+        yield losses
     finally:
-        _collected = before
+        _collecting[:] = [other for other in _collecting if other is not losses]
 
 
 class FactorizedContext(nn.Module):
@@ -115,13 +118,8 @@ class FactorizedContext(nn.Module):
         super().__init__()
         self.channels = check_positive("channels", channels)
         self.rank = check_positive("rank", rank)
-        pair = (size, size) if isinstance(size, int) else tuple(size)
-        if len(pair) != 2:
-            raise ValueError(f"size: expected one integer or (h, w), got {size!r}")
-        self.size = (check_positive("size", pair[0]), check_positive("size", pair[1]))
-        if not loss_weight >= 0:
-            raise ValueError(f"loss_weight: expected a number >= 0, got {loss_weight!r}")
-        self.loss_weight = loss_weight
+        self.size = check_size(size)
+        self.loss_weight = check_weight("loss_weight", loss_weight)
         self.factorizer = create_factorizer(
             factorizer, self.channels, self.rank, self.size, steps, init, inverse_temperature
         )
@@ -139,13 +137,13 @@ class FactorizedContext(nn.Module):
         if not (return_loss or inject):
             return _added(x, F.relu(self.factorizer.product(x)))
         x_hat, mse = self.factorizer.reconstruct(x)
-        out = _added(x, F.relu(x_hat))
         if return_loss:
-            return out, mse
-        if _collected is not None:
-            _collected.append(mse)
-            return out
-        return inject_loss(out, self.loss_weight * mse)
+            return _added(x, F.relu(x_hat)), mse
+        if _collecting:
+            _collecting[-1].append(mse)
+        # Before the sum, whose result is then a tensor that what follows may change in place.
+        x = inject_loss(x, self.loss_weight * mse, handed_over=bool(_collecting))
+        return _added(x, F.relu(x_hat))
 
     if TYPE_CHECKING:  # nn.Module's own says nothing of arguments and results
         __call__ = forward

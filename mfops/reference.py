@@ -18,12 +18,31 @@ Shapes are those of `mfops.ops`. Works for any device and floating dtype, and is
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
+from mfops.autocast import without_autocast
 from mfops.methods import METHODS, Method, with_temperature
 from mfops.methods.base import INVERSE_TEMPERATURE
 from mfops.methods.nmf import NMF
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _accumulating(function: F) -> F:
+    """Without autocast, which would round the operands of products to 16 bits."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        with without_autocast(device):
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -56,17 +75,20 @@ def _factors(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return y, z, x_hat, x.to(dtype) - x_hat
 
 
+@_accumulating
 def reconstruct(x: Tensor, y: Tensor, z: Tensor, tf32: bool = False) -> tuple[Tensor, Tensor]:
     """X' in x's dtype and layout, (C, N) where both factors are shared; mse, a scalar."""
     _, _, x_hat, error = _factors(x, y, z)
     return x_hat.to(x.dtype), error.square().mean()
 
 
+@_accumulating
 def mse(x: Tensor, y: Tensor, z: Tensor, tf32: bool = False) -> Tensor:
     """The error alone."""
     return _factors(x, y, z)[-1].square().mean()
 
 
+@_accumulating
 def reconstruct_backward(
     grad_x_hat: Tensor | None,
     grad_mse: Tensor | None,
@@ -101,15 +123,26 @@ def reconstruct_backward(
     return grad_x, grad_y.to(y.dtype), grad_z.to(z.dtype)
 
 
+def _shaped(result: Tensor, like: Tensor, updates: Method, what: str) -> Tensor:
+    """What a method's update returned; a method of one's own may return anything."""
+    if result.shape != like.shape:
+        got, expected = tuple(result.shape), tuple(like.shape)
+        name = type(updates).__name__
+        raise ValueError(f"method {name}: {what} of shape {got}, expected {expected}")
+    return result
+
+
 def _rounds(x: Tensor, y0: Tensor, updates: Method, steps: int) -> tuple[Tensor, Tensor]:
     y = y0.expand(x.shape[0], -1, -1).clone()  # a method may return it as it is
     z = updates.first_coefficients(x, y)
     for _ in range(steps):
-        z = updates.update_coefficients(x, y, z)
-        y = updates.update_bases(x, y, z)
+        new = updates.update_coefficients(x, y, z)
+        z = _shaped(new, z, updates, "update_coefficients returned z")
+        y = _shaped(updates.update_bases(x, y, z), y, updates, "update_bases returned y")
     return y, z
 
 
+@_accumulating
 def factorize(
     x: Tensor,
     y0: Tensor,
@@ -125,6 +158,7 @@ def factorize(
     return y.contiguous(), z.to(x.dtype).contiguous()
 
 
+@_accumulating
 def factorize_reconstruct(
     x: Tensor, y0: Tensor, method: str, steps: int, tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -147,6 +181,7 @@ def factorize_reconstruct(
     return y.contiguous(), z, z_scale, x_hat.to(x.dtype), error
 
 
+@_accumulating
 def nmf_backward(
     grad_x_hat: Tensor | None,
     grad_mse: Tensor | None,

@@ -28,8 +28,3 @@ def record_module(module: nn.Module, x: Proxy, *args: Any) -> Any:
         name = type(module).__name__
         raise TypeError(f"torch.fx traces {name} inside of a network, as nn.Sequential({name}(..))")
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), {})
-
-
-def record_method(module: nn.Module, name: str, x: Proxy) -> Any:
-    """A node `module.name(x)`."""
-    return x.tracer.create_proxy("call_method", name, (module, x), {})

@@ -10,8 +10,8 @@ from torchvision.ops import Conv2dNormActivation
 
 from mfnet.constants import IGNORE_INDEX
 from mfnet.contexts.base import LossContext
+from mfops.autocast import without_autocast
 from mfops.checks import check_positive
-from mfops.functional import without_autocast
 from mfops.tracing import record_module
 
 CHANNELS = 512

@@ -128,6 +128,29 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -
         both()
 
 
+@pytest.mark.parametrize("name", ["x", "queries", "y", "keys", "bias", "guide"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.tolist(), "expected a torch.Tensor, got list"),
+        (lambda t: t.double(), "expected the dtype of (x|the guide), torch.float"),
+        (lambda t: t.to("meta"), "expected the device of (x|the guide), (cpu|meta)"),
+        (lambda t: t.to_sparse(), "expected a dense tensor, got one of layout torch.sparse_coo"),
+    ],
+)
+def test_what_is_no_tensor_or_of_another_kind_is_refused(name, change, message) -> None:
+    """A guide or x of another kind is told by what has to be like it."""
+    names = ("x", "queries", "y", "keys", "bias", "guide")
+    given = dict(zip(names, problem((2, 5, 7, 3), torch.float32), strict=True))
+    given[name] = change(given[name])
+    own = {"x": "(x|queries)", "guide": "(guide|y|keys|bias)"}.get(name, name)
+    function, arguments = (
+        (mfops.gather, names[:2]) if name in names[:2] else (mfops.distribute, names[2:])
+    )
+    with pytest.raises((TypeError, ValueError), match=f"{own}: {message}"):
+        function(*(given[argument] for argument in arguments))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_results_and_gradients_lie_as_the_features_do(memory_format):
     """Else the layers around would turn every map."""

@@ -72,6 +72,17 @@ def test_a_missing_extension_is_a_warning(caplog, monkeypatch):
     assert mfops.available_backends()["native"] == "not built"
 
 
+def test_two_threads_may_choose_at_once():
+    """Neither block outlives the other, in whichever order they end."""
+    first, second = mfops.use_backend("native"), mfops.use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.select(X, 3).name == "reference"
+    second.__exit__(None, None, None)
+    assert backends.select(X.double(), 3).name == "reference"  # native would refuse it
+
+
 def test_explicit_choice_never_falls_back():
     with mfops.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run"):
         mfops.factorized_mse(X, Y, Z)

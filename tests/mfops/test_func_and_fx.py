@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -103,6 +104,24 @@ def test_forward_and_reverse_mode_agree(factorizer):
     torch.testing.assert_close((u * forward).sum(), (backward(u)[0] * v).sum())
     x = x[:1, :, :2, :2]
     torch.testing.assert_close(jacfwd(context)(x), jacrev(context)(x))
+
+
+@every_factorizer
+def test_forward_mode_without_torch_func(factorizer):
+    context = make(factorizer, training=False)
+    x, v = torch.randn(2, 2, 6, 4, 5)
+    expected = jvp(lambda x: context(x, return_loss=True), (x,), (v,))[1]
+    with forward_ad.dual_level():
+        results = context(forward_ad.make_dual(x, v), return_loss=True)
+        found = tuple(forward_ad.unpack_dual(result).tangent for result in results)
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_injected_loss_in_forward_mode_is_refused():
+    context = make("learned")
+    x, v = torch.randn(2, 2, 6, 4, 5)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="loss_weight: an injected"):
+        context(forward_ad.make_dual(x, v))
 
 
 @pytest.mark.parametrize("method", ["nmf", "vq", "cd"])
@@ -274,6 +293,19 @@ def test_fx_keeps_a_returned_loss():
 
     network = Losses("learned")
     x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(network)(x), network(x))
+
+
+@every_factorizer
+def test_fx_traces_each_call_of_a_factorizer(factorizer):
+    class Calls(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            y, z = self.context.factorizer(x)
+            x_hat, mse = self.context.factorizer.reconstruct(x)
+            return (y @ z).sum() + x_hat.sum() + mse + self.context.factorizer.product(x).sum()
+
+    network = Calls(factorizer).eval()
+    x = torch.randn(2, 6, 4, 5)
     torch.testing.assert_close(torch.fx.symbolic_trace(network)(x), network(x))
 
 

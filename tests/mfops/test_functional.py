@@ -41,6 +41,44 @@ def test_shared_factors_give_one_expanded_product():
     assert x_hat.untyped_storage().nbytes() == 6 * 20 * 4
 
 
+@pytest.mark.parametrize("images", [False, True])
+def test_the_product_of_each_image_may_change_in_place(images):
+    x, y, z = factors((False, True))
+    x = (x.unflatten(2, (4, 5)) if images else x).requires_grad_()
+    y.requires_grad_()
+
+    def gradients(relu):
+        x_hat, mse = mfops.factorized_reconstruction(x, y, z)
+        return torch.autograd.grad(relu(x_hat).square().sum() + mse, (x, y))
+
+    torch.testing.assert_close(gradients(torch.relu_), gradients(torch.relu))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_accumulates_in_float32_under_autocast(dtype):
+    """Forward, in a second derivative, and where an operator has no kernels."""
+    torch.manual_seed(0)
+    y, z = torch.randn(6, 3).to(dtype), torch.randn(3, 20).to(dtype)
+    x = (y.float() @ z.float()).expand(2, -1, -1).to(dtype)  # all the error is of rounding
+    y.requires_grad_()
+    big = torch.full((6, 3), 200.0, dtype=dtype), torch.full((3, 20), 200.0, dtype=dtype)
+
+    def results():
+        mse = mfops.factorized_mse(x, y, z)
+        (gradient,) = torch.autograd.grad(mse, y, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), y)
+        operator = torch.ops.mfops.factorize_reconstruct(x, y.detach().float(), "em", 2)[-1]
+        return mse, gradient, second, operator, mfops.factorized_mse(x, *big)
+
+    with mfops.use_backend("reference"):
+        expected = results()
+        assert expected[0] > 0
+        with torch.autocast("cpu", dtype):
+            found = results()
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
 @pytest.mark.parametrize("shared", SHARING)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -181,6 +181,19 @@ def test_reference_is_the_published_iteration(method, shape, steps):
         torch.testing.assert_close(mse, (x - x_hat).square().mean())
 
 
+@pytest.mark.parametrize(
+    ("update", "result"),
+    [
+        ("update_coefficients", r"z of shape \(2, 3\), expected \(1, 2, 9\)"),
+        ("update_bases", r"y of shape \(2, 3\), expected \(1, 6, 2\)"),
+    ],
+)
+def test_an_update_of_another_shape_is_named(update, result, monkeypatch):
+    monkeypatch.setattr(METHODS["em"], update, lambda x, y, z: torch.ones(2, 3))
+    with pytest.raises(ValueError, match=f"method EM: {update} returned {result}"):
+        reference.factorize(torch.rand(1, 6, 9), torch.rand(6, 2), "em", 1)
+
+
 @every_method
 def test_a_high_rank_on_several_threads(method):
     torch.set_num_threads(2)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import mfops
 from mfops.methods import METHODS
+
+FACTORIZERS = ["learned", "double_attention", *METHODS]
 
 
 @pytest.fixture
@@ -127,14 +132,100 @@ def test_loss_scaling_must_be_callable():
         mfops.set_loss_scaling(2.0)
 
 
-def test_gradient_checkpointing_injects_once(context):
-    from torch.utils.checkpoint import checkpoint
+@pytest.mark.parametrize("result", [None, 2.0])
+def test_a_loss_scaling_that_returns_no_tensor_is_named(context, result):
+    """Nothing, where a `return` was forgotten, would switch the loss off."""
+    mfops.set_loss_scaling(lambda loss: result)
+    name = type(result).__name__
+    with pytest.raises(TypeError, match=f"set_loss_scaling: .* to return a tensor, got {name}"):
+        context(torch.randn(2, 6, 4, 5)).sum().backward()
 
+
+def test_gradient_checkpointing_injects_once(context):
     x = torch.randn(2, 6, 4, 5, requires_grad=True)
     context(x).sum().backward()
     expected = grads(context)
     checkpoint(context, x, use_reentrant=False).sum().backward()
     torch.testing.assert_close(grads(context), expected)
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("x_requires_grad", [True, False])
+@pytest.mark.parametrize("factorizer", FACTORIZERS)
+def test_checkpointing_hands_out_a_collected_loss_once(factorizer, x_requires_grad, within):
+    """Whether the backward pass, which runs the forward pass anew, is inside of the block."""
+    torch.manual_seed(0)
+    context = mfops.FactorizedContext(6, 3, (4, 5), factorizer).train()
+    context.factorizer.eval()  # as in the second pass em's bases have moved
+    network = nn.Sequential(context, nn.Conv2d(6, 6, 1))
+    x = torch.randn(2, 6, 4, 5, requires_grad=x_requires_grad)
+
+    def step(forward, within):
+        with mfops.collect_losses() as losses:
+            loss = forward(x).square().mean() + 0.25 * sum(losses)
+            if within:
+                loss.backward()
+        if not within:
+            loss.backward()
+        return grads(network)
+
+    expected = step(network, within=True)
+    again = step(lambda x: checkpoint(network, x, use_reentrant=False), within)
+    torch.testing.assert_close(again, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("factorizer", FACTORIZERS)
+def test_what_follows_may_work_in_place(factorizer, training):
+    context = mfops.FactorizedContext(6, 3, (4, 5), factorizer, loss_weight=0.5).train(training)
+    context.factorizer.eval()  # the same bases in every pass
+    weight = torch.randn(2, 6, 4, 5)
+
+    def gradient(relu):
+        x = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (relu(context(x)) * weight).sum().backward()
+        return x.grad, *(p.grad.clone() for p in context.parameters())
+
+    expected = gradient(nn.ReLU())
+    context.zero_grad()
+    torch.testing.assert_close(gradient(nn.ReLU(inplace=True)), expected)
+
+
+def test_two_threads_may_collect_losses_at_once(context):
+    """Neither block outlives the other, in whichever order they end."""
+    first, second = mfops.collect_losses(), mfops.collect_losses()
+    first.__enter__()
+    losses = second.__enter__()
+    first.__exit__(None, None, None)
+    context(torch.randn(2, 6, 4, 5))
+    assert len(losses) == 1
+    second.__exit__(None, None, None)
+    context(torch.randn(2, 6, 4, 5)).sum().backward()
+    assert len(losses) == 1
+    context.loss_weight = 0.0
+    with_loss = grads(context)
+    context(torch.randn(2, 6, 4, 5)).sum().backward()
+    assert not torch.allclose(grads(context)[0], with_loss[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("factorizer", FACTORIZERS)
+def test_hooks_of_the_factorizer_run(factorizer, training):
+    context = mfops.FactorizedContext(6, 3, (4, 5), factorizer).train(training)
+    called = []
+    context.factorizer.register_forward_hook(lambda *_: called.append(1))
+    context(torch.randn(2, 6, 4, 5))
+    assert called == [1]
+
+
+def test_a_pruned_factor_trains_and_counts(context):
+    prune.random_unstructured(context.factorizer, "y", 0.5)
+    x = torch.randn(2, 6, 4, 5)
+    for _ in range(2):
+        context(x).sum().backward()
+    with torch.no_grad():
+        context.factorizer.y_orig.zero_()
+    torch.testing.assert_close(context.eval()(x), x)
 
 
 def test_other_grids_resample_the_coefficients(context):
@@ -214,6 +305,13 @@ BAD_ARGUMENTS = {
     "steps: expected at least 1, got 0": {"factorizer": "em", "steps": 0},
     "steps: factorizer 'learned' takes none, got 3": {"steps": 3},
     "loss_weight: expected a number >= 0, got -1.0": {"loss_weight": -1.0},
+    "loss_weight: expected a number >= 0, got None": {"loss_weight": None},
+    "loss_weight: expected a number >= 0, got inf": {"loss_weight": float("inf")},
+    "size: expected one integer or (h, w), got 3.0": {"size": 3.0},
+    "size: expected one integer or (h, w), got None": {"size": None},
+    "factorizer: expected one of learned, double_attention, em, nmf, vq, cd, got ['em']": {
+        "factorizer": ["em"]
+    },
 }
 
 
@@ -224,6 +322,17 @@ def test_bad_arguments_are_named(message):
     assert str(caught.value) == message
 
 
+def test_numbers_of_numpy_are_numbers():
+    three = np.int64(3)
+    context = mfops.FactorizedContext(
+        three, three, three, "vq", np.float32(0.5), three, inverse_temperature=np.float32(2)
+    )
+    assert context.size == (3, 3)
+    out, _ = context(torch.randn(2, 3, 3, 3), return_loss=True)
+    assert out.shape == (2, 3, 3, 3)
+    mfops.factorize(torch.randn(1, 3, 5), torch.randn(3, 2), "em", three)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_bad_features_are_named(context, training):
     context.train(training)
@@ -231,8 +340,10 @@ def test_bad_features_are_named(context, training):
         context(torch.randn(2, 5, 4, 5))
     with pytest.raises(ValueError, match="x: expected N = 20 pixels"):
         context(torch.randn(2, 6, 21))
-    with pytest.raises(TypeError, match="y: expected the dtype of x"):
+    with pytest.raises(TypeError, match="x: expected the dtype of the parameters"):
         context(torch.randn(2, 6, 4, 5).double())
+    with pytest.raises(TypeError, match="x: expected a dense tensor, got one of layout"):
+        context(torch.randn(2, 6, 4, 5).to_sparse())
 
 
 TOKENS = "; x is (B, C, N): tokens (B, N, C) need x.mT"
