@@ -150,6 +150,13 @@ def test_last_starts_where_there_is_no_checkpoint_yet(
     assert "continue it with --ckpt_path best" in fails([*again, "--ckpt_path=last"])
 
 
+def test_a_run_that_overfits_batches_is_resumed(images: Path, home: Path) -> None:
+    overfit = small(images, "run", "--trainer.overfit_batches=1")
+    main(["fit", *overfit])
+    main(["fit", *overfit, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert checkpoint(Path("run"))["global_step"] == 2
+
+
 def test_a_checkpoint_from_elsewhere_does_not_open_a_folder(
     images: Path, home: Path, fails: Fails
 ) -> None:
