@@ -233,6 +233,8 @@ class MFNetCLI(LightningCLI):
                     f"--{key}: expected none, as {type(self.model).__name__} configures its "
                     f"optimizer itself, got {self._get(self.config, key).class_path}"
                 )
+        if self._get(self.config, "ckpt_path") is not None:
+            self.model.init_from = None  # which a continuation does not need
         self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
         arguments = self.model.network_config.get("init_args", {})
         if "in_channels" in arguments:

@@ -191,6 +191,10 @@ class SegmentationTask(L.LightningModule):
         return read_output(self.network(images), images, len(self.class_names), self.network)[0]
 
     def configure_callbacks(self) -> list[L.Callback]:
+        # Here, as callbacks that average weights copy the network in their setup, the next hook.
+        if self.init_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_info(initialize(self.network, self.init_from, self.normalization))
+            self.init_from = None  # a second fit goes on with what the first has trained
         return [LabelCheck()]
 
     def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
@@ -201,9 +205,6 @@ class SegmentationTask(L.LightningModule):
             self.training_loss = self._weighted(losses.balanced_class_weights(data).tolist())
 
     def on_fit_start(self) -> None:
-        if self.init_from is not None and self.trainer.ckpt_path is None:
-            rank_zero_info(initialize(self.network, self.init_from))
-            self.init_from = None  # a second fit goes on with what the first has trained
         # As configured: a checkpoint that is loaded next brings those of its own run.
         self._resumption.configured = resume.settings(self.trainer)
         self._resumption.planned = resume.schedules(self.trainer)
