@@ -203,6 +203,7 @@ def test_the_best_score_of_a_folder_that_was_moved(key: str, images: Path, home:
     [
         [
             f"{CALLBACK}ModelCheckpoint", f"{FIELD}monitor=val/mIoU", f"{FIELD}mode=max",
+            f"{CALLBACK}ModelCheckpoint", f"{FIELD}monitor=step", f"{FIELD}mode=max",
             f"{CALLBACK}EarlyStopping", f"{FIELD}monitor=val/mIoU", f"{FIELD}mode=max",
             f"{CALLBACK}Timer", f"{FIELD}duration=00:00:10:00",
             f"{CALLBACK}ModelSummary", f"{FIELD}max_depth=2",
@@ -231,6 +232,7 @@ def test_callbacks_that_work(callbacks: list[str], images: Path, home: Path) -> 
     ("callback", "message"),
     [
         (f"{CALLBACK}EarlyStopping {FIELD}monitor=val_loss", "nothing logs 'val_loss': .*val/loss"),
+        (f"{CALLBACK}EarlyStopping {FIELD}monitor=step", "nothing logs 'step'"),
         (f"{CALLBACK}ModelCheckpoint {FIELD}monitor=mIoU", "nothing logs 'mIoU': .*val/mIoU"),
         (f"{CALLBACK}EarlyStopping {FIELD}monitor=train/los", "`train/los` which is not available"),
         (f"{CALLBACK}EarlyStopping {FIELD}monitor=val/mIoU", "mode 'min' with val/mIoU"),
