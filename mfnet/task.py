@@ -235,6 +235,12 @@ class SegmentationTask(L.LightningModule):
         state = f"{self._seed} {self.global_rank} {self.current_epoch} {batch_idx}"
         torch.manual_seed(random.Random(state).getrandbits(63))
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning scores what a stop cuts short, but not what max_steps does.
+        trial = self._resumption.configured is None  # of BatchSizeFinder, before on_fit_start
+        if self.trainer.global_step == self.trainer.max_steps and not trial:
+            self.trainer.should_stop = True
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, masks = batch
         # Weighted by 0 rather than left out: parameters that only this loss reaches would else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from datetime import timedelta
@@ -155,6 +156,19 @@ def test_a_run_that_overfits_batches_is_resumed(images: Path, home: Path) -> Non
     main(["fit", *overfit])
     main(["fit", *overfit, "--ckpt_path=last", "--trainer.max_epochs=2"])
     assert checkpoint(Path("run"))["global_step"] == 2
+
+
+def test_steps_that_end_inside_an_epoch_are_scored(images: Path, home: Path) -> None:
+    def scored() -> list[str]:
+        with Path("run/metrics.csv").open() as file:
+            return [row["step"] for row in csv.DictReader(file) if row["val/mIoU"]]
+
+    command = ["fit", *small(images, "run", "--trainer.max_epochs=3", "--ckpt_path=last")]
+    main([*command, "--trainer.max_steps=1"])
+    assert checkpoint(Path("run"), "best")["global_step"] == 1
+    assert scored() == ["0"]
+    main([*command, "--trainer.max_steps=5"])
+    assert scored() == ["0", "1", "3", "4"]
 
 
 def test_a_checkpoint_from_elsewhere_does_not_open_a_folder(
