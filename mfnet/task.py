@@ -25,7 +25,7 @@ from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrap
 from mfnet.normalization import IMAGENET, Normalization, Numbers, normalization_of
-from mfnet.outputs import read_output
+from mfnet.outputs import lone_image_told, read_output
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.pretrained import arguments_of, build
 from mfnet.scores import segmentation_scores
@@ -248,7 +248,8 @@ class SegmentationTask(L.LightningModule):
         warming_up = self.current_epoch < self.reconstruction_warmup
         weight = 0.0 if warming_up else self.reconstruction_weight
         takes = forward_parameters(unwrap(self.network))
-        with collect_losses() as collected:
+        loader = self.trainer.train_dataloader
+        with collect_losses() as collected, lone_image_told(images, self.network, loader):
             if "return_loss" in takes:
                 labels = {"masks": masks} if "masks" in takes else {}
                 output, own = self.network(images, return_loss=True, **labels)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from mfnet.data.dataset import TrainSampler, collate
 from mfnet.data.loader import ResumableLoader
+from mfnet.errors import user_error
 from mfnet.run_directory import LastCheckpoint
 from mfnet.task import SegmentationTask
 
@@ -192,6 +193,16 @@ def test_averaging_goes_on_at_its_own_rates(tmp_path: Path) -> None:
         assert torch.equal(own, other)
 
 
+def test_a_last_batch_of_one_image_names_the_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    monkeypatch.setitem(fit.__globals__, "network", lambda: pooling)
+    with pytest.raises(ValueError, match=r"^Sequential does not train on a batch") as error:
+        fit(tmp_path, batch_size=23)
+    said = user_error(error.value)
+    assert said is not None
+    assert said.endswith("24 images in batches of 23 end with: choose another --data.batch_size")
 
 
 def test_an_older_checkpoint_tells_batches(tmp_path: Path) -> None:
