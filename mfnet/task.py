@@ -319,7 +319,8 @@ class SegmentationTask(L.LightningModule):
             )
         else:
             optimizer = optimizers.build_optimizer(self._groups(), self.optimizer, self.head_lr)
-        config = optimizers.build_scheduler(optimizer, self.lr_scheduler, self._rate_factor)
+        every = self.trainer.check_val_every_n_epoch or 1
+        config = optimizers.build_scheduler(optimizer, self.lr_scheduler, self._rate_factor, every)
         parts = (optimizer, config["lr_scheduler"]["scheduler"])
         self._kinds = tuple(type(part).__name__ for part in parts)
         stored = self._resumption.stored_kinds
