@@ -171,6 +171,11 @@ def test_steps_that_end_inside_an_epoch_are_scored(images: Path, home: Path) -> 
     assert scored() == ["0", "1", "3", "4"]
 
 
+def test_barebones(images: Path, home: Path) -> None:
+    main(["fit", *small(images, "run", "--trainer.barebones=true")])
+    assert [path.name for path in Path("run").iterdir()] == ["config.yaml"]
+
+
 def test_a_checkpoint_from_elsewhere_does_not_open_a_folder(
     images: Path, home: Path, fails: Fails
 ) -> None:
