@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -97,7 +97,7 @@ class SegmentationTask(L.LightningModule):
             ``mfnet.losses.median_frequency`` of the training masks, counted before training.
         auxiliary_weight: weight of the loss of auxiliary logits.
         init_from: a trained network to start from, ``mfnet.fine_tuning.initialize``; read when
-            training starts, and not where it goes on from a checkpoint.
+            training starts. On the command line not where it goes on from a checkpoint.
         freeze_backbone: whether the backbone stays as it is, parameters and statistics;
             ``"statistics"``: its BatchNorm statistics alone.
 
@@ -313,6 +313,11 @@ class SegmentationTask(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer: torch.optim.Optimizer
+        if self.lr_scheduler is None and self.trainer.max_epochs == self.trainer.max_steps == -1:
+            rank_zero_warn(
+                "the learning rates do not decay, as polynomial decay needs to know the end: "
+                "--trainer.max_epochs or --trainer.max_steps, with --trainer.max_time or alone"
+            )
         if self.optimizer is None:
             optimizer = torch.optim.SGD(
                 self._groups(), momentum=self.momentum, weight_decay=self.weight_decay

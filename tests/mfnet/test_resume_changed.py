@@ -193,6 +193,21 @@ def test_averaging_goes_on_at_its_own_rates(tmp_path: Path) -> None:
         assert torch.equal(own, other)
 
 
+@pytest.mark.parametrize("ends", [{"max_epochs": 2}, {"max_steps": 9}])
+def test_a_training_without_an_end_is_told(
+    tmp_path: Path, ends: dict, recwarn: pytest.WarningsRecorder
+) -> None:
+    def fit_until(**end: Any) -> str:
+        recwarn.clear()
+        with pytest.raises(SIGTERMException):
+            fit(tmp_path, stop_after=1, max_time=timedelta(hours=1), **{"max_epochs": None, **end})
+        return " ".join(str(warning.message) for warning in recwarn)
+
+    told = "the learning rates do not decay"
+    assert told not in fit_until(**ends)
+    assert told in fit_until()
+
+
 def test_a_last_batch_of_one_image_names_the_batch_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
