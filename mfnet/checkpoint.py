@@ -51,7 +51,11 @@ def find_checkpoint(source: str | Path) -> Path:
         return path
     best = path / CHECKPOINTS / "best.ckpt"
     if not best.is_file():
-        raise FileNotFoundError(f"'{path}' is no folder of weights, and '{best}': no such file")
+        last = best.with_name("last.ckpt")
+        hint = f", but '{last}' is there" if last.is_file() else ""
+        raise FileNotFoundError(
+            f"'{path}' is no folder of weights, and '{best}': no such file{hint}"
+        )
     return best
 
 

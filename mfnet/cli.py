@@ -233,6 +233,8 @@ class MFNetCLI(LightningCLI):
                     f"--{key}: expected none, as {type(self.model).__name__} configures its "
                     f"optimizer itself, got {self._get(self.config, key).class_path}"
                 )
+        if self._get(self.config, "ckpt_path") is not None:
+            self.model.init_from = None  # which a continuation does not need
         self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
         arguments = self.model.network_config.get("init_args", {})
         if "in_channels" in arguments:
@@ -253,16 +255,19 @@ class MFNetCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((folder / CHECKPOINTS).resolve())
         names = _network_names(self._get(self.config, "model").network)
-        callbacks += [RunRecord(*names, folder=folder), MonitorCheck(), EpochScores()]
+        if config.barebones:  # Lightning refuses all that logs
+            kwargs["log_every_n_steps"] = None
+        else:
+            callbacks += [RunRecord(*names, folder=folder), MonitorCheck(), EpochScores()]
         if self.subcommand in ("validate", "test"):
             checkpoint = self._get(self.config, "ckpt_path")
             # Weights are no run, and those in the package are not this user's alone.
             of_run = checkpoint is not None and Path(checkpoint).is_file()
             callbacks.append(ClassScores(run_directory.folder_of(checkpoint) if of_run else folder))
-        if config.enable_checkpointing is not False:
+        if config.enable_checkpointing is not False and not config.barebones:
             callbacks += run_directory.checkpoint_callbacks(folder)
         logger = config.logger
-        if self.subcommand not in (None, "fit"):
+        if self.subcommand not in (None, "fit") or config.barebones:
             logger = logger or False
         else:
             chosen = None if logger in (None, True) else _as_list(logger or None)

@@ -37,7 +37,8 @@ def run(arguments: Sequence[str]) -> None:
     try:
         _dispatch(*arguments or ["--help"])
     except SIGTERMException:
-        _say("stopped by SIGTERM; --ckpt_path last continues")
+        continues = "; --ckpt_path last continues" if arguments[0] == "fit" else ""
+        _say(f"stopped by SIGTERM{continues}")
         sys.exit(SIGTERM_EXIT)
     except Exception as error:
         said = user_error(error)

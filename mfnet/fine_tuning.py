@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfnet.checkpoint import RECORD, find_checkpoint, read_checkpoint
 from mfnet.models import unwrap
+from mfnet.normalization import Normalization
 from mfnet.parameter_groups import backbone_of
 from mfnet.pretrained import PREFIX
 from mfnet.state_dicts import differences, match_names, read_tensors
@@ -21,7 +22,7 @@ Freeze = Literal["statistics"] | bool
 LISTED = 10  # names of tensors of one kind that are told
 
 
-def initialize(network: nn.Module, source: str | Path) -> str:
+def initialize(network: nn.Module, source: str | Path, normalization: Normalization) -> str:
     """Give a network every tensor of a trained one whose name and shape fit.
 
     A learned Z of another grid is resampled, bilinearly.
@@ -30,9 +31,11 @@ def initialize(network: nn.Module, source: str | Path) -> str:
         network: compiled or wrapped, or not.
         source: what ``mfnet.load`` takes, or a file of tensors by name (``.safetensors``, or
             what ``torch.load(weights_only=True)`` reads).
+        normalization: of the images that the network is going to see.
 
     Returns:
-        What was taken and what was left out, in one line.
+        What was taken and what was left out, and whether the trained network's images were
+        normalized otherwise, in one line.
 
     Raises:
         FileNotFoundError: there is no such file, folder or name.
@@ -54,6 +57,13 @@ def initialize(network: nn.Module, source: str | Path) -> str:
         "in it, but not in the network": unexpected,
     }
     parts = [f"{what}: {_listed(keys)}" for what, keys in left.items() if keys]
+    now = {name: list(numbers) for name, numbers in normalization._asdict().items()}
+    before = record.get("normalisation", now)
+    if before != now:
+        parts.append(
+            f"its images had image_mean {before['mean']} and image_std {before['std']}, those of "
+            f"this run have {now['mean']} and {now['std']}"
+        )
     return "; ".join([f"init_from '{source}': {len(taken)} of {len(own)} tensors taken", *parts])
 
 

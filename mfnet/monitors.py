@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 SCORES = ("mIoU", "fwIoU", "accuracy")
+COUNTERS = ("step", "epoch")  # by which Lightning's ModelCheckpoint keeps the latest
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
@@ -70,6 +71,8 @@ class MonitorCheck(Callback):
             metric = getattr(callback, "monitor", None)
             if not isinstance(metric, str) or metric.startswith(("train/", "lr-")):
                 continue  # what training logs is not known yet
+            if isinstance(callback, ModelCheckpoint) and metric in COUNTERS:
+                continue
             if metric not in logged:
                 raise MisconfigurationException(
                     f"{type(callback).__name__}: nothing logs '{metric}': monitor one of "

@@ -49,11 +49,15 @@ def build_optimizer(groups: Groups, make: OptimizerCallable, head_lr: float) -> 
 
 
 def build_scheduler(
-    optimizer: Optimizer, make: LRSchedulerCallable | None, factor: Callable[[], float]
+    optimizer: Optimizer,
+    make: LRSchedulerCallable | None,
+    factor: Callable[[], float],
+    validate_every: int,
 ) -> Any:
     """What ``configure_optimizers`` returns: the scheduler that ``make`` makes steps once an epoch.
 
-    Without one, the rates are multiplied by ``factor()`` at every step.
+    Without one, the rates are multiplied by ``factor()`` at every step. One that watches a metric
+    of the validation steps after each, once in ``validate_every`` epochs.
 
     Raises:
         ValueError: the scheduler does not take what it is given, or watches no metric but has to.
@@ -67,7 +71,7 @@ def build_scheduler(
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
     scheduler = _made("lr_scheduler", make, optimizer)
-    config = {"scheduler": scheduler}
+    config: dict[str, Any] = {"scheduler": scheduler}
     if isinstance(scheduler, ReduceLROnPlateau):
         if not hasattr(scheduler, "monitor"):
             raise ValueError(
@@ -75,6 +79,8 @@ def build_scheduler(
                 "metric to monitor, got torch's, which does not"
             )
         config["monitor"] = scheduler.monitor
+        if scheduler.monitor.startswith("val/"):
+            config["frequency"] = validate_every
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 

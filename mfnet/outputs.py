@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mfnet.data.loader import ResumableLoader
 
 
 def read_output(
@@ -36,6 +39,26 @@ def read_output(
     if auxiliary is None:
         return logits, None
     return logits, _at_size(auxiliary, "auxiliary logits", images, classes, name)
+
+
+@contextmanager
+def lone_image_told(images: Tensor, network: nn.Module, loader: Any) -> Iterator[None]:
+    """Say what to change where BatchNorm refuses the one image of an epoch's last batch.
+
+    Raises:
+        ValueError: it does, as the network has pooled that image to one pixel.
+    """
+    try:
+        yield
+    except ValueError as error:
+        refused = "Expected more than 1 value per channel when training" in str(error)
+        if not refused or len(images) > 1 or not isinstance(loader, ResumableLoader):
+            raise
+        raise ValueError(
+            f"{type(network).__name__} does not train on a batch of 1 image, which "
+            f"{len(loader.sampler)} images in batches of {loader.batch_size} end with: choose "
+            "another --data.batch_size"
+        ) from error
 
 
 def _at_size(logits: Any, kind: str, images: Tensor, classes: int, network: str) -> Tensor:

@@ -158,6 +158,8 @@ def restore(trainer: L.Trainer, run: Resumption) -> None:
             cycled = ("momentum", "betas") if "max_momentum" in given else ()
             kept = {key: group[key] for key in ("lr", *cycled) if key in group}
             before, now = group.get("initial_lr"), given.get("initial_lr")
+            if "swa_lr" in group:  # StochasticWeightAveraging has its own rates, and goes on
+                kept["initial_lr"] = now = before
             group.update({**given, **kept})
             if before and now is not None:
                 # A scheduler has moved the rate from where it started; it keeps that factor.

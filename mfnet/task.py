@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -25,7 +25,7 @@ from mfnet.inference import Inference, Prediction
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrap
 from mfnet.normalization import IMAGENET, Normalization, Numbers, normalization_of
-from mfnet.outputs import read_output
+from mfnet.outputs import lone_image_told, read_output
 from mfnet.parameter_groups import Grouping, Groups, parameter_groups
 from mfnet.pretrained import arguments_of, build
 from mfnet.scores import segmentation_scores
@@ -97,7 +97,7 @@ class SegmentationTask(L.LightningModule):
             ``mfnet.losses.median_frequency`` of the training masks, counted before training.
         auxiliary_weight: weight of the loss of auxiliary logits.
         init_from: a trained network to start from, ``mfnet.fine_tuning.initialize``; read when
-            training starts, and not where it goes on from a checkpoint.
+            training starts. On the command line not where it goes on from a checkpoint.
         freeze_backbone: whether the backbone stays as it is, parameters and statistics;
             ``"statistics"``: its BatchNorm statistics alone.
 
@@ -191,6 +191,10 @@ class SegmentationTask(L.LightningModule):
         return read_output(self.network(images), images, len(self.class_names), self.network)[0]
 
     def configure_callbacks(self) -> list[L.Callback]:
+        # Here, as callbacks that average weights copy the network in their setup, the next hook.
+        if self.init_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_info(initialize(self.network, self.init_from, self.normalization))
+            self.init_from = None  # a second fit goes on with what the first has trained
         return [LabelCheck()]
 
     def setup(self, stage: str) -> None:  # before the callbacks' on_fit_start: they may train
@@ -201,9 +205,6 @@ class SegmentationTask(L.LightningModule):
             self.training_loss = self._weighted(losses.balanced_class_weights(data).tolist())
 
     def on_fit_start(self) -> None:
-        if self.init_from is not None and self.trainer.ckpt_path is None:
-            rank_zero_info(initialize(self.network, self.init_from))
-            self.init_from = None  # a second fit goes on with what the first has trained
         # As configured: a checkpoint that is loaded next brings those of its own run.
         self._resumption.configured = resume.settings(self.trainer)
         self._resumption.planned = resume.schedules(self.trainer)
@@ -234,6 +235,12 @@ class SegmentationTask(L.LightningModule):
         state = f"{self._seed} {self.global_rank} {self.current_epoch} {batch_idx}"
         torch.manual_seed(random.Random(state).getrandbits(63))
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning scores what a stop cuts short, but not what max_steps does.
+        trial = self._resumption.configured is None  # of BatchSizeFinder, before on_fit_start
+        if self.trainer.global_step == self.trainer.max_steps and not trial:
+            self.trainer.should_stop = True
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, masks = batch
         # Weighted by 0 rather than left out: parameters that only this loss reaches would else
@@ -241,7 +248,8 @@ class SegmentationTask(L.LightningModule):
         warming_up = self.current_epoch < self.reconstruction_warmup
         weight = 0.0 if warming_up else self.reconstruction_weight
         takes = forward_parameters(unwrap(self.network))
-        with collect_losses() as collected:
+        loader = self.trainer.train_dataloader
+        with collect_losses() as collected, lone_image_told(images, self.network, loader):
             if "return_loss" in takes:
                 labels = {"masks": masks} if "masks" in takes else {}
                 output, own = self.network(images, return_loss=True, **labels)
@@ -305,13 +313,19 @@ class SegmentationTask(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer: torch.optim.Optimizer
+        if self.lr_scheduler is None and self.trainer.max_epochs == self.trainer.max_steps == -1:
+            rank_zero_warn(
+                "the learning rates do not decay, as polynomial decay needs to know the end: "
+                "--trainer.max_epochs or --trainer.max_steps, with --trainer.max_time or alone"
+            )
         if self.optimizer is None:
             optimizer = torch.optim.SGD(
                 self._groups(), momentum=self.momentum, weight_decay=self.weight_decay
             )
         else:
             optimizer = optimizers.build_optimizer(self._groups(), self.optimizer, self.head_lr)
-        config = optimizers.build_scheduler(optimizer, self.lr_scheduler, self._rate_factor)
+        every = self.trainer.check_val_every_n_epoch or 1
+        config = optimizers.build_scheduler(optimizer, self.lr_scheduler, self._rate_factor, every)
         parts = (optimizer, config["lr_scheduler"]["scheduler"])
         self._kinds = tuple(type(part).__name__ for part in parts)
         stored = self._resumption.stored_kinds

@@ -16,7 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from mfnet.data import synthetic, transforms, voc
-from mfnet.data.dataset import SegmentationDataset, TrainSampler, collate, shard_sampler
+from mfnet.data.dataset import (
+    OrderedTrainSampler,
+    SegmentationDataset,
+    TrainSampler,
+    collate,
+    shard_sampler,
+)
 from mfnet.data.files import image_size
 from mfnet.data.labels import LabelEntries, LabelMap
 from mfnet.data.loader import ResumableLoader
@@ -127,7 +133,9 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         self.train_set.transform = self._transform(transforms.train_transform)
-        sampler = TrainSampler(self.train_set, *self._world(), seed=_seed())
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0
+        kind = OrderedTrainSampler if overfits else TrainSampler
+        sampler = kind(self.train_set, *self._world(), shuffle=not overfits, seed=_seed())
         if self.trainer is not None:
             # Lightning says so too, but with persistent workers only after the first has begun.
             sampler.set_epoch(self.trainer.current_epoch)

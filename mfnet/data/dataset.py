@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -93,6 +93,10 @@ class TrainSampler(DistributedSampler):
         seeds = torch.randint(2**62, (count,), generator=generator).tolist()
         skip, self.skip = self.skip, 0
         return ((index, seeds[index]) for index in islice(super().__iter__(), skip, None))
+
+
+class OrderedTrainSampler(TrainSampler, SequentialSampler):  # type: ignore[misc]
+    """A ``TrainSampler(shuffle=False)``, which ``Trainer(overfit_batches=n)`` does not replace."""
 
 
 def shard_sampler(dataset: Any, num_replicas: int, rank: int) -> DistributedSampler:

@@ -42,13 +42,15 @@ class StoredMask(NamedTuple):
     """A mask as its file holds it, upright as its EXIF orientation says.
 
     ``pixels`` are numbers (H, W) of an integer dtype or colors uint8 (H, W, 3); ``palette`` are
-    the colors uint8 (n, 3) of the numbers, where the file has them.
+    the colors uint8 (n, 3) of the numbers, where the file has them; ``jpeg`` says that JPEG has
+    changed what was drawn.
     """
 
     path: Path
     mode: str
     pixels: NDArray[Any]
     palette: NDArray[np.uint8] | None = None
+    jpeg: bool = False
 
 
 def read_image(path: str | Path, channels: int = 3) -> tv_tensors.Image:
@@ -123,6 +125,8 @@ def read_mask(path: str | Path) -> StoredMask:
         upright = ImageOps.exif_transpose(file)
         mode, pixels = upright.mode, np.array(upright)
         flat = upright.getpalette("RGB") if mode == "P" else None
+        # A TIFF may hold JPEG, and an MPO is one.
+        jpeg = file.format in ("JPEG", "MPO") or file.info.get("compression") == "jpeg"
     if mode in ("LA", "RGBA") and not deep:
         pixels = _without_alpha(pixels, path)
     elif mode == "1":
@@ -135,7 +139,7 @@ def read_mask(path: str | Path) -> StoredMask:
             f"colors (RGB, RGBA), got mode {mode}{' of 16 bits' if deep else ''}"
         )
     palette = None if flat is None else np.array(flat, np.uint8).reshape(-1, 3)
-    return StoredMask(Path(path), mode, pixels, palette)
+    return StoredMask(Path(path), mode, pixels, palette, jpeg)
 
 
 def image_size(path: str | Path, channels: int = 3) -> tuple[int, int]:

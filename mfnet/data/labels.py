@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ Key = int | str
 _UNLISTED = -1
 _NO_COLOR = -1  # of a number outside its palette
 _SHOWN = 8  # values named in an error
-_JPEG = " (JPEG blurs masks: save them as PNG)"
+_JPEG = " (JPEG changes labels at the edges: save masks as PNG)"
 
 
 class LabelEntries:
@@ -133,6 +134,9 @@ class LabelMap:
                 f"{_describe(codes, mask, self.by_color, unlisted)}; give each its class or "
                 f"'{IGNORE}', or say with '{OTHER}' what all that is not listed is"
             )
+        if mask.jpeg:
+            # By folder, so that it is said once.
+            warnings.warn(f"{mask.path.parent}: masks are JPEGs{_JPEG}", stacklevel=2)
         return labels.astype(np.uint8)
 
     def palette(self, stored: Palette, num_classes: int) -> Palette:
@@ -178,6 +182,8 @@ def to_labels(
             f"{mask.mode} with colors {_describe(codes, mask, True)}; say what each color is, "
             f"a class or '{IGNORE}': {_flag(codes, True)}"
         )
+    if mask.jpeg:
+        raise DataError(f"{mask.path}: expected class indices, got a JPEG{_JPEG}")
     wrong = (codes < 0) | ((codes >= num_classes) & (codes != IGNORE_INDEX))
     if wrong.any():
         values = np.unique(codes[wrong]).tolist()
@@ -261,10 +267,8 @@ def _describe(
     found, counts = _found(codes if where is None else codes[where], colors)
     shares = 100 * counts / codes.size
     shown = ", ".join(f"{f} ({s:.3g} %)" for f, s in zip(found[:_SHOWN], shares, strict=False))
-    if len(found) <= _SHOWN:
-        return shown
-    jpeg = mask.path.suffix.lower() in (".jpg", ".jpeg")
-    return f"{shown} and {len(found) - _SHOWN} more{_JPEG if jpeg else ''}"
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"{shown}{more}{_JPEG if mask.jpeg else ''}"
 
 
 def _flag(codes: NDArray[Any], colors: bool) -> str:

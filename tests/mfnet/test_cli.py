@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from command_line import RESNET, Fails, flags
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mfnet.__main__ import main
 from mfnet.commands import SIGTERM_EXIT
@@ -171,6 +172,18 @@ def test_bugs_keep_their_traceback(
     monkeypatch.setattr(SegmentationTask, "training_step", fault)
     with pytest.raises(RuntimeError):
         main(["fit", *small(images, tmp_path / "run")])
+
+
+def test_sigterm_leaves_nothing_to_continue_but_of_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminated(*_: str) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr("mfnet.commands._dispatch", terminated)
+    with pytest.raises(SystemExit):
+        main(["validate"])
+    assert capsys.readouterr().err == "mfnet: stopped by SIGTERM\n"
 
 
 def test_sigterm_leaves_a_checkpoint_and_resumes(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from command_line import CONV, RESNET, Fails, flags
+from lightning.pytorch.callbacks import Callback
+from quiet import quiet_trainer
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 import mfnet
 from mfnet.__main__ import main
 from mfnet.cli import MFNetCLI
 from mfnet.fine_tuning import initialize
+from mfnet.normalization import IMAGENET, Normalization
 from mfnet.pretrained import TrainedNetwork
+from mfnet.task import SegmentationTask
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,7 @@ def test_what_fits_is_taken_and_what_does_not_is_told(trained: Path, tmp_path: P
     given = mfnet.load(trained).network.state_dict()
     network = ours(5, (6, 10))
     own = {key: value.clone() for key, value in network.state_dict().items()}
-    told = initialize(network, trained)
+    told = initialize(network, trained, Normalization((0.5,) * 3, (0.5,) * 3))
     after = network.state_dict()
     classifier = {"decoder.classifier.weight", "decoder.classifier.bias"}
     (z,) = [key for key in own if key.endswith(".z")]
@@ -57,6 +63,31 @@ def test_what_fits_is_taken_and_what_does_not_is_told(trained: Path, tmp_path: P
         "decoder.classifier.weight (3, 256, 1, 1) instead of (5, 256, 1, 1), "
         "decoder.classifier.bias (3,) instead of (5,)"
     )
+    assert initialize(network, trained, IMAGENET) == (
+        f"{told}; its images had image_mean [0.5, 0.5, 0.5] and image_std [0.5, 0.5, 0.5], those "
+        "of this run have [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
+    )
+
+
+def test_callbacks_copy_the_network_that_was_read(tmp_path: Path) -> None:
+    """As ``WeightAveraging`` does in its ``setup``."""
+
+    class Copy(Callback):
+        def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+            self.weight = pl_module.network.weight.detach().clone()
+
+    trained, copy = nn.Conv2d(3, 2, 1), Copy()
+    save_file(trained.state_dict(), tmp_path / "a.safetensors")
+    task = SegmentationTask(
+        nn.Conv2d(3, 2, 1), ["a", "b"], init_from=str(tmp_path / "a.safetensors")
+    )
+    batch = torch.zeros(2, 3, 5, 5), torch.zeros(2, 5, 5, dtype=torch.int64)
+    trainer = quiet_trainer(callbacks=[copy])
+    loader = DataLoader([batch], batch_size=None)
+    trainer.validate(task, loader, verbose=False)
+    assert not torch.equal(copy.weight, trained.weight)
+    trainer.fit(task, loader)
+    assert torch.equal(copy.weight, trained.weight)
 
 
 def test_files_of_tensors_and_wrapped_networks(tmp_path: Path) -> None:
@@ -70,17 +101,17 @@ def test_files_of_tensors_and_wrapped_networks(tmp_path: Path) -> None:
     )
     for file in ("a.pth", "a.safetensors"):
         network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-        told = initialize(torch.compile(network), tmp_path / file)
+        told = initialize(torch.compile(network), tmp_path / file, IMAGENET)
         assert torch.equal(network[0].weight, layer.weight)
         assert "2 of 4 tensors taken; not in it: 1.weight, 1.bias; in it, but not" in told
         assert told.endswith("network: extra")
     (tmp_path / "bad.pth").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"bad.pth' is not a file of tensors by name"):
-        initialize(own, tmp_path / "bad.pth")
+        initialize(own, tmp_path / "bad.pth", IMAGENET)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
-        initialize(own, tmp_path / "nothing.pth")
+        initialize(own, tmp_path / "nothing.pth", IMAGENET)
     with pytest.raises(ValueError, match="none of its tensors fits"):
-        initialize(nn.Conv2d(1, 1, 1), tmp_path / "a.pth")
+        initialize(nn.Conv2d(1, 1, 1), tmp_path / "a.pth", IMAGENET)
 
 
 def small(root: Path, run: Path) -> list[str]:

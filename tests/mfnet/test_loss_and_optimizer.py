@@ -63,12 +63,21 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def fit(
-    ckpt: Path | None = None, epochs: int = 2, precision: Any = "32-true", **arguments: Any
+    ckpt: Path | None = None,
+    epochs: int = 2,
+    precision: Any = "32-true",
+    validate_every: int = 1,
+    **arguments: Any,
 ) -> tuple[SegmentationTask, list[list[float]]]:
     torch.manual_seed(0)
     module = SegmentationTask(Foreign(), CLASSES, **arguments)
     watch = Watch()
-    trainer = quiet_trainer(max_epochs=epochs, callbacks=[watch], precision=precision)
+    trainer = quiet_trainer(
+        max_epochs=epochs,
+        callbacks=[watch],
+        precision=precision,
+        check_val_every_n_epoch=validate_every,
+    )
     loader = DataLoader(batches(), batch_size=None)
     trainer.fit(module, loader, loader, ckpt_path=ckpt if ckpt and ckpt.is_file() else None)
     if ckpt:
@@ -117,6 +126,8 @@ def test_a_plateau_watches_its_metric_and_the_flags_win(tmp_path: Path) -> None:
     ckpt = tmp_path / "run.ckpt"
     first = fit(ckpt, 3, lr_scheduler=plateau, optimizer=adamw)[1]
     assert first[-1][1] == pytest.approx(0.005)  # val/loss falls, so that mode max sees a plateau
+    seldom = fit(epochs=5, validate_every=2, lr_scheduler=plateau, optimizer=adamw)[1]
+    assert seldom[-1][1] == pytest.approx(0.005)  # of two scores the second is no better
     second = fit(ckpt, 5, lr_scheduler=lambda o: plateau(o, factor=0.1),
                  optimizer=lambda groups: adamw(groups, lr=0.1))[1]  # fmt: skip
     assert second[0][1] == pytest.approx(0.025)

@@ -122,6 +122,11 @@ def test_a_configuration_calls_nothing_but_networks(class_path, message):
 def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"best\.ckpt': no such file"):
         mfnet.load(tmp_path)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    with pytest.raises(FileNotFoundError, match=f"no such file, but '{last}' is there"):
+        mfnet.load(tmp_path)
     (tmp_path / "a.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         mfnet.load(tmp_path / "a.ckpt")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from quiet import quiet_trainer
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.utils.data import Dataset
 
 from mfnet.data.dataset import TrainSampler, collate
 from mfnet.data.loader import ResumableLoader
+from mfnet.errors import user_error
 from mfnet.run_directory import LastCheckpoint
 from mfnet.task import SegmentationTask
 
@@ -66,6 +69,7 @@ def fit(
     ranks: int = 1,
     stop_after: int | None = None,
     arguments: dict[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     **trainer_arguments: Any,
 ) -> tuple[Watch, SegmentationTask]:
     """One start of a command that goes on with ``last.ckpt``; as rank 0 of ``ranks``."""
@@ -76,7 +80,7 @@ def fit(
     loader = ResumableLoader(Numbered(), batch_size=batch_size, sampler=sampler, collate_fn=collate)
     trainer = quiet_trainer(
         enable_checkpointing=True,
-        callbacks=[watch, LastCheckpoint(folder, "last", save_on_train_epoch_end=True,
+        callbacks=[watch, *callbacks, LastCheckpoint(folder, "last", save_on_train_epoch_end=True,
                                          enable_version_counter=False)],
         **{"max_epochs": EPOCHS, **trainer_arguments},
     )  # fmt: skip
@@ -168,6 +172,52 @@ def test_the_command_line_wins_over_the_checkpoint(tmp_path: Path) -> None:
     record = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert record["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.25
     assert record["lr_schedulers"][0]["base_lrs"] == [0.7]
+
+
+class PowerCut(Callback):
+    def on_train_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if trainer.current_epoch == 2:
+            raise RuntimeError
+
+
+def test_averaging_goes_on_at_its_own_rates(tmp_path: Path) -> None:
+    def averaging() -> Callback:
+        return StochasticWeightAveraging(0.01, swa_epoch_start=2, annealing_epochs=3)
+
+    whole, task = fit(tmp_path / "whole", callbacks=[averaging()])
+    with pytest.raises(RuntimeError):
+        fit(tmp_path, callbacks=[averaging(), PowerCut()])
+    resumed, again = fit(tmp_path, callbacks=[averaging()])
+    assert resumed.rates == whole.rates[12:]
+    for own, other in zip(task.parameters(), again.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("ends", [{"max_epochs": 2}, {"max_steps": 9}])
+def test_a_training_without_an_end_is_told(
+    tmp_path: Path, ends: dict, recwarn: pytest.WarningsRecorder
+) -> None:
+    def fit_until(**end: Any) -> str:
+        recwarn.clear()
+        with pytest.raises(SIGTERMException):
+            fit(tmp_path, stop_after=1, max_time=timedelta(hours=1), **{"max_epochs": None, **end})
+        return " ".join(str(warning.message) for warning in recwarn)
+
+    told = "the learning rates do not decay"
+    assert told not in fit_until(**ends)
+    assert told in fit_until()
+
+
+def test_a_last_batch_of_one_image_names_the_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    monkeypatch.setitem(fit.__globals__, "network", lambda: pooling)
+    with pytest.raises(ValueError, match=r"^Sequential does not train on a batch") as error:
+        fit(tmp_path, batch_size=23)
+    said = user_error(error.value)
+    assert said is not None
+    assert said.endswith("24 images in batches of 23 end with: choose another --data.batch_size")
 
 
 def test_an_older_checkpoint_tells_batches(tmp_path: Path) -> None:

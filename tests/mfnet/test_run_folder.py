@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 from datetime import timedelta
@@ -150,6 +151,31 @@ def test_last_starts_where_there_is_no_checkpoint_yet(
     assert "continue it with --ckpt_path best" in fails([*again, "--ckpt_path=last"])
 
 
+def test_a_run_that_overfits_batches_is_resumed(images: Path, home: Path) -> None:
+    overfit = small(images, "run", "--trainer.overfit_batches=1")
+    main(["fit", *overfit])
+    main(["fit", *overfit, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert checkpoint(Path("run"))["global_step"] == 2
+
+
+def test_steps_that_end_inside_an_epoch_are_scored(images: Path, home: Path) -> None:
+    def scored() -> list[str]:
+        with Path("run/metrics.csv").open() as file:
+            return [row["step"] for row in csv.DictReader(file) if row["val/mIoU"]]
+
+    command = ["fit", *small(images, "run", "--trainer.max_epochs=3", "--ckpt_path=last")]
+    main([*command, "--trainer.max_steps=1"])
+    assert checkpoint(Path("run"), "best")["global_step"] == 1
+    assert scored() == ["0"]
+    main([*command, "--trainer.max_steps=5"])
+    assert scored() == ["0", "1", "3", "4"]
+
+
+def test_barebones(images: Path, home: Path) -> None:
+    main(["fit", *small(images, "run", "--trainer.barebones=true")])
+    assert [path.name for path in Path("run").iterdir()] == ["config.yaml"]
+
+
 def test_a_checkpoint_from_elsewhere_does_not_open_a_folder(
     images: Path, home: Path, fails: Fails
 ) -> None:
@@ -196,6 +222,7 @@ def test_the_best_score_of_a_folder_that_was_moved(key: str, images: Path, home:
     [
         [
             f"{CALLBACK}ModelCheckpoint", f"{FIELD}monitor=val/mIoU", f"{FIELD}mode=max",
+            f"{CALLBACK}ModelCheckpoint", f"{FIELD}monitor=step", f"{FIELD}mode=max",
             f"{CALLBACK}EarlyStopping", f"{FIELD}monitor=val/mIoU", f"{FIELD}mode=max",
             f"{CALLBACK}Timer", f"{FIELD}duration=00:00:10:00",
             f"{CALLBACK}ModelSummary", f"{FIELD}max_depth=2",
@@ -224,6 +251,7 @@ def test_callbacks_that_work(callbacks: list[str], images: Path, home: Path) -> 
     ("callback", "message"),
     [
         (f"{CALLBACK}EarlyStopping {FIELD}monitor=val_loss", "nothing logs 'val_loss': .*val/loss"),
+        (f"{CALLBACK}EarlyStopping {FIELD}monitor=step", "nothing logs 'step'"),
         (f"{CALLBACK}ModelCheckpoint {FIELD}monitor=mIoU", "nothing logs 'mIoU': .*val/mIoU"),
         (f"{CALLBACK}EarlyStopping {FIELD}monitor=train/los", "`train/los` which is not available"),
         (f"{CALLBACK}EarlyStopping {FIELD}monitor=val/mIoU", "mode 'min' with val/mIoU"),

@@ -16,6 +16,7 @@ from mfnet import checkpoint
 from mfnet.__main__ import main
 from mfnet.data import synthetic
 from mfnet.fine_tuning import initialize
+from mfnet.normalization import IMAGENET
 from mfnet.pretrained import TrainedNetwork
 from mfnet.scores import write_class_scores
 
@@ -89,7 +90,9 @@ def test_export(network: TrainedNetwork) -> None:
 
 def test_training_starts_from_a_name(network: TrainedNetwork, images: Path, fails: Fails) -> None:
     fresh = nn.Conv2d(3, len(synthetic.CLASSES), 1)
-    assert initialize(fresh, "tiny") == "init_from 'tiny': 2 of 2 tensors taken"
+    assert (
+        initialize(fresh, "tiny", network.normalisation) == "init_from 'tiny': 2 of 2 tensors taken"
+    )
     assert torch.equal(fresh.weight, network.network.weight)
     flags = ["fit", "--data=VOCFolder", f"--data.root={images}", *CPU]
     assert "--model.init_from" in fails([*flags, "--ckpt_path=tiny"])
@@ -118,7 +121,7 @@ def test_what_is_neither_path_nor_name(
     ):
         assert said in fails(command)
     with pytest.raises(FileNotFoundError, match=said):
-        initialize(nn.Conv2d(3, 3, 1), "tyni")
+        initialize(nn.Conv2d(3, 3, 1), "tyni", IMAGENET)
 
 
 def test_help_names_what_is_shipped(
@@ -175,4 +178,4 @@ def test_tensors_of_two_names(tmp_path: Path) -> None:
     tied.save_pretrained(tmp_path)
     images = torch.randn(1, 3, 4, 4)
     assert torch.equal(mfnet.load(tmp_path)(images), tied(images))
-    assert initialize(Tied(), tmp_path).endswith("4 of 4 tensors taken")
+    assert initialize(Tied(), tmp_path, tied.normalisation).endswith("4 of 4 tensors taken")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from made_up import write_image, write_mask
+from quiet import quiet_trainer
 
 from mfnet.data import PascalVOC, Synthetic, VOCFolder
 from mfnet.data.dataset import TrainSampler, collate, shard_sampler
@@ -52,6 +53,13 @@ def test_seed_everything_seeds_the_data(folder, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "2")
     assert torch.equal(one, again)
     assert not torch.equal(one, first_epoch())
+
+
+def test_an_overfitted_epoch_is_in_order(folder):
+    data = VOCFolder(str(folder), crop_size=33, num_workers=0)
+    data.setup("fit")
+    data.trainer = quiet_trainer(overfit_batches=1)
+    assert [index for index, _ in data.train_dataloader().sampler] == [0, 1, 2, 3, 4]
 
 
 def test_n_processes_see_what_one_with_the_n_fold_batch_sees():
