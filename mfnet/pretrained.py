@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mfnet.checkpoint import RECORD, WEIGHTS, find_checkpoint, read_checkpoint
 from mfnet.data import voc
 from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
-from mfnet.inference import TILE, Inference, Prediction
+from mfnet.inference import TILE, Inference, Prediction, like_images_of
 from mfnet.normalization import Normalization
 from mfnet.outputs import read_output
 from mfnet.state_dicts import match_names, mismatch
@@ -127,13 +126,12 @@ class TrainedNetwork(
         inference = Inference(**{"tile": TILE, **options})
         pixels = _pixels(image, self.channels)
         shown = pixels if self.resize is None else resized(pixels, self.resize)
-        # A network may have neither parameters nor buffers.
-        device = next(chain(self.parameters(), self.buffers()), pixels).device
         training = self.training
         self.eval()
         try:
             size = pixels.shape[-2:]
-            return inference.predict(self, shown, self.normalisation, device, size, **keep)
+            like = like_images_of(self)
+            return inference.predict(self, shown, self.normalisation, like, size, **keep)
         finally:
             self.train(training)
 

@@ -21,7 +21,7 @@ from mfnet.checkpoint import RECORD, read_checkpoint
 from mfnet.constants import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
 from mfnet.fine_tuning import Freeze, frozen_modules, initialize
-from mfnet.inference import Inference, Prediction
+from mfnet.inference import Inference, Prediction, like_images_of
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrap
 from mfnet.normalization import IMAGENET, Normalization, Numbers, normalization_of
@@ -296,9 +296,9 @@ class SegmentationTask(L.LightningModule):
         if isinstance(batch, Skipped):
             return batch
         (image,), (original,), (path,) = batch
-        how = self.normalization, self.device, original.shape[-2:], self.keep_probabilities
+        how = like_images_of(self), original.shape[-2:], self.keep_probabilities
         try:
-            return self.inference.predict(self, image, *how)
+            return self.inference.predict(self, image, self.normalization, *how)
         # What one image is too small or too large for is no reason to leave out the others.
         except (ValueError, RuntimeError) as error:
             return Skipped(path, str(error))
@@ -419,6 +419,7 @@ class SegmentationTask(L.LightningModule):
     def _reset_metrics(self) -> None:
         self.confusion.reset()
         self.pixel_loss.reset()
+        self.pixel_loss.set_dtype(torch.float32)  # with bf16-true and 16-true, its sums were cast
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, masks = batch

@@ -54,6 +54,14 @@ def test_every_kind_of_image(network, photo, monkeypatch):
     assert network.training
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_of_another_precision(network, photo, dtype):
+    expected = network.predict_probabilities(photo)
+    got = network.to(dtype).predict_probabilities(photo)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02)
+
+
 def test_upright_and_resized_as_in_training(network, photo):
     labels = network.predict(photo)
     with Image.open(photo) as picture:
