@@ -178,7 +178,8 @@ class MFNetCLI(LightningCLI):
         for message in ("The dirpath has changed from", "Be aware that when using `ckpt_path`"):
             warnings.filterwarnings("ignore", message=message)
         if record:
-            self._parser(subcommand).set_defaults(from_checkpoint.defaults(record, subcommand))
+            defaults = from_checkpoint.defaults(record, subcommand, config.data)
+            self._parser(subcommand).set_defaults(defaults)
             self.config = self._parsed(parser, args)
             config = self.config[subcommand]
             forget_starting_weights(config.model.network.get("init_args", Namespace()))
