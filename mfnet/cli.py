@@ -234,10 +234,11 @@ class MFNetCLI(LightningCLI):
                     f"--{key}: expected none, as {type(self.model).__name__} configures its "
                     f"optimizer itself, got {self._get(self.config, key).class_path}"
                 )
-        self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
-        arguments = self.model.network_config.get("init_args", {})
-        if "in_channels" in arguments:
-            arguments["in_channels"] = self.model.channels
+        if self.model.network_config is None:  # create_model's networks tell theirs
+            self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
+            arguments = self.model.network_config.get("init_args", {})
+            if "in_channels" in arguments:
+                arguments["in_channels"] = self.model.channels
         if self.subcommand not in (None, "fit"):
             config = self.config[self.subcommand]
             self.model.inference = Inference(*(config[field.name] for field in fields(Inference)))

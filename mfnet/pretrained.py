@@ -159,8 +159,8 @@ def load(source: str | Path) -> TrainedNetwork:
 
     Raises:
         FileNotFoundError: it is none of these; the message lists the names.
-        ValueError: it does not tell what network it holds (an early version did not store that),
-            or its tensors do not fit.
+        ValueError: it does not tell what network it holds (an early version did not store that,
+            and see ``SegmentationTask.network_config``), or its tensors do not fit.
     """
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
@@ -183,7 +183,11 @@ def arguments_of(record: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         ValueError: the record does not tell the network.
     """
     if not record.get("network"):
-        raise ValueError(f"checkpoint '{path}' does not tell the network that it holds")
+        raise ValueError(
+            f"checkpoint '{path}' does not tell the network that it holds: set its task's "
+            "network_config, for instance {'class_path': 'package.Network', 'init_args': {...}}, "
+            "before it is saved"
+        )
     network = dict(record["network"])
     given = dict(network.get("init_args", {}))
     forget_starting_weights(given)

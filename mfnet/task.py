@@ -110,7 +110,9 @@ class SegmentationTask(L.LightningModule):
         normalization: the mean and standard deviation in effect. The data modules look here.
         confusion_counts: int64 (classes, classes), rows the truth, of the last validation or test,
             all ranks' together; ``None`` before.
-        network_config: ``class_path`` and ``init_args`` that built the network, if known.
+        network_config: ``class_path`` and ``init_args`` that built the network, if known: those of
+            ``mfnet.create_model``'s, of a network on the command line or in a checkpoint that was
+            loaded. Of others they are to be set, for ``mfnet.load`` to read the checkpoints.
         inference: how images are shown to the network in evaluation and prediction; a loss is then
             that of the averaged probabilities.
         keep_probabilities: whether predictions hold probabilities beside the classes.
@@ -169,7 +171,8 @@ class SegmentationTask(L.LightningModule):
         self.init_from = init_from
         self.freeze_backbone = freeze_backbone
         self._keep_frozen()
-        self.network_config: dict[str, Any] | None = None
+        told = getattr(unwrap(network), "network_config", None)
+        self.network_config: dict[str, Any] | None = told
         self.inference = Inference()
         self.keep_probabilities = False
         self._seed = torch.initial_seed()
@@ -332,7 +335,11 @@ class SegmentationTask(L.LightningModule):
             kwargs.setdefault("class_names", told["class_names"])
             kwargs.setdefault("channels", len(told["normalisation"]["mean"]))
             if "network" not in kwargs:
-                kwargs["network"] = build(told["network"])
+                task = cls.load_from_checkpoint(
+                    checkpoint_path, *args, network=build(told["network"]), **kwargs
+                )
+                task.network_config = told["network"]
+                return task
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
