@@ -93,7 +93,7 @@ def is_done(folder: Path, recipe: Recipe, network: str, seed: int) -> bool:
 def result(run: Run, recipe: Recipe, network: str, seed: int) -> dict[str, Any]:
     """The row of a run that has ended: the scores of its last epoch, and its best mIoU."""
     epochs, miou = run.series("val/mIoU")
-    best = max(range(len(miou)), key=miou.__getitem__)
+    best, highest = run.best
     gflops = run.summary["gflops"]
     return {
         **recipe.columns(),
@@ -108,8 +108,8 @@ def result(run: Run, recipe: Recipe, network: str, seed: int) -> dict[str, Any]:
         "mIoU": miou[-1],
         "fwIoU": run.series("val/fwIoU")[1][-1],
         "accuracy": run.series("val/accuracy")[1][-1],
-        "best_mIoU": miou[best],
-        "best_epoch": epochs[best],
+        "best_mIoU": highest,
+        "best_epoch": best,
     }
 
 

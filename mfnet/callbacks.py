@@ -33,7 +33,8 @@ class RunRecord(Callback):
     (``mfnet.flops.count_flops``, at the validation images' size; null where it cannot be
     counted), input_size, class_names, palette; written at the first validation.
     ``samples.npz``: ``image_i`` uint8 (H, W, 3), ``truth_i`` and ``prediction_i`` uint8 (H, W) for
-    a few validation images, always the same, and ``epoch``; refreshed at every validation.
+    a few validation images, always the same, and ``epoch``; refreshed at every validation, by the
+    weights that it scores (averaged ones, where a callback puts those in place for it).
     ``confusion.csv``: see ``mfnet.scores.write_confusion``; of the last validation, where the
     module has counts (``mfnet.task.SegmentationTask.confusion_counts``).
     Rank 0 alone writes, only while fitting, and not in the sanity check.
@@ -57,24 +58,42 @@ class RunRecord(Callback):
         self.samples = samples
         self.folder = folder
         self._chosen: list[tuple[Tensor, Tensor]] = []
+        self._predictions: list[Tensor] = []
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        folder = None if batch_idx or dataloader_idx else self._folder_now(trainer)
+        if folder is None:
             return
-        # A broadcast: every rank has to ask.
-        log_dir = trainer.log_dir if self.folder is None else self.folder
-        if log_dir is None or not trainer.is_global_zero:
-            return
-        folder = Path(log_dir)
         if not self._chosen:
             dataset = trainer.val_dataloaders.dataset
             count = min(self.samples, len(dataset))
             self._chosen = [dataset[index * len(dataset) // count] for index in range(count)]
             self._write_summary(folder / SUMMARY, trainer, pl_module)
+        # Callbacks that average weights take them away again when the epoch ends.
+        plugin = trainer.precision_plugin
+        with torch.no_grad(), plugin.val_step_context():
+            images = (image[None].to(pl_module.device) for image, _ in self._chosen)
+            logits = (pl_module(plugin.convert_input(image)) for image in images)
+            self._predictions = [scores[0].argmax(0).cpu() for scores in logits]
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        folder = self._folder_now(trainer)
+        if folder is None:
+            return
         self._write_samples(folder / SAMPLES, trainer, pl_module)
         counts = getattr(pl_module, "confusion_counts", None)
         if counts is not None:
             write_confusion(counts, pl_module.class_names, folder / CONFUSION)
+
+    def _folder_now(self, trainer: Any) -> Path | None:
+        """Where to record; ``None`` on other ranks, and where nothing is to be recorded."""
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
+            return None
+        # A broadcast: every rank has to ask.
+        log_dir = trainer.log_dir if self.folder is None else self.folder
+        return Path(log_dir) if log_dir is not None and trainer.is_global_zero else None
 
     def _write_summary(self, path: Path, trainer: Any, pl_module: Any) -> None:
         network = unwrap(pl_module.network)
@@ -103,13 +122,10 @@ class RunRecord(Callback):
         arrays: dict[str, Any] = {"epoch": trainer.current_epoch}
         normalization = getattr(pl_module, "normalization", IMAGENET)
         for index, (image, mask) in enumerate(self._chosen):
-            with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                images = trainer.precision_plugin.convert_input(image[None].to(pl_module.device))
-                logits = pl_module(images)
             shown = as_rgb(denormalize(image, normalization))
             arrays[f"image_{index}"] = shown.permute(1, 2, 0).numpy()
             arrays[f"truth_{index}"] = mask.numpy().astype(np.uint8)
-            arrays[f"prediction_{index}"] = logits[0].argmax(0).cpu().numpy().astype(np.uint8)
+            arrays[f"prediction_{index}"] = self._predictions[index].numpy().astype(np.uint8)
         with written_whole(path) as partial:
             np.savez_compressed(partial, **arrays)
 

@@ -178,7 +178,8 @@ class MFNetCLI(LightningCLI):
         for message in ("The dirpath has changed from", "Be aware that when using `ckpt_path`"):
             warnings.filterwarnings("ignore", message=message)
         if record:
-            self._parser(subcommand).set_defaults(from_checkpoint.defaults(record, subcommand))
+            defaults = from_checkpoint.defaults(record, subcommand, config.data)
+            self._parser(subcommand).set_defaults(defaults)
             self.config = self._parsed(parser, args)
             config = self.config[subcommand]
             forget_starting_weights(config.model.network.get("init_args", Namespace()))
@@ -235,10 +236,11 @@ class MFNetCLI(LightningCLI):
                 )
         if self._get(self.config, "ckpt_path") is not None:
             self.model.init_from = None  # which a continuation does not need
-        self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
-        arguments = self.model.network_config.get("init_args", {})
-        if "in_channels" in arguments:
-            arguments["in_channels"] = self.model.channels
+        if self.model.network_config is None:  # create_model's networks tell theirs
+            self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
+            arguments = self.model.network_config.get("init_args", {})
+            if "in_channels" in arguments:
+                arguments["in_channels"] = self.model.channels
         if self.subcommand not in (None, "fit"):
             config = self.config[self.subcommand]
             self.model.inference = Inference(*(config[field.name] for field in fields(Inference)))

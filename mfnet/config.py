@@ -19,7 +19,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from mfnet.errors import CommandLineError
 from mfnet.files import written_whole
-from mfnet.run_directory import CONFIG
+from mfnet.run_directory import CONFIG, holds_run
 
 PREDICT_IMAGES = "--data.predict_images"
 # What Lightning's callbacks have among their defaults, for config.yaml.
@@ -48,6 +48,9 @@ class ConfigAction(ActionConfigFile):
             path = shipped[values]
         _check_yaml(path)
         super().__call__(parser, cfg, str(path), option_string)
+        if path.name == CONFIG and holds_run(path.parent):
+            # What it recorded is where the run was before it was moved or copied.
+            cfg["trainer.default_root_dir"] = str(path.parent)
 
 
 def _check_yaml(path: Path) -> None:

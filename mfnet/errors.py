@@ -106,7 +106,10 @@ def explain(message: str, flags: Sequence[str], classes: Sequence[str]) -> str:
     ]
     found = re.search(r"(?:Given value|Got value): (?!NestedArg)(.*)", message)
     if found and expected:
-        return f"--{key}: expected {' or '.join(dict.fromkeys(expected))}, got {found[1]}"
+        kinds = " or ".join(dict.fromkeys(expected)).replace(
+            "<class 'collections.abc.Sequence'>", f"a list, for instance [{found[1]}]"
+        )
+        return f"--{key}: expected {kinds}, got {found[1]}"
     return _one_line(message)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torchvision.transforms.v2 import functional as tv
 
-from mfnet.files import written_whole
+from mfnet.checkpoint import find_checkpoint
+from mfnet.files import refuse_to_replace, written_whole
 from mfnet.pretrained import SOURCE, TrainedNetwork, load
 
 Run = Callable[[Tensor], Tensor]
@@ -146,6 +147,7 @@ def export(
     folder = folder if folder.is_dir() else folder.parent
     name = "weights" if to == "weights" else FORMATS[to].name
     path = folder / name if output is None else Path(output).expanduser()
+    refuse_to_replace(find_checkpoint(source), path)
     if to == "weights":
         with _folder_written_whole(path) as partial:
             network.save_pretrained(partial)

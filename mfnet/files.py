@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def refuse_to_replace(source: str | Path, output: Path) -> None:
+    """Raise ``ValueError`` where ``output`` is the source itself, by whatever path."""
+    if output.exists() and output.samefile(source):
+        raise ValueError(f"{output}: expected another file than what it is made of, {source}")
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and rename it to ``path`` once the block succeeds.

@@ -13,14 +13,17 @@ PHOTOGRAPHS = "mfnet.data.Photographs"
 _OF_PHOTOGRAPHS = ("predict_images", "resize", "num_workers")
 
 
-def defaults(record: dict[str, Any], subcommand: str) -> dict[str, Any]:
-    """Defaults of the subcommand's parser, from a checkpoint's record."""
+def defaults(record: dict[str, Any], subcommand: str, data: Namespace) -> dict[str, Any]:
+    """Defaults of the subcommand's parser, from a checkpoint's record and the data asked for."""
     values: dict[str, Any] = {}
     if record.get("network"):
         values["model.network"] = record["network"]
     if subcommand == "predict":
         arguments = {"resize": record.get("resize"), "channels": _channels(record)}
         values["data"] = {"class_path": PHOTOGRAPHS, "init_args": arguments}
+    elif record.get("resize") and "resize" in data.get("init_args", {}):
+        resize = {"resize": record["resize"]}
+        values["data"] = {"class_path": data.class_path, "init_args": resize}
     return values
 
 

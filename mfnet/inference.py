@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
@@ -76,7 +77,7 @@ class Inference:
         network: Forward,
         image: Tensor,
         normalization: Normalization,
-        device: torch.device | str,
+        like: Tensor,
         size: Sequence[int] | None = None,
         probabilities: bool = False,
     ) -> Prediction:
@@ -87,14 +88,14 @@ class Inference:
             network: logits (1, classes, h, w) of normalized images (1, C, h, w).
             image: uint8 (C, h, w).
             normalization: what the network wants.
-            device: where the network is.
+            like: of the device and dtype that the network takes, ``like_images_of``.
             size: (H, W) of the result; default: the image's.
             probabilities: whether to return them too.
         """
 
         def on_window(window: Tensor) -> Tensor:
-            pixels = tv.to_dtype(window.to(device), torch.float32, scale=True)
-            return network(tv.normalize(pixels, *normalization))
+            pixels = tv.to_dtype(window.to(like.device), torch.float32, scale=True)
+            return network(tv.normalize(pixels, *normalization).to(like.dtype))
 
         strips: Iterator[Tensor] = (strip[0] for strip in self._strips(on_window, image[None]))
         if size is not None and tuple(size) != tuple(image.shape[-2:]):
@@ -166,12 +167,20 @@ class Inference:
         """The weights of a window's pixels along one side, and for each pixel their sum."""
         length = windows[0][1] - windows[0][0]
         ramp = max(1, round(self.overlap * length))
-        position = torch.arange(length) + 0.5
+        # Of a dtype that is told: with bf16-true the default one is bfloat16.
+        position = torch.arange(length, dtype=torch.float32) + 0.5
         fade = torch.minimum(position, length - position).div(ramp).clamp(max=1)
-        total = torch.zeros(windows[-1][1])
+        total = position.new_zeros(windows[-1][1])
         for start, end in windows:
             total[start:end] += fade
         return fade, total
+
+
+def like_images_of(network: nn.Module) -> Tensor:
+    """A tensor of the device and dtype that a network's images are to have, those of its weights;
+    on the CPU and float32 where it has none."""
+    tensors = chain(network.parameters(), network.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0, dtype=torch.float32))
 
 
 def _resized_strips(maps: Tensor, size: Sequence[int]) -> Iterator[Tensor]:
@@ -181,7 +190,7 @@ def _resized_strips(maps: Tensor, size: Sequence[int]) -> Iterator[Tensor]:
     rows = wide.shape[-2]
     for top in range(0, height, 256):
         # Where the rows' centers lie, as in bilinear interpolation without aligned corners.
-        lines = torch.arange(top, min(top + 256, height), device=maps.device) + 0.5
+        lines = torch.arange(top, min(top + 256, height)).to(maps) + 0.5
         place = (lines * rows / height - 0.5).clamp(0, rows - 1)
         above = place.long()
         below = (above + 1).clamp(max=rows - 1)

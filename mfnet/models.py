@@ -35,7 +35,13 @@ class SegmentationNetwork(nn.Module):
             upsampled with aligned corners, unless its ``align_corners`` is ``False``.
         auxiliary_head: features before the backbone's last stage to logits at any resolution. It
             runs in training alone.
+
+    Attributes:
+        network_config: ``class_path``, ``init_args`` and ``dict_kwargs`` that make the network
+            again, with the options that were left at their defaults; of ``create_model``'s.
     """
+
+    network_config: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -222,6 +228,9 @@ def create_model(
             context other than mf.
         FileNotFoundError: no file at ``backbone_weights``, or timm's cannot be downloaded.
     """
+    # Whatever starting weights there were: a checkpoint brings its own.
+    arguments = {**locals(), "backbone_weights": None}
+    del arguments["kwargs"]
     if name not in list_models():
         raise ValueError(f"unknown model '{name}': choose from {', '.join(list_models())}")
     if num_classes < 1:
@@ -241,7 +250,20 @@ def create_model(
         unit = build(trunk.high_channels, CONTEXT_CHANNELS)
         decoder = recipe.decoder(CONTEXT_CHANNELS, trunk.low_channels, num_classes)
     head = FCNHead(trunk.middle_channels, num_classes) if auxiliary_head else None
-    return SegmentationNetwork(trunk, unit, decoder, head)
+    network = SegmentationNetwork(trunk, unit, decoder, head)
+    made_by = light if name == LIGHT else CONTEXTS[context or _DILATED[name].context]
+    options = {key: value for key, value in _defaults(made_by).items() if key not in arguments}
+    network.network_config = {
+        "class_path": "mfnet.create_model",
+        "init_args": arguments,
+        "dict_kwargs": {**options, **kwargs},
+    }
+    return network
+
+
+def _defaults(build: Callable[..., Any]) -> dict[str, Any]:
+    parameters = list(signature(build).parameters.items())[2:]  # after channels in and out
+    return {key: p.default for key, p in parameters if p.default not in (None, p.empty)}
 
 
 def _check_light(options: Mapping[str, Any], **refused: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mfnet.checkpoint import RECORD, WEIGHTS, find_checkpoint, read_checkpoint
 from mfnet.data import voc
 from mfnet.data.files import picture_to_image, read_image
 from mfnet.data.transforms import resized
-from mfnet.inference import TILE, Inference, Prediction
+from mfnet.inference import TILE, Inference, Prediction, like_images_of
 from mfnet.normalization import Normalization
 from mfnet.outputs import read_output
 from mfnet.state_dicts import match_names, mismatch
@@ -127,13 +126,12 @@ class TrainedNetwork(
         inference = Inference(**{"tile": TILE, **options})
         pixels = _pixels(image, self.channels)
         shown = pixels if self.resize is None else resized(pixels, self.resize)
-        # A network may have neither parameters nor buffers.
-        device = next(chain(self.parameters(), self.buffers()), pixels).device
         training = self.training
         self.eval()
         try:
             size = pixels.shape[-2:]
-            return inference.predict(self, shown, self.normalisation, device, size, **keep)
+            like = like_images_of(self)
+            return inference.predict(self, shown, self.normalisation, like, size, **keep)
         finally:
             self.train(training)
 
@@ -161,8 +159,8 @@ def load(source: str | Path) -> TrainedNetwork:
 
     Raises:
         FileNotFoundError: it is none of these; the message lists the names.
-        ValueError: it does not tell what network it holds (an early version did not store that),
-            or its tensors do not fit.
+        ValueError: it does not tell what network it holds (an early version did not store that,
+            and see ``SegmentationTask.network_config``), or its tensors do not fit.
     """
     path = find_checkpoint(source)
     checkpoint = read_checkpoint(path)
@@ -185,7 +183,11 @@ def arguments_of(record: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         ValueError: the record does not tell the network.
     """
     if not record.get("network"):
-        raise ValueError(f"checkpoint '{path}' does not tell the network that it holds")
+        raise ValueError(
+            f"checkpoint '{path}' does not tell the network that it holds: set its task's "
+            "network_config, for instance {'class_path': 'package.Network', 'init_args': {...}}, "
+            "before it is saved"
+        )
     network = dict(record["network"])
     given = dict(network.get("init_args", {}))
     forget_starting_weights(given)

@@ -51,10 +51,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run left behind. ``epochs`` maps an epoch to what was logged in it."""
+    """What one training run left behind.
+
+    ``epochs`` maps an epoch to what was logged in it last; ``best`` is the highest val/mIoU of all
+    validations, behind its epoch (counted from 1).
+    """
 
     folder: Path
     epochs: dict[int, dict[str, float]]
+    best: tuple[int, float]
     summary: dict[str, Any]
     samples: Samples
     confusion: Tensor | None = None  # of runs from before it was recorded
@@ -96,20 +101,31 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def merge_epochs(rows: Sequence[dict[str, float]]) -> dict[int, dict[str, float]]:
-    """Gather rows by epoch; where the log goes back to an earlier epoch, what follows it is void.
-
-    A run resumed from an older checkpoint logs the epochs after it once more: what counts is the
-    last pass over an epoch.
-    """
+    """Gather the rows that count by epoch; of several validations in one, the last remains."""
     epochs: dict[int, dict[str, float]] = {}
+    for row in _that_count(rows):
+        epochs.setdefault(int(row["epoch"]), {}).update(row)
+    return epochs
+
+
+def _that_count(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of epochs; where the log goes back, what it had told from there on is void.
+
+    A run resumed from an older checkpoint logs the steps after it once more: what counts is the
+    last pass over them.
+    """
+
+    def place(row: dict[str, float]) -> tuple[float, float]:
+        return row["epoch"], row.get("step", 0.0)
+
+    kept: list[dict[str, float]] = []
     for row in rows:
         if "epoch" not in row:  # the learning-rate monitor's rows carry a step only
             continue
-        epoch = int(row["epoch"])
-        for later in [known for known in epochs if known > epoch]:
-            del epochs[later]
-        epochs.setdefault(epoch, {}).update(row)
-    return epochs
+        if kept and place(row) < place(kept[-1]):
+            kept = [earlier for earlier in kept if place(earlier) < place(row)]
+        kept.append(row)
+    return kept
 
 
 def best_epoch(folder: Path) -> tuple[int, float]:
@@ -117,16 +133,11 @@ def best_epoch(folder: Path) -> tuple[int, float]:
 
     Raises ``FileNotFoundError`` or ``ValueError`` naming the log when there is none in it.
     """
-    epochs = merge_epochs(read_metrics(folder / METRICS))
-    scores = {epoch: row["val/mIoU"] for epoch, row in epochs.items() if "val/mIoU" in row}
+    rows = _that_count(read_metrics(folder / METRICS))
+    scores = [(int(row["epoch"]) + 1, row["val/mIoU"]) for row in rows if "val/mIoU" in row]
     if not scores:
         raise ValueError(f"{folder / METRICS}: val/mIoU was never logged")
-    best = max(scores, key=lambda epoch: _or_lowest(scores[epoch]))
-    return best + 1, scores[best]
-
-
-def _or_lowest(score: float) -> float:
-    return -math.inf if math.isnan(score) else score
+    return max(scores, key=lambda score: -math.inf if math.isnan(score[1]) else score[1])
 
 
 def read_run(folder: Path) -> Run:
@@ -147,7 +158,7 @@ def read_run(folder: Path) -> Run:
     samples = _read_samples(folder / SAMPLES)
     path = folder / CONFUSION
     confusion = read_confusion(path, summary["class_names"]) if path.is_file() else None
-    return Run(folder, epochs, summary, samples, confusion)
+    return Run(folder, epochs, best_epoch(folder), summary, samples, confusion)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -223,7 +234,7 @@ def comparison_table(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         epochs, miou = run.series("val/mIoU")
         _, fwiou = run.series("val/fwIoU")
-        best = max(range(len(miou)), key=lambda i: _or_lowest(miou[i]))
+        best, highest = run.best
         gflops = run.summary["gflops"]
         rows.append((
             name,
@@ -232,7 +243,7 @@ def comparison_table(runs: dict[str, Run]) -> str:
             str(epochs[-1]),
             f"{100 * miou[-1]:.2f}",
             f"{100 * fwiou[-1]:.2f}",
-            f"{100 * miou[best]:.2f} (epoch {epochs[best]})",
+            f"{100 * highest:.2f} (epoch {best})",
             f"{run.summary['parameters'] / 1e6:.2f}",
             "unknown" if gflops is None else f"{gflops:.1f}",
             " x ".join(map(str, run.summary["input_size"])),

@@ -21,7 +21,7 @@ from mfnet.checkpoint import RECORD, read_checkpoint
 from mfnet.constants import IGNORE_INDEX
 from mfnet.data.prediction import Skipped
 from mfnet.fine_tuning import Freeze, frozen_modules, initialize
-from mfnet.inference import Inference, Prediction
+from mfnet.inference import Inference, Prediction, like_images_of
 from mfnet.label_check import LabelCheck
 from mfnet.models import forward_parameters, unwrap
 from mfnet.normalization import IMAGENET, Normalization, Numbers, normalization_of
@@ -110,7 +110,9 @@ class SegmentationTask(L.LightningModule):
         normalization: the mean and standard deviation in effect. The data modules look here.
         confusion_counts: int64 (classes, classes), rows the truth, of the last validation or test,
             all ranks' together; ``None`` before.
-        network_config: ``class_path`` and ``init_args`` that built the network, if known.
+        network_config: ``class_path`` and ``init_args`` that built the network, if known: those of
+            ``mfnet.create_model``'s, of a network on the command line or in a checkpoint that was
+            loaded. Of others they are to be set, for ``mfnet.load`` to read the checkpoints.
         inference: how images are shown to the network in evaluation and prediction; a loss is then
             that of the averaged probabilities.
         keep_probabilities: whether predictions hold probabilities beside the classes.
@@ -169,7 +171,8 @@ class SegmentationTask(L.LightningModule):
         self.init_from = init_from
         self.freeze_backbone = freeze_backbone
         self._keep_frozen()
-        self.network_config: dict[str, Any] | None = None
+        told = getattr(unwrap(network), "network_config", None)
+        self.network_config: dict[str, Any] | None = told
         self.inference = Inference()
         self.keep_probabilities = False
         self._seed = torch.initial_seed()
@@ -304,9 +307,9 @@ class SegmentationTask(L.LightningModule):
         if isinstance(batch, Skipped):
             return batch
         (image,), (original,), (path,) = batch
-        how = self.normalization, self.device, original.shape[-2:], self.keep_probabilities
+        how = like_images_of(self), original.shape[-2:], self.keep_probabilities
         try:
-            return self.inference.predict(self, image, *how)
+            return self.inference.predict(self, image, self.normalization, *how)
         # What one image is too small or too large for is no reason to leave out the others.
         except (ValueError, RuntimeError) as error:
             return Skipped(path, str(error))
@@ -346,7 +349,11 @@ class SegmentationTask(L.LightningModule):
             kwargs.setdefault("class_names", told["class_names"])
             kwargs.setdefault("channels", len(told["normalisation"]["mean"]))
             if "network" not in kwargs:
-                kwargs["network"] = build(told["network"])
+                task = cls.load_from_checkpoint(
+                    checkpoint_path, *args, network=build(told["network"]), **kwargs
+                )
+                task.network_config = told["network"]
+                return task
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -433,6 +440,7 @@ class SegmentationTask(L.LightningModule):
     def _reset_metrics(self) -> None:
         self.confusion.reset()
         self.pixel_loss.reset()
+        self.pixel_loss.set_dtype(torch.float32)  # with bf16-true and 16-true, its sums were cast
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, masks = batch

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mfnet.files import written_whole
+from mfnet.files import refuse_to_replace, written_whole
 from mfnet.inference import TILE
 from mfnet.pretrained import SOURCE, TrainedNetwork, load
 from mfnet.visualize import overlay
@@ -18,7 +18,7 @@ from mfnet.visualize import overlay
 def paint_film(
     network: TrainedNetwork, source: str | Path, output: str | Path, tile: int | None = TILE
 ) -> int:
-    """Write a film with the network's classes over it: H.264, without sound.
+    """Write a film with the network's classes over it, upright: H.264, without sound.
 
     Args:
         network: what ``mfnet.load`` returns.
@@ -32,8 +32,8 @@ def paint_film(
 
     Raises:
         FileNotFoundError: there is no file at ``source``.
-        ValueError: PyAV is not installed, ``source`` is no film, or ``output`` has an ending that
-            is no film's.
+        ValueError: PyAV is not installed, ``source`` is no film, or ``output`` is that very file or
+            has an ending that is no film's.
     """
     try:
         import av
@@ -41,6 +41,7 @@ def paint_film(
         raise ValueError("video needs PyAV: pip install av") from None
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such file")
+    refuse_to_replace(source, Path(output))
     pictures = 0
     try:
         with written_whole(Path(output)) as partial, av.open(str(source)) as film:
@@ -49,10 +50,11 @@ def paint_film(
             read = film.streams.video[0]
             with av.open(str(partial), "w") as painted:
                 written = painted.add_stream("libx264", rate=read.average_rate or 25)
-                written.height, written.width = read.height // 2 * 2, read.width // 2 * 2
                 written.pix_fmt = "yuv420p"
                 for frame in film.decode(read):
-                    image = frame.to_image()
+                    image = frame.to_image().rotate(frame.rotation, expand=True)
+                    if not pictures:
+                        written.width, written.height = (side // 2 * 2 for side in image.size)
                     labels = network.predict(image, tile=tile).numpy()
                     picture: Any = overlay(np.array(image), labels, network.palette)
                     picture = np.ascontiguousarray(picture[: written.height, : written.width])

@@ -109,6 +109,29 @@ def test_record_of_a_fit(tmp_path):
     assert (tmp_path / "report" / "predictions.png").is_file()
 
 
+class Averaging(L.Callback):
+    """Validates other weights than it trains, as Lightning's WeightAveraging does."""
+
+    def __init__(self):
+        self.averaged = nn.Conv2d(3, 3, 1)
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        pl_module.network, self.averaged = self.averaged, pl_module.network
+
+    on_validation_epoch_end = on_validation_epoch_start
+
+
+def test_samples_are_of_the_weights_that_were_scored(tmp_path):
+    averaging = Averaging()
+    trainer = trainer_with(RunRecord(), tmp_path)
+    trainer.callbacks.insert(0, averaging)
+    trainer.fit(Module(), datamodule=Data())
+    samples = read_samples(tmp_path)
+    for i, source in enumerate([0, 1, 3, 4]):
+        expected = averaging.averaged(Scenes()[source][0]).argmax(0)
+        np.testing.assert_array_equal(samples[f"prediction_{i}"], expected)
+
+
 def test_recording_changes_nothing_in_the_training(tmp_path):
     states = []
     for callbacks in ([RunRecord()], []):

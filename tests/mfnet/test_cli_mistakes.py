@@ -70,6 +70,7 @@ NO_DATA = "no data: give --config NAME"
         ("SMALL --data.batch_size four", "--data.batch_size: expected int, got four"),
         ("SMALL --data.crop_size [3,3,3]", "--data.crop_size: expected int or tuple"),
         ("SMALL --data.recipe classic", "--data.recipe: expected 'paper', 'modern', got classic"),
+        ("SMALL --overlays.kinds mask", r"kinds: expected a list, for instance \[mask\], got mask"),
         ("SMALL --data VOCFoldr", "no class 'VOCFoldr': .*did you mean VOCFolder"),
         ("SMALL --model.network emanet", "chosen by --model.network.name"),
         ("SMALL --model.network nowhere.Net", "--model.network: no class 'nowhere.Net'"),

@@ -140,6 +140,7 @@ def test_weights_into_a_folder_that_is_there(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"to": "pt2", "output": "runs/camvid"}, "runs/camvid: expected another file than what it"),
         ({"to": "tflite"}, "to: expected onnx, pt2, aoti or weights, got 'tflite'"),
         ({"to": "weights", "normalize": True}, "normalise: weights hold the network alone"),
         ({"to": "onnx"}, "onnx needs onnxscript, onnxruntime: pip install onnxscript onnxruntime"),
@@ -168,7 +169,11 @@ def test_a_film(run, tmp_path, capsys):
     means = [picture.mean() for picture in pictures]
     assert means == sorted(means)
 
+    Path("link.mp4").symlink_to("in.mp4")
+    before = Path("in.mp4").read_bytes()
     for source, output, message in (
+        ("in.mp4", "in.mp4", "in.mp4: expected another file than what it is made of"),
+        ("in.mp4", "link.mp4", "link.mp4: expected another file than what it is made of"),
         ("photo.txt", "out.mp4", "photo.txt: no such file"),
         ("runs/camvid/config.json", "out.mp4", "runs/camvid/config.json to out.mp4: "),
         ("in.mp4", "out.txt", "in.mp4 to out.txt: Could not determine output format"),
@@ -176,4 +181,29 @@ def test_a_film(run, tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["video", str(run), source, output])
         assert f"mfnet: error: {message}" in capsys.readouterr().err
+    assert Path("in.mp4").read_bytes() == before
+    Path("link.mp4").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "new", "photo.jpg", "runs"]
+
+
+def test_a_film_of_a_telephone_held_upright(run):
+    """Its pictures lie on their side, and a matrix in the file turns them clockwise."""
+    with av.open("in.mp4", "w") as film:
+        stream = film.add_stream("libx264", rate=7)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[:, :32] = 255
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        film.mux(stream.encode())
+    one, last = 1 << 16, 1 << 30  # fixed point
+    upright = np.array([one, 0, 0, 0, one, 0, 0, 0, last], ">i4").tobytes()
+    turned = np.array([0, one, 0, -one, 0, 0, 0, 0, last], ">i4").tobytes()
+    head, track, tail = Path("in.mp4").read_bytes().partition(b"tkhd")
+    Path("in.mp4").write_bytes(head + track + tail.replace(upright, turned, 1))
+
+    main(["video", str(run), "in.mp4", "out.mp4"])
+    with av.open("out.mp4") as film:
+        (frame,) = film.decode(video=0)
+    assert (frame.width, frame.height, frame.rotation) == (48, 64, 0)
+    picture = frame.to_ndarray(format="rgb24")
+    assert picture[:30].mean() > 2 * picture[34:].mean()

@@ -69,9 +69,15 @@ def test_predict_needs_only_the_checkpoint(run: Path, images: Path, tmp_path: Pa
 def test_validate_takes_the_network_from_the_checkpoint(
     run: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = ["--data=VOCFolder", f"--data.root={images}", "--data.resize=[40,48]", *CPU]
-    main(["validate", f"--ckpt_path={run}", *data])
-    assert "val/mIoU" in capsys.readouterr().out
+    """And the size that its images had, where neither a flag nor a file tells another."""
+    config = run.parent / "own_size.yaml"
+    config.write_text("data: {class_path: VOCFolder, init_args: {resize: null}}")
+    data = ["--data=VOCFolder", f"--data.root={images}", *CPU]
+    losses = []
+    for given in (["--data.resize=[40,48]"], [], [f"--config={config}"]):
+        main(["validate", f"--ckpt_path={run}", *given, *data])
+        losses += re.findall(r"val/loss\W+([\d.]+)", capsys.readouterr().out)
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_windows_scales_and_flips_from_the_command_line(
@@ -102,7 +108,7 @@ def test_windows_scales_and_flips_from_the_command_line(
     (root / "ImageSets" / "Segmentation" / "test.txt").write_text("photo\n")
     shutil.copy(images / "classes.txt", root)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        data = ["--data=VOCFolder", f"--data.root={root}", *CPU]
+        data = ["--data=VOCFolder", f"--data.root={root}", "--data.resize=null", *CPU]
         main(["test", f"--ckpt_path={run}", *data, *flags])
     shown = "in windows of 48 x 48, overlap 0.5, where larger; at scale 1, 1.5; mirrored, too"
     assert f"images shown {shown}" in printed.getvalue()

@@ -85,8 +85,9 @@ def test_scales_and_flips_are_averaged():
 @pytest.mark.parametrize("size", [(30, 50), (45, 77), (600, 31)])
 def test_prediction_at_any_size(tile, size):
     image = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8)
-    got = Inference(tile=tile).predict(pointwise, image, PLAIN, "cpu", size, probabilities=True)
-    probabilities = pointwise(image[None] / 255).softmax(1)
+    images = image[None] / 255
+    got = Inference(tile=tile).predict(pointwise, image, PLAIN, images, size, probabilities=True)
+    probabilities = pointwise(images).softmax(1)
     expected = F.interpolate(probabilities, size, mode="bilinear")[0]
     assert got.labels.dtype == torch.uint8
     assert got.labels.shape == size
@@ -94,7 +95,7 @@ def test_prediction_at_any_size(tile, size):
     torch.testing.assert_close(got.probabilities.float(), expected, rtol=1e-3, atol=1e-3)
     agree = (got.labels == expected.argmax(0)).float().mean()
     assert agree > 0.999  # ties apart
-    without = Inference(tile=tile).predict(pointwise, image, PLAIN, "cpu", size)
+    without = Inference(tile=tile).predict(pointwise, image, PLAIN, images, size)
     assert without.probabilities is None
     assert torch.equal(without.labels, got.labels)
 

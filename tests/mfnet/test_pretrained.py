@@ -5,12 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from command_line import CPU
 from PIL import Image
+from quiet import quiet_trainer
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 import mfnet
+from mfnet.__main__ import main
 from mfnet.data import DataError
 from mfnet.pretrained import TrainedNetwork, build
+from mfnet.task import SegmentationTask
 
 # A network as small as they come: as many classes as colors.
 TINY = {"class_path": "mfops.FactorizedContext", "init_args": {"channels": 3, "rank": 2}}
@@ -52,6 +57,14 @@ def test_every_kind_of_image(network, photo, monkeypatch):
     torch.testing.assert_close(probabilities, logits.softmax(1)[0].half(), rtol=2e-3, atol=1e-3)
     assert torch.equal(network.train().predict(photo), labels)
     assert network.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_of_another_precision(network, photo, dtype):
+    expected = network.predict_probabilities(photo)
+    got = network.to(dtype).predict_probabilities(photo)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02)
 
 
 def test_upright_and_resized_as_in_training(network, photo):
@@ -117,6 +130,52 @@ def test_a_folder_without_a_line_of_code_in_it(network, photo, tmp_path):
 def test_a_configuration_calls_nothing_but_networks(class_path, message):
     with pytest.raises(ValueError, match=message):
         build({"class_path": class_path, "init_args": {"command": "touch pwned"}})
+
+
+def test_a_network_that_was_trained_in_python(photo, tmp_path):
+    """It tells itself how it was made; of another's, the error says what to tell."""
+    made = {"backbone": "resnet10t", "rank": 4, "width": 8, "multi_grid": None}
+    networks = (mfnet.create_model("mfnet_light", 3, **made), torch.nn.Conv2d(3, 3, 1))
+    batch = (torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))
+    for network, name in zip(networks, ("ours", "other"), strict=True):
+        trainer = quiet_trainer()
+        task = SegmentationTask(torch.compile(network, backend="eager"), TOLD["class_names"])
+        trainer.fit(task, DataLoader([batch], batch_size=None))
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+    loaded = mfnet.load(tmp_path / "ours.ckpt")
+    images = batch[0]
+    expected = networks[0].eval()(images)
+    torch.testing.assert_close(loaded(images), expected)
+    again = SegmentationTask.load_from_checkpoint(tmp_path / "ours.ckpt", map_location="cpu")
+    torch.testing.assert_close(again.eval()(images), expected)
+    main([
+        "predict", f"--ckpt_path={tmp_path / 'ours.ckpt'}", f"--data.predict_images={photo}", *CPU,
+        "--data.resize=[64,64]", f"--overlays.output={tmp_path / 'overlays'}",
+    ])  # fmt: skip
+    assert (tmp_path / "overlays" / "photo.png").is_file()
+    with pytest.raises(ValueError, match="network that it holds: set its task's network_config, "):
+        mfnet.load(tmp_path / "other.ckpt")
+    arguments = {"in_channels": 3, "out_channels": 3, "kernel_size": 1}
+    task.network_config = {"class_path": "torch.nn.Conv2d", "init_args": arguments}
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    again = SegmentationTask.load_from_checkpoint(tmp_path / "other.ckpt", map_location="cpu")
+    assert again.network_config == task.network_config
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "options"),
+    [
+        ("mfnet_light", {"rank": 4}, {"rank": 4, "width": 256}),
+        ("mfnet", {}, {"rank": 64, "loss_weight": 0.1}),
+        ("mfnet", {"context": "encoding"}, {"codewords": 32}),
+    ],
+)
+def test_a_network_tells_the_options_it_was_not_given(name, given, options):
+    """Another version of mfnet may have other defaults."""
+    network = mfnet.create_model(name, 3, backbone="resnet18", **given)
+    assert network.network_config["dict_kwargs"] == options
+    again = build(network.network_config)
+    assert again.network_config == network.network_config
 
 
 def test_what_cannot_be_loaded(tmp_path):

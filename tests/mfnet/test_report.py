@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from mfnet import report as report_module
-from mfnet.report import comparison_table, label_runs, main, merge_epochs, read_run, report
+from mfnet.report import (
+    best_epoch,
+    comparison_table,
+    label_runs,
+    main,
+    merge_epochs,
+    read_run,
+    report,
+)
 
 NAMES = ["background", "disc", "square"]
 
@@ -106,6 +114,17 @@ def test_rows_logged_again_after_a_resume_count_once():
     merged = merge_epochs(rows)
     assert list(merged) == [0, 1, 2]
     assert merged[2] == {"epoch": 2, "val/mIoU": 0.9, "train/loss": 0.5}
+
+
+def test_the_best_of_several_validations_in_an_epoch(runs):
+    """Those of a pass that was broken off and begun again do not count."""
+    header = "epoch,step,train/loss,val/mIoU,val/fwIoU\n"
+    broken_off = "0,1,,0.9,0.9\n0,3,,0.8,0.8\n"
+    again = "0,1,,0.1,0.1\n0,3,,0.7,0.7\n0,5,,0.2,0.2\n0,5,0.5,,\n"
+    (runs[0] / "metrics.csv").write_text(f"{header}{broken_off}{again}1,7,,0.4,0.4\n1,9,,0.3,0.3\n")
+    assert best_epoch(runs[0]) == (1, 0.7)
+    cells = comparison_table({"a": read_run(runs[0])}).splitlines()[2].split("|")
+    assert [cell.strip() for cell in cells[4:8]] == ["2", "30.00", "30.00", "70.00 (epoch 1)"]
 
 
 def test_labels_are_short_and_distinct(tmp_path):

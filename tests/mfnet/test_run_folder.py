@@ -217,6 +217,28 @@ def test_the_best_score_of_a_folder_that_was_moved(key: str, images: Path, home:
     assert Path("after/checkpoints/best.ckpt").read_bytes() == best
 
 
+def test_a_runs_configuration_means_the_folder_that_it_lies_in(
+    images: Path, home: Path, fails: Fails
+) -> None:
+    """Of a copy, the copy; a flag or a later file says otherwise."""
+    Path("copy").mkdir()
+    Path("copy/config.yaml").write_text("trainer: {default_root_dir: original}\n")
+    Path("later.yaml").write_text("trainer: {default_root_dir: later}\n")
+    data = small(images, "")
+    assert "'original/checkpoints/best.ckpt'" in fails(  # of no run that has begun
+        ["validate", "--config=copy/config.yaml", *data, "--ckpt_path=best"]
+    )
+    Path("copy/metrics.csv").write_text("epoch,step,val/mIoU\n0,1,0.5\n")
+    for more, folder in (
+        ([], "copy"),
+        (["--trainer.default_root_dir=flag"], "flag"),
+        (["--config=later.yaml"], "later"),
+    ):
+        command = ["--config=copy/config.yaml", *more, *data, "--ckpt_path=best"]
+        for subcommand in ("validate", "fit"):
+            assert f"no file '{folder}/checkpoints/best.ckpt'" in fails([subcommand, *command])
+
+
 @pytest.mark.parametrize(
     "callbacks",
     [

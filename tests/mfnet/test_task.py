@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from quiet import one_step, quiet_trainer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from mfnet import SegmentationNetwork
 from mfnet.contexts import EncodingContext, MFContext
+from mfnet.data.prediction import collate_one
 from mfnet.decoder import DeepLabDecoder
+from mfnet.inference import Inference
 from mfnet.task import SegmentationTask
 
 CLASSES = ["sky", "road", "car"]
@@ -128,6 +133,39 @@ class Foreign(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.encoder(x))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_losses_are_not_summed_in_the_networks_precision(precision: Any) -> None:
+    """In 16 bits a sum stops growing where a batch is below its last digit, or overflows."""
+    task = SegmentationTask(Foreign(), CLASSES, backbone_lr=0, head_lr=0)
+    loader = batches(30, 1, size=100)
+    fit = trainer(precision=precision)
+    fit.fit(task, loader, loader)
+    with torch.no_grad():
+        logits = torch.cat([task(images.to(task.dtype)).float() for images, _ in loader])
+    masks = torch.cat([masks for _, masks in loader])
+    hits = (logits.argmax(1) == masks)[masks != 255]
+    expected = pytest.approx(float(F.cross_entropy(logits, masks, ignore_index=255)), rel=1e-5)
+    assert float(fit.callback_metrics["val/loss"]) == expected
+    assert float(fit.callback_metrics["train/loss"]) == expected
+    assert float(fit.callback_metrics["val/accuracy"]) == pytest.approx(float(hits.float().mean()))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_prediction_in_the_networks_precision(precision: Any) -> None:
+    """Of an image shown at another size, in windows: places in it are told in float32 as well."""
+    image, original = (
+        torch.randint(0, 256, size, dtype=torch.uint8) for size in ((3, 300, 20), (3, 600, 40))
+    )
+    loader = DataLoader([(image, original, "a.png")], collate_fn=collate_one)
+    task = SegmentationTask(Foreign(), CLASSES)
+    task.inference = Inference(tile=280)
+    task.keep_probabilities = True
+    predict = trainer(precision=precision).predict
+    (inside,), (outside,) = predict(task, loader), trainer().predict(task.float(), loader)
+    tolerance = {"rtol": 0.05, "atol": 0.02}  # of weights in bfloat16
+    torch.testing.assert_close(inside.probabilities, outside.probabilities, **tolerance)
 
 
 def test_any_module_trains_and_its_encoder_is_the_backbone() -> None:

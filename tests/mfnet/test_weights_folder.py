@@ -73,7 +73,8 @@ def test_validate_and_test(source: str, network: TrainedNetwork, images: Path) -
     counts = torch.bincount(pairs, minlength=len(synthetic.CLASSES) ** 2)
     expected = Path("expected.csv")
     write_class_scores(counts.view(len(synthetic.CLASSES), -1), synthetic.CLASSES, expected)
-    flags = ["--data=VOCFolder", "--data.root=data", "--trainer.default_root_dir=run", *CPU]
+    flags = ["--data=VOCFolder", "--data.root=data", "--data.resize=null", *CPU]
+    flags += ["--trainer.default_root_dir=run"]
     for command, split in (("validate", "val"), ("test", "test")):
         (lists / f"{split}.txt").write_text("val_00000\n")
         main([command, "--ckpt_path", source, *flags])
