@@ -236,11 +236,13 @@ class MFNetCLI(LightningCLI):
                 )
         if self._get(self.config, "ckpt_path") is not None:
             self.model.init_from = None  # which a continuation does not need
-        if self.model.network_config is None:  # create_model's networks tell theirs
-            self.model.network_config = plain(self._get(self.config, "model").network.as_dict())
-            arguments = self.model.network_config.get("init_args", {})
+        told = plain(self._get(self.config, "model").network.as_dict())
+        # A function of one's own may have changed what create_model made, which tells its options.
+        if self.model.network_config is None or told["class_path"] != "mfnet.create_model":
+            arguments = told.get("init_args", {})
             if "in_channels" in arguments:
                 arguments["in_channels"] = self.model.channels
+            self.model.network_config = told
         if self.subcommand not in (None, "fit"):
             config = self.config[self.subcommand]
             self.model.inference = Inference(*(config[field.name] for field in fields(Inference)))

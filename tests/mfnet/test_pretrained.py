@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import mfnet
 from mfnet.__main__ import main
+from mfnet.cli import MFNetCLI
 from mfnet.data import DataError
 from mfnet.pretrained import TrainedNetwork, build
 from mfnet.task import SegmentationTask
@@ -176,6 +177,23 @@ def test_a_network_tells_the_options_it_was_not_given(name, given, options):
     assert network.network_config["dict_kwargs"] == options
     again = build(network.network_config)
     assert again.network_config == network.network_config
+
+
+def narrowed(num_classes: int) -> torch.nn.Module:
+    """A function of one's own, which changes what create_model has made."""
+    network = mfnet.create_model("mfnet_light", num_classes, "resnet10t", rank=4, width=8)
+    network.decoder.fine[1] = torch.nn.SiLU()
+    return network
+
+
+def test_a_function_that_changes_our_network_is_recorded_itself(images):
+    path = f"{__name__}.narrowed"
+    cli = MFNetCLI(
+        ["--data=VOCFolder", f"--data.root={images}", f"--model.network={path}"], run=False
+    )
+    assert cli.model.network_config["class_path"] == path
+    rebuilt = build({**cli.model.network_config, "init_args": {"num_classes": 3}})
+    assert isinstance(rebuilt.decoder.fine[1], torch.nn.SiLU)
 
 
 def test_what_cannot_be_loaded(tmp_path):
