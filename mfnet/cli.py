@@ -180,8 +180,10 @@ class MFNetCLI(LightningCLI):
         if record:
             defaults = from_checkpoint.defaults(record, subcommand, config.data)
             self._parser(subcommand).set_defaults(defaults)
+            given = config.model.network
             self.config = self._parsed(parser, args)
             config = self.config[subcommand]
+            from_checkpoint.take_own_options(config.model.network, record, given)
             forget_starting_weights(config.model.network.get("init_args", Namespace()))
             if subcommand == "predict" and config.data.class_path.startswith("mfnet.data."):
                 config.data = from_checkpoint.photographs(config.data, record)

@@ -27,6 +27,20 @@ def defaults(record: dict[str, Any], subcommand: str, data: Namespace) -> dict[s
     return values
 
 
+def take_own_options(network: Namespace, record: dict[str, Any], given: Namespace) -> None:
+    """Of a network that is not the checkpoint's: the options of flags and files, ``given``, alone.
+
+    jsonargparse keeps those of the defaults, whatever network they belong to.
+    """
+
+    def kind(network: Any) -> tuple[Any, ...]:
+        arguments = network.get("init_args") or {}
+        return network["class_path"], arguments.get("name"), arguments.get("context")
+
+    if record.get("network") and kind(network) != kind(record["network"]):
+        network["dict_kwargs"] = given.get("dict_kwargs", {})
+
+
 def _channels(record: dict[str, Any]) -> int:
     return len(record["normalisation"]["mean"]) if "normalisation" in record else CHANNELS
 
