@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from gpu import runs_or_skips
 
 import mfops
+
+if os.environ.get("TRITON_INTERPRET") == "1":  # set by test_triton.py
+    from interpreter import patch_language_once
+
+    patch_language_once()
 
 
 @pytest.fixture(params=["native", "triton"])
