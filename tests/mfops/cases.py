@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from guarded import guarded
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mfops import reference
 
@@ -55,14 +56,15 @@ class Case:
 def features(
     shape: tuple[int, int, int], layout: str, dtype: torch.dtype, device: str = "cpu"
 ) -> Tensor:
-    batch, channels, pixels = shape
+    """The same values in every layout."""
+    values = torch.randn(shape)
     if layout == "channels_last":
-        return torch.randn(batch, pixels, channels).to(device, dtype).mT
+        return values.mT.contiguous().to(device, dtype).mT
     if layout == "sliced rows":
-        return torch.randn(batch, channels, pixels + 5).to(device, dtype)[:, :, 3 : pixels + 3]
+        return pad(values, (3, 2), mode="replicate").to(device, dtype)[:, :, 3:-2]
     if layout == "every second pixel":
-        return torch.randn(batch, channels, 2 * pixels).to(device, dtype)[:, :, ::2]
-    return torch.randn(shape).to(device, dtype)
+        return values.repeat_interleave(2, dim=2).to(device, dtype)[:, :, ::2]
+    return values.to(device, dtype)
 
 
 def make(
