@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 
@@ -9,7 +10,10 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+# torch writes this table anew in each export, which takes a second.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 FREE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,14 +21,14 @@ def test_a_missing_package_skips_gpu_tests_and_nothing_else(tmp_path: Path):
     (tests / "test_theirs.py").write_text(f"import no_such_package.part\n{MARKED}")
     (tests / "test_ours.py").write_text(f"import ours.missing\n{MARKED}")
 
-    def collect(*arguments: str) -> str:
-        command = [sys.executable, "-m", "pytest", "-rsE", "-p", "no:cacheprovider", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
-
-    gpu = collect("-m", "gpu")
+    # Both in one process, as its imports take seconds.
+    both = "import pytest; pytest.main(['-m', 'gpu', '-rsE']); pytest.main(['-rsE'])"
+    command = [sys.executable, "-c", both]
+    environment = {**os.environ, "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    _, gpu, everything = done.stdout.split("test session starts")
     assert "collected 1 item / 1 error / 1 skipped" in gpu
     assert "no_such_package is not installed" in gpu
     assert "ERROR tests/test_ours.py" in gpu
-    everything = collect()
     assert "collected 1 item / 2 errors" in everything
     assert "ERROR tests/test_theirs.py" in everything

@@ -9,7 +9,7 @@ from mfnet.__main__ import main
 
 Fails = Callable[..., str]  # the fixture
 
-RESNET = "--model.network.backbone=resnet18"
+RESNET = "--model.network.backbone=test_resnet"  # timm's smallest
 # The smallest network that there is.
 CONV = ["--model.network=torch.nn.Conv2d", "--model.network.in_channels=3",
         "--model.network.out_channels=5", "--model.network.kernel_size=1"]  # fmt: skip

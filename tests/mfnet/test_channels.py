@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from command_line import CPU, RESNET, Fails, flags, predict
+from command_line import CPU, Fails, flags, predict
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -28,6 +28,8 @@ from mfnet.task import RECORD, SegmentationTask
 
 BANDS = np.random.default_rng(0).integers(0, 2**16, (5, 40, 50), dtype=np.uint16)
 BANDS[:, 0, 0] = 2**16 - 1
+
+RESNET = "--model.network.backbone=resnet18"  # its weights want ImageNet's mean and deviation
 
 
 # Networks and weights

@@ -82,7 +82,7 @@ def test_shipped_configs_train(config: str, choice: str, images: Path, tmp_path:
         flags = ["--data.cache_dir", str(tmp_path), "--data.train=2", "--data.val=1"]
     main([
         "fit", "--config", config, *flags,
-        f"--model.network.{choice}", "--model.network.backbone=resnet18",
+        f"--model.network.{choice}", RESNET,
         "--data.crop_size=33", "--data.batch_size=2", "--data.num_workers=0",
         "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}",

@@ -43,7 +43,7 @@ def test_fx_traces_contexts(context, training):
 
 @pytest.mark.parametrize("name", ["mfnet", "mfnet_light"])
 def test_fx_traces_a_network(name):
-    model = mfnet.create_model(name, 3, "resnet18", context_size=(3, 3)).eval()
+    model = mfnet.create_model(name, 3, "test_resnet", context_size=(3, 3)).eval()
     arguments = {"return_loss": False, "masks": None}
     x = torch.randn(1, 3, 40, 41)
     traced = torch.fx.symbolic_trace(model, concrete_args=arguments)

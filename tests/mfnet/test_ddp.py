@@ -57,28 +57,40 @@ def test_cpu_layer_is_batchnorm(kind: type[nn.BatchNorm2d], group_of_one: None) 
     torch.testing.assert_close(converted.eval()(x), expected.eval()(x))
 
 
-def train(
-    folder: Path, name: str, option: str, processes: int
-) -> tuple[dict[str, torch.Tensor], dict]:
-    """Two steps of four images; returns the weights and the validation scores."""
-    run = folder / f"{name}-{processes}"
-    flags = [
+# Factors and bases, whose means go over the ranks, with a loss; a loss that is given the masks.
+NETWORKS = [("mfnet", "factorizer=em"), ("emanet", "context=encoding")]
+
+
+def arguments(folder: Path, name: str, option: str, processes: int) -> list[str]:
+    """Two steps of four images."""
+    return [
         "--seed_everything=1", "--trainer.accelerator=cpu", f"--trainer.devices={processes}",
         f"--trainer.strategy={'ddp' if processes > 1 else 'auto'}", "--trainer.max_steps=2",
-        "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={run}",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={folder / f'{name}-{processes}'}",
         f"--model.network.name={name}", f"--model.network.{option}", RESNET,
         "--model.reconstruction_warmup=0", "--data=mfnet.data.Synthetic",
         f"--data.cache_dir={folder / 'data'}", "--data.train=8", "--data.val=3", "--data.size=65",
         "--data.crop_size=65", f"--data.batch_size={4 // processes}", "--data.num_workers=0",
     ]  # fmt: skip
-    if processes == 1:
-        torch.set_num_threads(1)
-        without_dropout.train(flags)
-    else:
-        command = [sys.executable, without_dropout.__file__, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each network a run of one process and one of two, which train one after the other."""
+    folder = tmp_path_factory.mktemp("runs")
+    for network in NETWORKS:
+        without_dropout.train(arguments(folder, *network, 1))
+    both = json.dumps([arguments(folder, *network, 2) for network in NETWORKS])
+    command = [sys.executable, without_dropout.__file__, both]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def result(run: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The weights and the validation scores."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     scores = json.loads((run / "scores.json").read_text())
@@ -88,15 +100,10 @@ def train(
     return checkpoint["state_dict"], scores
 
 
-# Factors and bases, whose means go over the ranks, with a loss; a loss that is given the masks.
-@pytest.mark.parametrize(
-    ("name", "option"), [("mfnet", "factorizer=em"), ("emanet", "context=encoding")]
-)
-def test_two_processes_equal_one_with_the_double_batch(
-    tmp_path: Path, name: str, option: str
-) -> None:
-    one, scores_of_one = train(tmp_path, name, option, 1)
-    two, scores_of_two = train(tmp_path, name, option, 2)
+@pytest.mark.parametrize("name", [name for name, _ in NETWORKS])
+def test_two_processes_equal_one_with_the_double_batch(runs: Path, name: str) -> None:
+    one, scores_of_one = result(runs / f"{name}-1")
+    two, scores_of_two = result(runs / f"{name}-2")
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5, msg=key)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import RESNET
 
 from mfnet.__main__ import main
 
@@ -14,7 +15,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "demo"
     flags = [
         f"--trainer.default_root_dir={folder}", f"--data.cache_dir={tmp_path}", "--data.train=4",
-        "--data.val=2", "--data.size=33", "--data.crop_size=33", "--data.batch_size=2",
+        "--data.val=2", "--data.size=33", "--data.crop_size=33", "--data.batch_size=2", RESNET,
         "--trainer.accelerator=cpu", "--trainer.max_epochs=1",
         "--trainer.enable_progress_bar=false",
     ]  # fmt: skip

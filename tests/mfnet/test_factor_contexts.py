@@ -325,7 +325,7 @@ def test_inverse_temperature_reaches_the_method(context: str) -> None:
     assert not torch.allclose(results[0], results[1])
     assert torch.equal(results[1], results[2])
     model = create_model(
-        "mfnet", backbone="resnet18", context=context, inverse_temperature=1, **options
+        "mfnet", backbone="test_resnet", context=context, inverse_temperature=1, **options
     )
     (method,) = (m for m in model.modules() if isinstance(m, ImageFactorizer))
     assert method.inverse_temperature == 1

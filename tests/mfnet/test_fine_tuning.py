@@ -27,7 +27,7 @@ from mfnet.task import SegmentationTask
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of three classes and a Z of the grid 3 x 5."""
     torch.manual_seed(7)
-    arguments = {"num_classes": 3, "backbone": "resnet18", "context_size": [3, 5]}
+    arguments = {"num_classes": 3, "backbone": "test_resnet", "context_size": [3, 5]}
     network = TrainedNetwork(
         network={"class_path": "mfnet.create_model", "init_args": {"name": "mfnet", **arguments}},
         class_names=["a", "b", "c"],
@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ours(num_classes: int, size: tuple[int, int]) -> mfnet.SegmentationNetwork:
-    return mfnet.create_model("mfnet", num_classes, backbone="resnet18", context_size=size)
+    return mfnet.create_model("mfnet", num_classes, backbone="test_resnet", context_size=size)
 
 
 def test_what_fits_is_taken_and_what_does_not_is_told(trained: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_frozen_backbone_leaves_training_as_it_entered(
     main([*tune, "--model.freeze_backbone=true"])
     after = state(tmp_path / "run")
     backbone = [key for key in after if key.startswith("network.backbone.")]
-    assert len(backbone) > 100
+    assert len(backbone) > 80
     assert all(torch.equal(after[key], given[key]) for key in backbone)
     assert not torch.equal(
         after["network.decoder.fuse.0.0.weight"], given["network.decoder.fuse.0.0.weight"]
@@ -155,7 +155,7 @@ def test_frozen_statistics_alone(images: Path, trained: Path, tmp_path: Path) ->
     statistics = [k for k in after if ".backbone." in k and ("running" in k or "num_batches" in k)]
     assert len(statistics) > 20
     assert all(torch.equal(after[key], given[key]) for key in statistics)
-    weight = "network.backbone.features.layer4.1.bn2.weight"
+    weight = "network.backbone.features.layer4.0.bn2.weight"
     assert not torch.equal(after[weight], given[weight])
     outside = "network.decoder.fuse.0.1.running_mean"
     assert not torch.equal(after[outside], given[outside])

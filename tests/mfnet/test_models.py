@@ -16,7 +16,7 @@ MODELS = mfnet.list_models()
 
 
 def small(name: str, **kwargs: object) -> SegmentationNetwork:
-    return create_model(name, num_classes=3, backbone="resnet18", **kwargs)
+    return create_model(name, num_classes=3, backbone="test_resnet", **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_logits_have_the_images_size(name: str, training: bool) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_training_step_reaches_every_trainable_parameter(name: str, batch: int) -> None:
     model = small(name).train()
-    logits = model(torch.randn(batch, 3, 65, 65))
+    logits = model(torch.randn(batch, 3, 33, 33))
     logits.square().mean().backward()
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -94,7 +94,7 @@ def test_a_training_step_reaches_every_trainable_parameter(name: str, batch: int
 def test_trains_under_autocast(name: str) -> None:
     model = small(name).train()
     with torch.autocast("cpu", torch.bfloat16):
-        logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True)
+        logits, loss = model(torch.randn(2, 3, 33, 33), return_loss=True)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     (logits.float().square().mean() + loss).backward()
@@ -128,8 +128,8 @@ def test_parameter_groups(name: str) -> None:
 @pytest.mark.parametrize("name", ["deeplabv3plus", "emanet"])  # mfnet: deeplabv3plus, see below
 def test_any_context_in_any_network(name: str, context: str) -> None:
     model = small(name, context=context).train()
-    masks = torch.randint(3, (2, 65, 65))
-    logits, loss = model(torch.randn(2, 3, 65, 65), return_loss=True, masks=masks)
+    masks = torch.randint(3, (2, 33, 33))
+    logits, loss = model(torch.randn(2, 3, 33, 33), return_loss=True, masks=masks)
     (logits.square().mean() + loss).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -161,7 +161,7 @@ def test_the_start_of_learned_factors_is_passed_over_by_the_others() -> None:
     ):
         small(name, init="uniform", **options)
     factors = small("mfnet", init="uniform").context.factorized.factorizer
-    assert factors.y.abs().max() <= (512 * 64) ** -0.5
+    assert factors.y.abs().max() <= (96 * 64) ** -0.5
     with pytest.raises(ValueError, match="init: expected normal or uniform, got 'zeros'"):
         small("mfnet", init="zeros")
 
@@ -169,7 +169,7 @@ def test_the_start_of_learned_factors_is_passed_over_by_the_others() -> None:
 def test_mfnet_options() -> None:
     model = small("mfnet", rank=5, context_size=(4, 6), loss_weight=0.2)
     factorized = model.context.factorized
-    assert factorized.factorizer.y.shape == (512, 5)
+    assert factorized.factorizer.y.shape == (96, 5)
     assert factorized.factorizer.z.shape == (5, 24)
     assert factorized.loss_weight == 0.2
 
@@ -177,7 +177,7 @@ def test_mfnet_options() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles_without_graph_breaks(name: str) -> None:
     model = small(name).train()
-    logits = torch.compile(model, fullgraph=True, backend="eager")(torch.randn(2, 3, 65, 65))
+    logits = torch.compile(model, fullgraph=True, backend="eager")(torch.randn(2, 3, 33, 33))
     logits.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

@@ -314,7 +314,7 @@ def test_bad_masks(masks: Tensor | None, error: type[Exception], message: str) -
 
 def test_networks_hand_classes_and_masks_on() -> None:
     network = create_model(
-        "deeplabv3plus", num_classes=3, backbone="resnet18", context="encoding", codewords=4
+        "deeplabv3plus", num_classes=3, backbone="test_resnet", context="encoding", codewords=4
     )
     assert network.context.classify.out_features == 3
     assert network.context.encode[1].codewords.shape == (4, 512)
@@ -354,7 +354,7 @@ def test_nonlocal_block_starts_as_the_identity() -> None:
 
 def test_nonlocal_starts_in_a_network_as_by_itself() -> None:
     """Kaiming's weights, which other convolutions of a head get, would saturate its softmax."""
-    network = create_model("emanet", num_classes=3, backbone="resnet18", context="nonlocal")
+    network = create_model("emanet", num_classes=3, backbone="test_resnet", context="nonlocal")
     block = network.context.unit
     assert not block.w[1].weight.any()
     for conv in (block.theta, block.phi, block.g, block.w[0]):

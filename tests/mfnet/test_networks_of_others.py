@@ -117,7 +117,7 @@ def test_logits_at_full_size_stay_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["mfnet", "emanet"])
 def test_our_auxiliary_head(name: str) -> None:
     torch.manual_seed(0)
-    network = create_model(name, num_classes=3, backbone="resnet18", auxiliary_head=True)
+    network = create_model(name, num_classes=3, backbone="test_resnet", auxiliary_head=True)
     out = network(IMAGES)
     assert {key: logits.shape for key, logits in out.items()} == {
         key: (2, 3, 33, 37) for key in ("out", "aux")
@@ -126,7 +126,7 @@ def test_our_auxiliary_head(name: str) -> None:
     assert set(output) == {"out", "aux"}
     head = network.auxiliary_head
     assert isinstance(head, FCNHead)
-    assert (head[0].in_channels, head[0].out_channels, head[3].p) == (256, 64, 0.1)
+    assert (head[0].in_channels, head[0].out_channels, head[3].p) == (192, 48, 0.1)
 
     loss, logged, task = step(network, reconstruction_warmup=0)
     loss.backward()
@@ -138,9 +138,9 @@ def test_our_auxiliary_head(name: str) -> None:
 
 def test_without_training_there_is_no_head() -> None:
     """Evaluation gives the same logits without it, and a checkpoint without one loads as before."""
-    plain = create_model("mfnet", num_classes=3, backbone="resnet18").eval()
+    plain = create_model("mfnet", num_classes=3, backbone="test_resnet").eval()
     assert not [key for key in plain.state_dict() if "auxiliary" in key]
-    network = create_model("mfnet", num_classes=3, backbone="resnet18", auxiliary_head=True)
+    network = create_model("mfnet", num_classes=3, backbone="test_resnet", auxiliary_head=True)
     missing, unexpected = network.load_state_dict(plain.state_dict(), strict=False)
     assert not unexpected
     assert all(key.startswith("auxiliary_head.") for key in missing)
@@ -174,11 +174,11 @@ def test_torchvisions_network_by_class_path(
 
 
 def test_the_summary_is_of_the_network_that_predicts(images: Path, tmp_path: Path) -> None:
-    more = ["--model.network.backbone=resnet18", "--model.network.auxiliary_head=true"]
+    more = ["--model.network.backbone=test_resnet", "--model.network.auxiliary_head=true"]
     main(["fit", *small(images, tmp_path, *more)])
     assert "auxiliary" in (tmp_path / "metrics.csv").read_text()
     summary = json.loads((tmp_path / "summary.json").read_text())
-    plain = create_model("mfnet", num_classes=5, backbone="resnet18")
+    plain = create_model("mfnet", num_classes=5, backbone="test_resnet")
     parameters = sum(p.numel() for p in plain.parameters())
     assert (summary["parameters"], summary["trainable_parameters"]) == (parameters, parameters)
     assert summary["gflops"] == count_flops(plain, (33, 33)) / 1e9

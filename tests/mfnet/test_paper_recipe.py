@@ -28,7 +28,7 @@ def trainer(precision: Any = "64-true", max_steps: int = STEPS) -> L.Trainer:
 
 def paper_task(name: str, *flags: str) -> SegmentationTask:
     """The task of `paper_voc`, on a small ResNet."""
-    network = [f"--model.network.name={name}", "--model.network.backbone=resnet18"]
+    network = [f"--model.network.name={name}", "--model.network.backbone=test_resnet"]
     arguments = ["--config=paper_voc", *network, "--model.network.backbone_weights=null", *flags]
     return MFNetCLI([*arguments, "--trainer.logger=false"], run=False).model
 

@@ -173,7 +173,7 @@ def test_a_network_that_was_trained_in_python(photo, tmp_path):
 )
 def test_a_network_tells_the_options_it_was_not_given(name, given, options):
     """Another version of mfnet may have other defaults."""
-    network = mfnet.create_model(name, 3, backbone="resnet18", **given)
+    network = mfnet.create_model(name, 3, backbone="test_resnet", **given)
     assert network.network_config["dict_kwargs"] == options
     again = build(network.network_config)
     assert again.network_config == network.network_config

@@ -1,4 +1,4 @@
-"""A training without dropout, whose draws differ between ranks, as they should, and a validation.
+"""Trainings without dropout, whose draws differ between ranks, as they should, and validations.
 
 A script, since Lightning starts it anew for each further rank.
 """
@@ -25,4 +25,5 @@ def train(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[1:])
+    for arguments in json.loads(sys.argv[1]):
+        train(arguments)
