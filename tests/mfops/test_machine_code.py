@@ -6,6 +6,7 @@ These are checks of this build, not figures; they need neither a GPU nor a CUDA 
 from __future__ import annotations
 
 import re
+import subprocess
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -13,12 +14,14 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from torch.utils.cpp_extension import CUDA_HOME
 
 from benchmarks.machine_code import listing
 from benchmarks.machine_code.kernels import ARCH, KERNELS
 from benchmarks.machine_code.table import DOCUMENT, ceilings, compiler, measured
 
 ROOT = Path(__file__).parents[2]
+OLDEST = "sm_80"
 TYPES = ["float32", "tf32", "bf16", "f16"]  # in the order of csrc/cuda/common/types.h
 TENSOR_CORE = {
     "tf32": "HMMA.1688.F32.TF32",
@@ -131,17 +134,42 @@ def test_every_kernel_is_there_for_every_architecture(extension, resources):
 SPILLS = r"15backward_kernel\w+ELb0ELi128ELi64ELi128ELi8E"
 
 
-def test_kernels_spill_as_little_as_is_known_and_use_no_local_memory(resources):
+def check_memory(resources: dict[tuple[str, str], dict[str, int]]) -> None:
     for key, used in resources.items():
         assert used["STACK"] <= (64 if re.search(SPILLS, key[1]) else 0), (key, used)
         assert used["LOCAL"] == 0, (key, used)
 
 
-def test_registers_leave_room_for_the_blocks_planned(resources):
+def check_registers(resources: dict[tuple[str, str], dict[str, int]]) -> None:
     for key, used in resources.items():
         kernel = Kernel.of(key[1])
         if kernel is not None:
             assert used["REG"] * 32 * kernel.warps * kernel.blocks <= REGISTERS, (key, used)
+
+
+def test_kernels_spill_as_little_as_is_known_and_use_no_local_memory(resources):
+    check_memory(resources)
+
+
+def test_registers_leave_room_for_the_blocks_planned(resources):
+    check_registers(resources)
+
+
+@pytest.mark.parametrize("operation", ["reconstruct", "factorize"])
+def test_the_oldest_gpus(operation, tmp_path):
+    """Of one type: a build may be for newer ones alone, as that of .ci/run is."""
+    if CUDA_HOME is None:
+        pytest.skip("no CUDA toolkit")
+    cubin, csrc = tmp_path / "oldest.cubin", ROOT / "csrc"
+    source = csrc / "cuda" / "instantiations" / f"{operation}_bf16.cu"
+    options = ["-std=c++20", "-O3", f"-arch={OLDEST}", f"-I{csrc}"]
+    subprocess.run(
+        [f"{CUDA_HOME}/bin/nvcc", *options, "-cubin", str(source), "-o", str(cubin)], check=True
+    )
+    resources = {(OLDEST, name): used for name, used in listing.resources(cubin, OLDEST).items()}
+    assert len(resources) >= 10
+    check_memory(resources)
+    check_registers(resources)
 
 
 def test_products_run_on_tensor_cores_and_ieee_float32_does_not(instructions):
