@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named_before_anything_is_written(root, file, damage, 
 def test_a_broken_region_is_named(made, tmp_path, text, says):
     (tmp_path / "guide.md").write_text(text)
     with pytest.raises(ValueError, match=f"guide.md{':' if 'has no' in says else ','} {says}"):
-        report.rewritten(tmp_path, tmp_path / "guide.md", report.load(folder(made).parent))
+        report.rewritten(tmp_path, tmp_path / "guide.md", [results(made)])
 
 
 def test_markers_in_a_code_block_are_text(made, tmp_path):
