@@ -5,6 +5,7 @@ What a picture shows is plain data first, so that a digest in its file can stand
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -439,6 +440,7 @@ PLOTS: dict[str, tuple[str, Callable[[Results], list[Panel]], Callable[[list[Pan
 }
 
 
+@functools.lru_cache
 def picture(plot: str, results: Results) -> Picture | None:
     """None where there is nothing to show."""
     title, panels, draw = PLOTS[plot]

@@ -16,34 +16,31 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(Machine("cpu", 1), Effort(seconds=0, least=2), True, tmp_path, {"run": "now"})
 
 
-def make(root: Path) -> Path:
-    """A repository with made-up rows, before the report was written."""
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with made-up rows, before the report was written, for tests that only read."""
     import repository  # here: without pandas, test modules that need it are skipped, others run
 
-    return repository.make(root)
+    return repository.make(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make(tmp_path)
+def root(made: Path, tmp_path: Path) -> Path:
+    """One to change."""
+    return shutil.copytree(made, tmp_path / "root")
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, for tests that only read."""
-    return make(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its report, for tests that only read."""
     import repository
 
-    root = make(tmp_path_factory.mktemp("drawn"))
+    root = shutil.copytree(made, tmp_path_factory.mktemp("drawn") / "root")
     assert repository.run(root) == 0
     return root
 
 
 @pytest.fixture
 def written(drawn: Path, tmp_path: Path) -> Path:
-    """Such a repository with its report."""
+    """One with its report to change."""
     return shutil.copytree(drawn, tmp_path / "root")

@@ -50,10 +50,12 @@ Row = dict[str, Any]
 
 def append(benchmark: Benchmark, folder: Path, new: Iterable[Row]) -> Path:
     """Appends rows, and the runs that they are of: RUN, but for what a row says of it."""
-    own = []
+    own, runs = [], {}
     for row in new:
-        run = rows.add_run(folder, {key: row.get(key, value) for key, value in RUN.items()})
-        own.append({key: value for key, value in row.items() if key not in RUN} | {"run": run})
+        of = tuple(row.get(key, value) for key, value in RUN.items())
+        if of not in runs:
+            runs[of] = rows.add_run(folder, dict(zip(RUN, of, strict=True)))
+        own.append({key: value for key, value in row.items() if key not in RUN} | {"run": runs[of]})
     return rows.append(benchmark, folder, own)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import made_up_rows
 import pytest
 from made_up_rows import CPU, GPU, NEWER, NOT_MEASURED, RUN, append
 from PIL import Image
-from repository import cells, document, folder, panels, points, region, run, section
+from repository import cells, document, folder, panels, points, region, results, run, section
 
 from benchmarks.kernels import BOTH
 from benchmarks.report import __main__ as report
+from benchmarks.report.plots import PLOTS, picture
 from benchmarks.schema import (
     ACCURACY,
     ACCURACY_COST,
@@ -43,40 +47,34 @@ def test_what_was_written_agrees_and_is_not_written_again(written, capsys):
         assert all(((written / name).parent / link.split(")")[0]).is_file() for link in links)
 
 
-@pytest.mark.parametrize(
-    ("file", "digits"),
-    [
-        ("docs/benchmarks.md", ("| 35.0 [31.5, 38.5] |", "| 36.0 [31.5, 38.5] |")),
-        ("README.md", ("| 35.0 | 5.00 |", "| 35.0 | 5.01 |")),
-    ],
-)
-def test_check_names_a_text_that_was_edited(written, file, digits, capsys):
-    path = written / file
-    before = path.read_text()
-    edited = before.replace(*digits, 1)
-    assert edited != before
-    path.write_text(edited)
+def test_check_names_texts_that_were_edited(written, capsys):
+    before = {}
+    for file, digits in {
+        "README.md": ("| 35.0 | 5.00 |", "| 35.0 | 5.01 |"),
+        "docs/benchmarks.md": ("| 35.0 [31.5, 38.5] |", "| 36.0 [31.5, 38.5] |"),
+    }.items():
+        before[file] = (written / file).read_text()
+        assert digits[0] in before[file]
+        (written / file).write_text(before[file].replace(*digits, 1))
+    edited = {file: (written / file).read_text() for file in before}
     assert run(written, "--check") == 1
-    assert capsys.readouterr().err == f"benchmarks.report: {file} is not what the rows give\n"
-    assert path.read_text() == edited
+    says = "".join(f"benchmarks.report: {file} is not what the rows give\n" for file in before)
+    assert capsys.readouterr().err == says
+    assert {file: (written / file).read_text() for file in before} == edited
     assert run(written) == 0
-    assert path.read_text() == before
+    assert {file: (written / file).read_text() for file in before} == before
 
 
-@pytest.mark.parametrize("wrong", ["another plot", "not ours", "not a picture", "missing"])
-def test_check_names_a_plot_that_was_replaced(written, wrong, capsys):
-    path = written / "docs" / "benchmarks" / f"{CPU}-contexts.png"
-    if wrong == "another plot":
-        path.write_bytes(path.with_name(f"{CPU}-pareto.png").read_bytes())
-    elif wrong == "not ours":
-        Image.new("RGB", (9, 9)).save(path)
-    elif wrong == "not a picture":
-        path.write_bytes(path.read_bytes()[:2000])
-    else:
-        path.unlink()
+def test_check_names_plots_that_were_replaced(written, capsys):
+    files = {plot: written / "docs" / "benchmarks" / f"{CPU}-{plot}.png" for plot in PLOTS}
+    files["pareto"].write_bytes(files["contexts"].read_bytes())  # another plot
+    Image.new("RGB", (9, 9)).save(files["factorizers"])  # not ours
+    files["paper"].write_bytes(files["paper"].read_bytes()[:2000])  # not a picture
+    files["training"].unlink()
     assert run(written, "--check") == 1
-    named = f"docs/benchmarks/{CPU}-contexts.png"
-    assert capsys.readouterr().err == f"benchmarks.report: {named} is not what the rows give\n"
+    named = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    wrong = ("pareto", "factorizers", "paper", "training")
+    assert named == [f"docs/benchmarks/{CPU}-{plot}.png" for plot in wrong]
 
 
 def test_check_names_all_that_shows_a_row_that_was_changed(written, capsys):
@@ -98,6 +96,20 @@ def test_a_plot_without_rows_goes_and_a_picture_of_somebody_elses_stays(written,
     assert run(written) == 0
     assert not (pictures / f"{CPU}-training.png").exists()
     assert (pictures / "photograph.png").exists()
+
+
+def test_every_plot_is_drawn_from_plain_data_with_its_digest_and_small(drawn):
+    page = (drawn / "docs" / "benchmarks.md").read_text()
+    for plot in PLOTS:
+        found = picture(plot, results(drawn))
+        plain = json.loads(json.dumps(found.panels))
+        path = drawn / "docs" / "benchmarks" / f"{CPU}-{plot}.png"
+        with Image.open(path) as image:
+            assert image.width == 960
+            digest = dataclasses.replace(found, panels=plain).digest()
+            assert image.text["Description"] == digest
+        assert path.stat().st_size < 150 * 1024
+        assert f"![{found.title}](benchmarks/{CPU}-{plot}.png)" in page
 
 
 # Rows that are not there, or damaged.
@@ -148,7 +160,7 @@ def test_a_damaged_file_is_named_before_anything_is_written(root, file, damage, 
 def test_a_broken_region_is_named(made, tmp_path, text, says):
     (tmp_path / "guide.md").write_text(text)
     with pytest.raises(ValueError, match=f"guide.md{':' if 'has no' in says else ','} {says}"):
-        report.rewritten(tmp_path, tmp_path / "guide.md", report.load(folder(made).parent))
+        report.rewritten(tmp_path, tmp_path / "guide.md", [results(made)])
 
 
 def test_markers_in_a_code_block_are_text(made, tmp_path):

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import made_up_rows
 import pytest
-from made_up_rows import CPU, append
-from PIL import Image
-from repository import folder, panels, points, results
+from made_up_rows import append
+from repository import folder, panels, points
 
 from benchmarks.bench_op import Problem
 from benchmarks.kernels import FORWARD
-from benchmarks.report.plots import PLOTS, Picture, picture
+from benchmarks.report.plots import Picture
 from benchmarks.schema import ACCURACY, COPY, EAGER, FACTORIZERS, MODELS, NATIVE
-
-
-def test_every_plot_is_drawn_from_plain_data_with_its_digest_and_small(drawn):
-    page = (drawn / "docs" / "benchmarks.md").read_text()
-    for plot in PLOTS:
-        found = picture(plot, results(drawn))
-        plain = json.loads(json.dumps(found.panels))
-        path = drawn / "docs" / "benchmarks" / f"{CPU}-{plot}.png"
-        with Image.open(path) as image:
-            assert image.width == 960
-            digest = dataclasses.replace(found, panels=plain).digest()
-            assert image.text["Description"] == digest
-        assert path.stat().st_size < 150 * 1024
-        assert f"![{found.title}](benchmarks/{CPU}-{plot}.png)" in page
 
 
 def test_a_digest_is_of_data_and_labels():
