@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,6 +31,13 @@ def test_they_are_small_and_predict_at_the_images_size(name: str, tmp_path) -> N
     assert int(labels.max()) < len(network.class_names)
     probabilities = network.predict_probabilities(tmp_path / "street.png").float()
     assert bool((probabilities.std((1, 2)) > 0).any())  # it tells one pixel from another
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_tell_every_option(name: str) -> None:
+    """So they stay what they are when a default changes."""
+    told = json.loads((shipped_networks()[name] / "config.json").read_text("utf-8"))["network"]
+    assert told == mfnet.load(name).network.network_config
 
 
 def test_their_page_tells_of_each() -> None:
