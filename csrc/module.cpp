@@ -53,7 +53,10 @@ PYBIND11_MODULE(_C, module) {
                "there are no CUDA kernels, or None).");
     module.def("cpu_bfloat16_missing", &mfops::cpu::bf16::unavailable_reason,
                "Why products of bfloat16 features are made in float32 on this CPU; empty where the "
-               "processor's own bfloat16 instructions make them.");
+               "processor's own bfloat16 units make them.");
+    module.def("cpu_bfloat16_units", &mfops::cpu::bf16::units_name,
+               "Which of the processor's units those are: AMX, AVX512-BF16 or, where there are "
+               "none, an empty string.");
 #ifdef MFOPS_WITH_CUDA
     module.def("cuda_unavailable_reason", &mfops::cuda_unavailable_reason, py::arg("device_index"),
                "Why this build has no code for the device, in CUDA's words; empty where it has.");

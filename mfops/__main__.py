@@ -23,10 +23,10 @@ def _gpu() -> str:
 def _cpu_products(extension: Any) -> str:
     """In what the kernels on the CPU multiply bfloat16 features."""
     try:
-        missing = extension.cpu_bfloat16_missing()
+        units, missing = extension.cpu_bfloat16_units(), extension.cpu_bfloat16_missing()
     except RuntimeError as error:  # MFOPS_CPU_PRODUCTS asks for what is not there
         return str(error).splitlines()[0]
-    return f"in float32: {missing}" if missing else "in bfloat16, by AVX512-BF16"
+    return f"in bfloat16, by {units}" if units else f"in float32: {missing}"
 
 
 def _extension() -> list[tuple[str, str]]:

@@ -228,11 +228,12 @@ def factorize_checked(
     rows, start = _prepare_bases(x, y0)
     temperature = inverse_temperature or INVERSE_TEMPERATURE  # an operator takes a number
     backend = select(rows, y0.shape[-1], method)
-    final = with_temperature(METHODS[method], temperature).final_coefficients
+    updates = with_temperature(METHODS[method], temperature)
     with without_autocast(rows.device.type):
         # Constants rather than a region without gradient, which torch.export.save cannot write.
         y, z = backend.factorize(rows.detach(), start, method, steps, _tf32(rows), temperature)
-        z = final(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
+        if updates.changes_last_coefficients:
+            z = updates.final_coefficients(rows.to(y.dtype), y, z.to(y.dtype)).to(z.dtype)
     return y.to(y0.dtype), z
 
 

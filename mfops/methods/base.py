@@ -64,6 +64,11 @@ class Method(ABC):
         """The Z of X' = Y Z after the last round, differentiable in x; y and z are constants."""
         return z
 
+    @property
+    def changes_last_coefficients(self) -> bool:
+        """Whether the method has a `final_coefficients` of its own."""
+        return type(self).final_coefficients is not Method.final_coefficients
+
 
 def normalize_columns(y: Tensor) -> Tensor:
     """Columns over their length, or over 1e-6 where that is shorter."""

@@ -15,6 +15,7 @@ from mfops.backends import BACKENDS, EXTENSION_ERROR
 
 # Why the CPU makes products of bfloat16 in float32, or "".
 BFLOAT16_MISSING = EXTENSION_ERROR or importlib.import_module("mfops._C").cpu_bfloat16_missing()
+BFLOAT16_UNITS = "" if EXTENSION_ERROR else importlib.import_module("mfops._C").cpu_bfloat16_units()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set by test_triton.py
 IN_PARALLEL = pytest.mark.skipif(INTERPRETED, reason="the interpreter has one thread")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mfops
 from mfops import reference
@@ -309,6 +310,29 @@ def test_shapes_dtypes_and_layouts(method):
         rounds_in_float32 = mfops.factorize(x, y0, method)
     expected = mfops.factorize(x.bfloat16(), y0, method)
     assert all(torch.equal(a, b) for a, b in zip(rounds_in_float32, expected, strict=True))
+
+
+class CountFloatCopies(TorchDispatchMode):
+    """How many tensors of some size a block of code makes float32."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **keywords or {})
+        if function is torch.ops.aten._to_copy.default:
+            self.count += result.numel() == self.numel and result.dtype == torch.float32
+        return result
+
+
+@pytest.mark.parametrize(("method", "copies"), [("em", 0), ("nmf", 1)])
+def test_features_become_float32_only_for_an_update_in_the_end(method, copies):
+    """em has none, and X is most of the memory."""
+    x, y0 = torch.rand(2, 6, 20).bfloat16(), METHODS[method].noise(6, 3)
+    with mfops.use_backend("native"), CountFloatCopies(x.numel()) as counted:
+        mfops.factorize(x, y0, method)
+    assert counted.count == copies
 
 
 X, Y0 = torch.rand(2, 6, 20), torch.rand(6, 3)

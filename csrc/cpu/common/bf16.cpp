@@ -1,42 +1,8 @@
 #include "cpu/common/bf16.h"
 
-#include <cstdlib>
-#include <stdexcept>
+#include <cstring>
 
 namespace mfops::cpu::bf16 {
-
-namespace {
-
-std::string processor_lacks() {
-#ifdef MFOPS_WITH_BF16
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16")) {
-        return "";
-    }
-#endif
-    return "the processor has no AVX512-BF16";
-}
-
-std::string find_reason() {
-    const std::string lacks = processor_lacks(), name = "MFOPS_CPU_PRODUCTS";
-    const char* value = std::getenv(name.c_str());
-    const std::string wish = value ? value : "";
-    if (wish.empty()) return lacks;
-    if (wish == "float32") return name + "=float32";
-    if (wish != "bfloat16") {
-        throw std::runtime_error(name + ": expected float32 or bfloat16, got '" + wish + "'");
-    }
-    if (!lacks.empty()) throw std::runtime_error(name + "=bfloat16: " + lacks);
-    return lacks;
-}
-
-}  // namespace
-
-const std::string& unavailable_reason() {
-    static const std::string reason = find_reason();
-    return reason;
-}
 
 #ifdef MFOPS_WITH_BF16
 
@@ -94,33 +60,67 @@ MFOPS_BF16 void transpose_pairs(const Rows& a, uint32_t* out, int64_t out_stride
     }
 }
 
+// Epilogue of A B: out = A B, or out += A B.
 template <bool kAdd>
-MFOPS_BF16 void multiply_into(const Rows& a, const Pairs& b, float* out, int64_t stride) {
-    for (int64_t row = 0; row < a.rows; row += kBlockRows) {
-        const uint16_t* rows[kBlockRows];
-        block_rows(a, row, rows);
-        float* to = out + row * stride;
-        int64_t col = 0;
-        for (; col + kPanelCols <= b.cols; col += kPanelCols) {
-            multiply_block<kBlockVectors, kAdd>(rows, b.data + b.at(0, col), b.count, to + col,
-                                                stride, a.rows - row, 0xffff);
-        }
-        for (; col < b.cols; col += 16) {
-            multiply_block<1, kAdd>(rows, b.data + b.at(0, col), b.count, to + col, stride,
-                                    a.rows - row, first_lanes(b.cols - col));
+struct Write {
+    float* out;
+    int64_t stride;
+
+    void prefetch(int64_t, int64_t) const {}
+
+    template <int kVectors>
+    MFOPS_BF16 void take(const Block& block) const {
+        for (int64_t r = 0; r < block.rows; ++r) {
+            float* to = out + (block.row + r) * stride + block.col;
+            for (int v = 0; v < kVectors; ++v, to += 16) {
+                __m512 value = block.at(r, v);
+                if (kAdd) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(block.mask, to));
+                _mm512_mask_storeu_ps(to, block.mask, value);
+            }
         }
     }
-}
+};
+
+// Likewise of (A B)^T.
+template <bool kAdd>
+struct WriteTransposed {
+    float* out;
+    int64_t stride;
+
+    void prefetch(int64_t, int64_t) const {}
+
+    template <int kVectors>
+    MFOPS_BF16 void take(const Block& block) const {
+        const uint16_t rows = first_lanes(block.rows);
+        for (int v = 0; v < kVectors; ++v) {
+            __m512i values[16];
+            for (int r = 0; r < 16; ++r)
+                values[r] = r < block.rows ? (__m512i)block.at(r, v) : _mm512_setzero_si512();
+            transpose_block(values);
+            float* to = out + (block.col + 16 * v) * stride + block.row;
+            for (int c = 0; c < 16; ++c, to += stride) {
+                if (!(block.mask >> c & 1)) break;
+                __m512 value = (__m512)values[c];
+                if (kAdd) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(rows, to));
+                _mm512_mask_storeu_ps(to, rows, value);
+            }
+        }
+    }
+};
 
 }  // namespace
 
 MFOPS_BF16 Pairs pair_rows(const Rows& a, uint32_t* out) {
+    constexpr int64_t kRowsAhead = 8;
     const Pairs pairs{out, (a.rows + 1) / 2, a.cols};
     for (int64_t p = 0; p < pairs.count; ++p) {
         const uint16_t* first = a.data + 2 * p * a.stride;
         const bool has_second = 2 * p + 1 < a.rows;
         for (int64_t j = 0; j < a.cols; j += 16) {
             const __mmask16 mask = first_lanes(a.cols - j);
+            // Too short a piece of a row for the processor to see the next one coming.
+            __builtin_prefetch(first + kRowsAhead * a.stride + j);
+            __builtin_prefetch(first + (kRowsAhead + 1) * a.stride + j);
             const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first + j));
             const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
                 has_second ? mask : static_cast<__mmask16>(0), first + a.stride + j));
@@ -195,9 +195,17 @@ MFOPS_BF16 double sum_of_squares(const uint16_t* a, int64_t n) {
 
 void multiply(const Rows& a, const Pairs& b, float* out, int64_t stride, bool add) {
     if (add) {
-        multiply_into<true>(a, b, out, stride);
+        product(a, b, Write<true>{out, stride});
     } else {
-        multiply_into<false>(a, b, out, stride);
+        product(a, b, Write<false>{out, stride});
+    }
+}
+
+void multiply_transposed(const Rows& a, const Pairs& b, float* out, int64_t stride, bool add) {
+    if (add) {
+        product(a, b, WriteTransposed<true>{out, stride});
+    } else {
+        product(a, b, WriteTransposed<false>{out, stride});
     }
 }
 

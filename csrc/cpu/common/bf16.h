@@ -1,45 +1,29 @@
-// Products of bfloat16 matrices with float32 sums, by the processor's own instruction (vdpbf16ps).
-//
-// The instruction multiplies pairs: 16 lanes each add a_0 b_0 + a_1 b_1 to a float. Of a product
-// A B the pairs are neighbors along the sum, so A is taken by rows (`Rows`), where they lie side
-// by side already, and B with pairs of its rows interleaved (`Pairs`).
+// Products of bfloat16 matrices with float32 sums: how operands are packed, and what becomes of a
+// product's blocks while they are in a core's L1.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <string>
+#include <new>
 
-#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
-#define MFOPS_WITH_BF16 1
-// GCC 12 warns of the undefined values that its own intrinsics start from.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-// Of every function that uses the instruction or AVX-512: nothing else runs on other processors.
-#ifndef MFOPS_BF16  // tests emulate the instructions
-#define MFOPS_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#endif
-#endif
+#include "cpu/common/bf16_units.h"
 
 namespace mfops::cpu::bf16 {
 
-// Why products of bfloat16 features are made in float32, or "" where `product` makes them: the
-// processor has no units for them or MFOPS_CPU_PRODUCTS=float32. Any other value of that than
-// float32 and bfloat16 is an error, as is bfloat16 where the processor cannot.
-const std::string& unavailable_reason();
-
 #ifdef MFOPS_WITH_BF16
 
-inline bool available() { return unavailable_reason().empty(); }
+inline bool available() { return units() != Units::kNone; }
 
 // n values on a cache line's boundary.
 template <class T>
 class Buffer {
    public:
-    explicit Buffer(int64_t n) : memory_(new(std::align_val_t{64}) T[static_cast<size_t>(n)]) {}
+    explicit Buffer(int64_t n) : memory_(new(std::align_val_t{64}) T[static_cast<size_t>(n)]) {
+#ifdef MFOPS_BF16_EMULATED  // what nobody wrote is NaN
+        std::memset(memory_.get(), 0xff, static_cast<size_t>(n) * sizeof(T));
+#endif
+    }
     T* get() const { return memory_.get(); }
 
    private:
@@ -49,29 +33,7 @@ class Buffer {
     std::unique_ptr<T[], Delete> memory_;
 };
 
-constexpr int64_t kBlockRows = 6;  // with 4 vectors of columns, 24 of the 32 registers hold sums
-constexpr int64_t kBlockVectors = 4;
-constexpr int64_t kPanelCols = 16 * kBlockVectors;
-
 inline int64_t even(int64_t n) { return n + n % 2; }
-
-// A matrix whose rows have unit stride. As the left side of a product each row goes on, where its
-// length is odd, with a zero.
-struct Rows {
-    const uint16_t* data;
-    int64_t rows, cols, stride;
-};
-
-// (2 count, cols), in panels of kPanelCols columns, so that a block's product reads one piece of
-// memory: halves 0 and 1 of data[at(p, j)] are elements (2 p, j) and (2 p + 1, j).
-struct Pairs {
-    const uint32_t* data;
-    int64_t count, cols;
-
-    int64_t at(int64_t p, int64_t j) const {
-        return j / kPanelCols * kPanelCols * count + p * kPanelCols + j % kPanelCols;
-    }
-};
 
 // How many values the pairs of `rows` rows take.
 inline int64_t pairs_size(int64_t rows, int64_t cols) {
@@ -121,62 +83,26 @@ struct Block {
     }
 };
 
-// out = the rows that `a` points to times 16 * kVectors columns of b, or out += that; of out there
-// are n_rows rows, `stride` apart, and of their vectors the lanes of `mask`.
-template <int kVectors, bool kAdd>
-MFOPS_BF16 inline __attribute__((always_inline)) void multiply_block(
-    const uint16_t* const (&a)[kBlockRows], const uint32_t* b, int64_t pairs, float* out,
-    int64_t stride, int64_t n_rows, __mmask16 mask) {
-    __m512 sums[kBlockRows][kVectors];
-    for (auto& row : sums)
-        for (__m512& sum : row) sum = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; ++p) {
-        __m512bh columns[kVectors];
-        for (int v = 0; v < kVectors; ++v)
-            columns[v] = (__m512bh)_mm512_load_si512(b + p * kPanelCols + 16 * v);
-        for (int r = 0; r < kBlockRows; ++r) {
-            int32_t pair;
-            std::memcpy(&pair, a[r] + 2 * p, sizeof pair);
-            const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
-            for (int v = 0; v < kVectors; ++v)
-                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], row, columns[v]);
-        }
-    }
-    for (int r = 0; r < kBlockRows; ++r) {
-        for (int v = 0; v < kVectors && r < n_rows; ++v) {
-            float* to = out + r * stride + 16 * v;
-            if (kAdd) sums[r][v] = _mm512_add_ps(sums[r][v], _mm512_maskz_loadu_ps(mask, to));
-            _mm512_mask_storeu_ps(to, mask, sums[r][v]);
-        }
-    }
-}
-
-// The rows of `a` from `row` on; a missing one is the last again, for nobody.
-inline void block_rows(const Rows& a, int64_t row, const uint16_t* (&rows)[kBlockRows]) {
-    for (int64_t r = 0; r < kBlockRows; ++r)
-        rows[r] = a.data + (row + r < a.rows ? row + r : a.rows - 1) * a.stride;
-}
-
-// Calls epilogue.take<vectors of a row>(block) for every block of a b while that is in L1, and
-// before it epilogue.prefetch(row, col), so that what it reads arrives while the block is computed.
+// Calls epilogue.take<vectors of a row>(block) for every block of a b while that is in L1, and some
+// blocks before it epilogue.prefetch(row, col), so that what it reads has arrived by then.
 template <class Epilogue>
 MFOPS_BF16 void product(const Rows& a, const Pairs& b, Epilogue&& epilogue) {
     alignas(64) float values[kBlockRows * kPanelCols];
+    Multiplier multiplier(a, b);
+    constexpr int64_t kAhead = 2;  // blocks, by measurement
+    const int64_t panels = b.cols / kPanelCols;
     for (int64_t row = 0; row < a.rows; row += kBlockRows) {
-        const int64_t n_rows = a.rows - row < kBlockRows ? a.rows - row : kBlockRows;
-        const uint16_t* rows[kBlockRows];
-        block_rows(a, row, rows);
+        const int64_t rows = a.rows - row < kBlockRows ? a.rows - row : kBlockRows;
         int64_t col = 0;
         for (; col + kPanelCols <= b.cols; col += kPanelCols) {
-            epilogue.prefetch(row, col);
-            multiply_block<kBlockVectors, false>(rows, b.data + b.at(0, col), b.count, values,
-                                                 kPanelCols, kBlockRows, 0xffff);
-            epilogue.template take<kBlockVectors>(Block{row, col, n_rows, 0xffff, values});
+            const int64_t later = row / kBlockRows * panels + col / kPanelCols + kAhead;
+            epilogue.prefetch(later / panels * kBlockRows, later % panels * kPanelCols);
+            multiplier.multiply(row, col, values);
+            epilogue.template take<kBlockVectors>(Block{row, col, rows, 0xffff, values});
         }
         for (; col < b.cols; col += 16) {
-            multiply_block<1, false>(rows, b.data + b.at(0, col), b.count, values, kPanelCols,
-                                     kBlockRows, 0xffff);
-            epilogue.template take<1>(Block{row, col, n_rows, first_lanes(b.cols - col), values});
+            multiplier.multiply(row, col, values);
+            epilogue.template take<1>(Block{row, col, rows, first_lanes(b.cols - col), values});
         }
     }
 }
@@ -197,26 +123,23 @@ struct Strip {
 
 // Calls take(strip) for every strip of a b; `values` has room for one.
 template <class Take>
-MFOPS_BF16 void product_by_strips(const Rows& a, const Pairs& b, float* values, const Take& take) {
+void product_by_strips(const Rows& a, const Pairs& b, float* values, const Take& take) {
+    Multiplier multiplier(a, b);
     for (int64_t row = 0; row < a.rows; row += kBlockRows) {
-        const Strip strip{row, a.rows - row < kBlockRows ? a.rows - row : kBlockRows, b.cols,
-                          values};
-        const uint16_t* rows[kBlockRows];
-        block_rows(a, row, rows);
         int64_t col = 0;
         for (; col + kPanelCols <= b.cols; col += kPanelCols)
-            multiply_block<kBlockVectors, false>(rows, b.data + b.at(0, col), b.count,
-                                                 values + Strip::at(0, col), kPanelCols, kBlockRows,
-                                                 0xffff);
-        for (; col < b.cols; col += 16)
-            multiply_block<1, false>(rows, b.data + b.at(0, col), b.count,
-                                     values + Strip::at(0, col), kPanelCols, kBlockRows, 0xffff);
-        take(strip);
+            multiplier.multiply(row, col, values + Strip::at(0, col));
+        for (; col < b.cols; col += 16) multiplier.multiply(row, col, values + Strip::at(0, col));
+        const int64_t rows = a.rows - row < kBlockRows ? a.rows - row : kBlockRows;
+        take(Strip{row, rows, b.cols, values});
     }
 }
 
 // out = a b or, if `add`, out += a b; out is (a.rows, b.cols).
 void multiply(const Rows& a, const Pairs& b, float* out, int64_t stride, bool add);
+
+// The same of its transpose: out is (b.cols, a.rows).
+void multiply_transposed(const Rows& a, const Pairs& b, float* out, int64_t stride, bool add);
 
 #endif
 

@@ -83,7 +83,8 @@ struct Reconstruct {
     double error;
 
     MFOPS_BF16 void prefetch(int64_t row, int64_t col) const {
-        prefetch_block(x + row * x_stride + col, x_stride, false);
+        for (int64_t i = 0; i < images; ++i)
+            prefetch_block(x + i * image_stride + row * x_stride + col, x_stride, false);
         if (x_hat) prefetch_block(x_hat + row * x_hat_stride + col, x_hat_stride, true);
     }
 
@@ -124,7 +125,7 @@ struct Backward {
     int64_t e_stride;
     int64_t images;
     float scale;
-    uint16_t* d_rows;
+    uint16_t* d_rows;  // the left side of a product, rows of even length
     int64_t d_rows_stride;
     uint32_t* d_pairs_data;
     Pairs d_pairs;  // which they are
@@ -141,6 +142,10 @@ struct Backward {
                     add_row<false>(strip, i, r);
                 }
             }
+        }
+        if (strip.cols % 2) {  // rows of D go on with a zero
+            for (int64_t r = 0; r < strip.rows; ++r)
+                d_rows[(strip.row + r) * d_rows_stride + strip.cols] = 0;
         }
         for (int64_t r = 0; r < strip.rows; r += 2) {
             for (int64_t c = 0; c < strip.cols; c += 16) {

@@ -28,8 +28,10 @@ class Products {
           rank_(sizes.rank),
           features_(x, transpose_),
           y_(rank_ * even(channels_)),
+          y_pairs_memory_(transpose_ ? pairs_size(channels_, rank_) : 0),
           gram_(rank_ * even(rank_)),
           z_rows_(rank_ * even(sizes.tile_cols)),
+          x_rows_(even(channels_) * even(sizes.tile_cols)),
           z_pairs_(either_pairs_size(rank_, std::max(channels_, sizes.tile_cols))),
           x_pairs_(either_pairs_size(channels_, sizes.tile_cols)),
           left_pairs_(either_pairs_size(rank_, std::max(channels_, sizes.tile_cols))),
@@ -40,6 +42,7 @@ class Products {
 
     void set_bases(const Matrix& y, const Matrix& gram) {
         y_rows_ = round_rows(y.data, rank_, channels_, y.row_stride, y_.get());
+        if (transpose_) y_pairs_ = pair_cols(y_rows_, y_pairs_memory_.get());
         if (gram.data) gram_rows_ = round_rows(gram.data, rank_, rank_, rank_, gram_.get());
     }
     void load(const Tile& t) {
@@ -53,8 +56,13 @@ class Products {
                  false);
     }
     void add_sums(const Matrix& z, const Matrix& sums, bool first) const {
-        const Pairs x = transpose_ ? pair_rows(x_, x_pairs_.get()) : pair_cols(x_, x_pairs_.get());
-        multiply(rounded(z), x, sums.data, sums.row_stride, !first);
+        if (transpose_) {
+            const Pairs x = pair_rows(x_, x_pairs_.get());
+            return multiply(rounded(z), x, sums.data, sums.row_stride, !first);
+        }
+        multiply_transposed(with_even_cols(x_, x_rows_.get()),
+                            pair_cols(rounded(z), z_pairs_.get()), sums.data, sums.row_stride,
+                            !first);
     }
     void add_weights(const Matrix& z, const Matrix& weights, bool first) const {
         const Rows rows = rounded(z);
@@ -111,7 +119,7 @@ class Products {
         product_by_strips(left, right, strip_.get(), epilogue);
         if (transpose_) {
             const Rows d{d_rows_.get(), x_.rows, x_.cols, stride};
-            multiply(y_rows_, pair_cols(d, x_pairs_.get()), out.data, out.row_stride, false);
+            multiply_transposed(d, y_pairs_, out.data, out.row_stride, false);
         } else {
             multiply(y_rows_, d_pairs, out.data, out.row_stride, false);
         }
@@ -140,10 +148,13 @@ class Products {
         return round_rows(z.data, z.rows, z.cols, z.row_stride, z_rows_.get());
     }
 
-    // out = Y^T of a tile of features.
+    // out = Y^T of a tile of features, which as the left side of a product need not be packed.
     void project(const Rows& features, const Matrix& out) const {
-        const Pairs pairs =
-            transpose_ ? pair_cols(features, x_pairs_.get()) : pair_rows(features, x_pairs_.get());
+        if (transpose_) {
+            const Rows left = with_even_cols(features, x_rows_.get());
+            return multiply_transposed(left, y_pairs_, out.data, out.row_stride, false);
+        }
+        const Pairs pairs = pair_rows(features, x_pairs_.get());
         multiply(y_rows_, pairs, out.data, out.row_stride, false);
     }
 
@@ -164,11 +175,14 @@ class Products {
     bool transpose_;
     int64_t channels_, rank_;
     Features features_;
-    Buffer<uint16_t> y_, gram_, z_rows_;
+    Buffer<uint16_t> y_;
+    Buffer<uint32_t> y_pairs_memory_;
+    Buffer<uint16_t> gram_, z_rows_, x_rows_;
     Buffer<uint32_t> z_pairs_, x_pairs_, left_pairs_;
     Buffer<uint16_t> left_, d_rows_;
     Buffer<float> e_, strip_;
     Rows y_rows_{}, gram_rows_{}, x_{};
+    Pairs y_pairs_{};
     Tile tile_{};
 };
 

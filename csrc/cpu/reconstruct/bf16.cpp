@@ -161,10 +161,6 @@ void backward_tile(const Problem& problem, const Gradients& grad, const Tile& t,
         .d = images == 1 ? scratch.strip.get() : scratch.d_strip.get()};
     // Without the error X' is not needed: the sums of no pairs are zeros.
     product_by_strips(a, kError ? b : Pairs{b.data, 0, b.cols}, scratch.strip.get(), epilogue);
-    if (t.n_cols % 2) {
-        for (int64_t r = 0; r < t.n_rows; ++r)
-            epilogue.d_rows[r * epilogue.d_rows_stride + t.n_cols] = 0;
-    }
 }
 
 // Partial sums of A's and B's gradient, (products * groups, rows, rank) and (.., rank, cols).

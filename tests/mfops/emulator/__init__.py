@@ -1,5 +1,5 @@
 """Runs csrc/cuda's kernels without a GPU: compiles them against cuda/common of this folder; and
-csrc/cpu's bfloat16 kernels without AVX512-BF16, against avx512/immintrin.h.
+csrc/cpu's bfloat16 kernels without AVX512-BF16 and AMX, against x86/immintrin.h.
 
 An entry point is an extern "C" function that returns `mfops::emulator::error_of(...)`. The
 environment's MFOPS_EMULATOR_ORDER ("ascending", "descending" or a number, the seed of a shuffle) is
@@ -91,13 +91,13 @@ def operators(*, factors: bool) -> Any:
 
 
 def package_with_bfloat16(folder: Path) -> None:
-    """mfops as the package in ``folder``, its C++ extension with AVX512-BF16 emulated."""
+    """mfops as the package in ``folder``, its C++ extension with AVX512-BF16 and AMX emulated."""
     shutil.copytree(MFOPS, folder / "mfops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     includes = pybind11.get_include(), sysconfig.get_paths()["include"]
     library = build(
         *sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*/*.cpp")]),
         flags=(
-            *(f"-I{HERE}/avx512", "-O3", "-Wno-psabi", '-DMFOPS_CUDA_MISSING="not emulated"'),
+            *(f"-I{HERE}/x86", "-O3", "-Wno-psabi", '-DMFOPS_CUDA_MISSING="not emulated"'),
             *(f"-isystem{path}" for path in includes),
             *WITH_TORCH,
         ),

@@ -1,9 +1,11 @@
-// The AVX-512 that csrc/cpu uses, for processors without it: by vectors of the compiler and loops.
+// The AVX-512 and AMX that csrc/cpu uses, for processors without them: by vectors of the compiler
+// and loops.
 //
 // The build finds this file in place of the compiler's (emulator.bfloat16_package). Masked lanes
 // are neither read nor written, an aligned access is checked to be so, and products of bfloat16 are
-// summed as Intel's manual says of VDPBF16PS: the odd one is added first, each sum is rounded (here
-// from double) to nearest, subnormal numbers are zeros. What this cannot see: time.
+// summed as Intel's manual says of VDPBF16PS (the odd one is added first) and TDPBF16PS (odd and
+// even ones have sums of their own): each sum is rounded (here from double) to nearest, subnormal
+// numbers are zeros. The tiles are checked as the processor does. What this cannot see: time.
 #pragma once
 
 #include <cmath>
@@ -14,7 +16,9 @@
 #include <iterator>
 #include <limits>
 
+#define MFOPS_BF16_EMULATED
 #define MFOPS_BF16  // no function needs a processor of its own
+#define MFOPS_AMX
 #define __builtin_cpu_supports(feature) true
 
 // As the compiler's, they may alias anything.
@@ -215,4 +219,87 @@ inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
         }
     }
     return avx512::bits<__m512>(sums);
+}
+
+// AMX: eight tiles of up to 16 rows of 64 bytes, whose sizes ldtilecfg sets and of which it is an
+// error to use one without.
+namespace amx {
+
+struct Config {
+    uint8_t palette, start_row, zeros[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+struct Tile {
+    uint32_t at[16][16];
+};
+inline thread_local Config config{};
+inline thread_local Tile tiles[8];
+
+inline void check(bool right, const char* what) {
+    if (right) return;
+    std::fprintf(stderr, "amx: %s\n", what);
+    std::abort();
+}
+inline void check_used(int tile) {
+    check(config.palette == 1, "no configuration");
+    check(config.rows[tile] > 0 && config.row_bytes[tile] > 0, "a tile without a size");
+}
+inline void copy(int tile, char* memory, int64_t stride, bool load) {
+    check_used(tile);
+    for (int r = 0; r < config.rows[tile]; ++r) {
+        char *here = reinterpret_cast<char*>(tiles[tile].at[r]), *there = memory + r * stride;
+        std::memcpy(load ? here : there, load ? there : here, config.row_bytes[tile]);
+    }
+}
+
+}  // namespace amx
+
+inline void _tile_loadconfig(const void* memory) {
+    std::memcpy(&amx::config, memory, sizeof amx::config);
+    std::memset(amx::tiles, 0, sizeof amx::tiles);
+    for (int tile = 0; tile < 16; ++tile) {
+        const int rows = amx::config.rows[tile], bytes = amx::config.row_bytes[tile];
+        amx::check(rows <= 16 && bytes <= 64 && (rows > 0) == (bytes > 0), "a tile's size");
+        amx::check(tile < 8 || rows == 0, "there are eight tiles");
+    }
+}
+inline void _tile_release() { amx::config = amx::Config{}; }
+inline void _tile_zero(int tile) {
+    amx::check_used(tile);
+    std::memset(&amx::tiles[tile], 0, sizeof amx::tiles[tile]);
+}
+inline void _tile_loadd(int tile, const void* memory, int64_t stride) {
+    std::memset(&amx::tiles[tile], 0, sizeof amx::tiles[tile]);
+    amx::copy(tile, const_cast<char*>(static_cast<const char*>(memory)), stride, true);
+}
+inline void _tile_stored(int tile, void* memory, int64_t stride) {
+    amx::copy(tile, static_cast<char*>(memory), stride, false);
+}
+inline void _tile_dpbf16ps(int sum, int a, int b) {
+    for (int tile : {sum, a, b}) amx::check_used(tile);
+    const amx::Config& c = amx::config;
+    amx::check(c.rows[sum] == c.rows[a] && c.row_bytes[sum] == c.row_bytes[b] &&
+                   c.row_bytes[a] == 4 * c.rows[b],
+               "sizes that do not make a product");
+    for (int m = 0; m < c.rows[sum]; ++m) {
+        float halves[2][16] = {};
+        for (int k = 0; k < c.rows[b]; ++k) {
+            for (int n = 0; n < 32; ++n) {
+                const int half = n % 2;
+                const float left = avx512::from_bfloat16(
+                    static_cast<uint16_t>(amx::tiles[a].at[m][k] >> 16 * half));
+                const float right = avx512::from_bfloat16(
+                    static_cast<uint16_t>(amx::tiles[b].at[k][n / 2] >> 16 * half));
+                float& to = halves[half][n / 2];
+                to = avx512::without_subnormal(avx512::multiply_add(left, right, to));
+            }
+        }
+        for (int n = 0; n < c.row_bytes[sum] / 4; ++n) {
+            uint32_t& to = amx::tiles[sum].at[m][n];
+            const float both = avx512::without_subnormal(halves[0][n] + halves[1][n]);
+            const float before = avx512::without_subnormal(avx512::bits<float>(to));
+            to = avx512::bits<uint32_t>(avx512::without_subnormal(before + both));
+        }
+    }
 }
