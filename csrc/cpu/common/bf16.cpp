@@ -66,8 +66,6 @@ struct Write {
     float* out;
     int64_t stride;
 
-    void prefetch(int64_t, int64_t) const {}
-
     template <int kVectors>
     MFOPS_BF16 void take(const Block& block) const {
         for (int64_t r = 0; r < block.rows; ++r) {
@@ -86,8 +84,6 @@ template <bool kAdd>
 struct WriteTransposed {
     float* out;
     int64_t stride;
-
-    void prefetch(int64_t, int64_t) const {}
 
     template <int kVectors>
     MFOPS_BF16 void take(const Block& block) const {

@@ -72,31 +72,46 @@ inline uint16_t first_lanes(int64_t n) {
 }
 
 // A block of a product: its place, its number of rows, which lanes of its vectors exist, and its
-// values, kPanelCols to a row.
+// values, kPanelCols to a row of each panel.
 struct Block {
     int64_t row, col, rows;
     __mmask16 mask;
     const float* values;
 
     MFOPS_BF16 __m512 at(int64_t r, int v) const {
-        return _mm512_load_ps(values + r * kPanelCols + 16 * v);
+        const int panel = v / kBlockVectors;
+        return _mm512_load_ps(values + panel * kBlockRows * kPanelCols + r * kPanelCols +
+                              16 * (v - panel * kBlockVectors));
     }
 };
 
-// Calls epilogue.take<vectors of a row>(block) for every block of a b while that is in L1, and some
-// blocks before it epilogue.prefetch(row, col), so that what it reads has arrived by then.
+// Asks for what comes after kVectors vectors of a row of features. That is done in passing, a row
+// at a time: each lies on pages of its own, and the processor knows the addresses of few pages.
+template <int kVectors>
+MFOPS_BF16 inline void prefetch_next(const uint16_t* row) {
+    for (int v = 0; v < kVectors; v += 2) __builtin_prefetch(row + 16 * (kVectors + v));
+}
+template <int kVectors>
+MFOPS_BF16 inline void prefetch_next_to_write(const uint16_t* row) {
+    for (int v = 0; v < kVectors; v += 2) __builtin_prefetch(row + 16 * (kVectors + v), 1);
+}
+
+// Calls epilogue.take<vectors of a row>(block) for every block of a b while that is in L1. Blocks
+// are several panels wide, so that of every row of features a long piece is read at a time.
 template <class Epilogue>
 MFOPS_BF16 void product(const Rows& a, const Pairs& b, Epilogue&& epilogue) {
-    alignas(64) float values[kBlockRows * kPanelCols];
+    constexpr int64_t kPanels = 4, kPanelSize = kBlockRows * kPanelCols;
+    alignas(64) float values[kPanels * kPanelSize];
     Multiplier multiplier(a, b);
-    constexpr int64_t kAhead = 2;  // blocks, by measurement
-    const int64_t panels = b.cols / kPanelCols;
     for (int64_t row = 0; row < a.rows; row += kBlockRows) {
         const int64_t rows = a.rows - row < kBlockRows ? a.rows - row : kBlockRows;
         int64_t col = 0;
+        for (; col + kPanels * kPanelCols <= b.cols; col += kPanels * kPanelCols) {
+            for (int64_t p = 0; p < kPanels; ++p)
+                multiplier.multiply(row, col + p * kPanelCols, values + p * kPanelSize);
+            epilogue.template take<kPanels * kBlockVectors>(Block{row, col, rows, 0xffff, values});
+        }
         for (; col + kPanelCols <= b.cols; col += kPanelCols) {
-            const int64_t later = row / kBlockRows * panels + col / kPanelCols + kAhead;
-            epilogue.prefetch(later / panels * kBlockRows, later % panels * kPanelCols);
             multiplier.multiply(row, col, values);
             epilogue.template take<kBlockVectors>(Block{row, col, rows, 0xffff, values});
         }

@@ -61,19 +61,6 @@ struct Packed {
     Buffer<uint16_t> rows;
 };
 
-// What a block reads or writes of features is fetched while the block is computed.
-MFOPS_BF16 inline void prefetch_block(const uint16_t* data, int64_t stride, bool to_write) {
-    for (int64_t r = 0; r < kBlockRows; ++r) {
-        for (int64_t c = 0; c < kPanelCols; c += 32) {
-            if (to_write) {
-                __builtin_prefetch(data + r * stride + c, 1);
-            } else {
-                __builtin_prefetch(data + r * stride + c);
-            }
-        }
-    }
-}
-
 // Epilogue of A B: X' in bfloat16 where there is a place for it, and the error of all images.
 struct Reconstruct {
     const uint16_t* x;
@@ -82,21 +69,16 @@ struct Reconstruct {
     int64_t x_hat_stride;
     double error;
 
-    MFOPS_BF16 void prefetch(int64_t row, int64_t col) const {
-        for (int64_t i = 0; i < images; ++i)
-            prefetch_block(x + i * image_stride + row * x_stride + col, x_stride, false);
-        if (x_hat) prefetch_block(x_hat + row * x_hat_stride + col, x_hat_stride, true);
-    }
-
     template <int kVectors>
     MFOPS_BF16 void take(const Block& block) {
         __m512 sums[kVectors];
         for (__m512& sum : sums) sum = _mm512_setzero_ps();
         for (int64_t i = 0; i < images; ++i) {
             const uint16_t* image = x + i * image_stride + block.row * x_stride + block.col;
-            for (int64_t r = 0; r < block.rows; ++r) {
+            for (int64_t r = 0; r < block.rows; ++r, image += x_stride) {
+                prefetch_next<kVectors>(image);
                 for (int v = 0; v < kVectors; ++v) {
-                    const __m512 value = load(image + r * x_stride + 16 * v, block.mask);
+                    const __m512 value = load(image + 16 * v, block.mask);
                     const __m512 error = _mm512_maskz_sub_ps(block.mask, value, block.at(r, v));
                     sums[v] = _mm512_fmadd_ps(error, error, sums[v]);
                 }
@@ -106,6 +88,7 @@ struct Reconstruct {
         if (!x_hat) return;
         for (int64_t r = 0; r < block.rows; ++r) {
             uint16_t* row = x_hat + (block.row + r) * x_hat_stride + block.col;
+            prefetch_next_to_write<kVectors>(row);
             for (int v = 0; v < kVectors; ++v) store(row + 16 * v, block.mask, block.at(r, v));
         }
     }
@@ -182,6 +165,11 @@ struct Backward {
         float* sum = d + r * kPanelCols;
         int64_t c = 0;
         for (; c + kPanelCols <= strip.cols; c += kPanelCols) {
+            for (int v = 0; v < kPanelCols; v += 32) {  // the next row lies on other pages
+                __builtin_prefetch(x_row + x_stride + c + v);
+                if (g_row) __builtin_prefetch(g_row + g_stride + c + v);
+                if (to) __builtin_prefetch(to + grad_x_stride + c + v, 1);
+            }
             for (int v = 0; v < kPanelCols; v += 16) add(c + v, p + v, sum + v, 0xffff);
             p += kBlockRows * kPanelCols;
             sum += kBlockRows * kPanelCols;
@@ -213,15 +201,12 @@ struct AddError {
     uint16_t* out;
     int64_t out_stride;
 
-    MFOPS_BF16 void prefetch(int64_t row, int64_t col) const {
-        prefetch_block(out + row * out_stride + col, out_stride, true);
-    }
-
     template <int kVectors>
     MFOPS_BF16 void take(const Block& block) const {
         for (int64_t r = 0; r < block.rows; ++r) {
             const float* from = e + (block.row + r) * e_stride + block.col;
             uint16_t* to = out + (block.row + r) * out_stride + block.col;
+            prefetch_next_to_write<kVectors>(to);
             for (int v = 0; v < kVectors; ++v) {
                 __m512 value = block.at(r, v);
                 if (e) {
