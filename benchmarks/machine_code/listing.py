@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -61,10 +62,10 @@ def archs(build: Path) -> set[str]:
     return set(re.findall(r"\.(sm_\d+)\.", dump(build, "--list-elf")))
 
 
-def code(build: Path, arch: str, names: list[str]) -> dict[str, list[Instruction]]:
-    """The machine code of some kernels."""
-    options = ("--dump-sass", "--gpu-architecture", arch, "--function", ",".join(names))
-    return instructions(dump(build, *options))
+@functools.cache
+def code(build: Path, arch: str) -> dict[str, list[Instruction]]:
+    """The machine code of every kernel. To list it takes a minute."""
+    return instructions(dump(build, "--dump-sass", "--gpu-architecture", arch))
 
 
 def instructions(listing: str) -> dict[str, list[Instruction]]:

@@ -66,7 +66,7 @@ def measured(build: Path) -> list[Row]:
         if len(found) != 1:
             raise LookupError(f"{build.name} has {len(found)} kernels like {kernel.pattern}, not 1")
         names += found
-    code = listing.code(build, ARCH, sorted(set(names)))
+    code = listing.code(build, ARCH)
     rows = []
     for kernel, name in zip(KERNELS, names, strict=True):
         try:

@@ -105,7 +105,7 @@ def instructions(arch, build) -> dict[str, Counter[str]]:
 
     A persistent kernel needs clusters: before sm_90 it is empty.
     """
-    code = listing.instructions(listing.dump(build, "--dump-sass", "--gpu-architecture", arch))
+    code = listing.code(build, arch)
     return {
         name: Counter(ins.name for ins in own)
         for name, own in code.items()
