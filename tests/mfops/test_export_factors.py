@@ -105,6 +105,7 @@ def test_equations_solved_by_products(rank, kind):
     y = y * 0 if kind == "zero" else nn.functional.normalize(y, dim=1)
     gram = y.mT @ y + RIDGE * torch.eye(rank)
     expected = torch.cholesky_solve(y.mT.double(), torch.linalg.cholesky(gram.double()))
-    solver = (torch.cholesky_solve(y.mT, torch.linalg.cholesky(gram)) - expected).norm()
     error = (solve_by_products(gram, y.mT) - expected).norm()
-    assert error <= 2 * solver + 1e-6 * expected.norm()
+    # A solver in float32 may be off by so much; how much less LAPACK's is depends on the processor.
+    allowed = 4 * torch.linalg.cond(gram.double()).max() * 2**-24
+    assert error <= allowed * expected.norm()
