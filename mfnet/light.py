@@ -139,7 +139,7 @@ def light(
     low_channels: int,
     high_channels: Sequence[int],
     num_classes: int,
-    rank: int = 32,
+    rank: int = 8,
     width: int = 256,
 ) -> tuple[PyramidContext, FactorizedDecoder]:
     """Context and decoder of MFNet Light, for features of so many channels.

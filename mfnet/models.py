@@ -210,7 +210,7 @@ def create_model(
             ``mfnet.backbone.Backbone``. The command line has ``--data.channels``.
         auxiliary_head: an FCN head on the features before the backbone's last stage, whose logits
             the network returns beside its own in training; see ``SegmentationNetwork``.
-        **kwargs: mfnet_light: ``rank=32`` and ``width=256``. The others: options of the network's
+        **kwargs: mfnet_light: ``rank=8`` and ``width=256``. The others: options of the network's
             context. mf: ``rank=64``, ``loss_weight=0.1`` (where the caller does not take the loss),
             ``steps`` and ``inverse_temperature`` of a factorizer that has them. em: ``bases=64``
             and ``steps=3``. nmf, vq, cd: ``rank=64`` and ``steps``; vq, cd:

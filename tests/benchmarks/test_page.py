@@ -414,18 +414,18 @@ def test_variants_have_a_table_of_their_own(root):
     """MFNet Light stands in both, and they are no points of the picture."""
     light, variant = (
         [row | {"baseline": baseline} for row in made_up_rows.accuracy() if row["baseline"] == of]
-        for baseline, of in (("mfnet_light", "aspp"), ("light: K = 8", "em"))
+        for baseline, of in (("mfnet_light", "aspp"), ("light: K = 32", "em"))
     )
     append(ACCURACY, folder(root), [*light, *variant])
     networks = section(root, "Accuracy")
     parts = section(root, "MFNet Light, a part at a time")
-    assert "light: K = 8" not in networks
+    assert "light: K = 32" not in networks
     assert "| MF |" not in parts
     assert cells(networks, "MFNet Light", "3")[0] == "0.660 (0.010)"
     assert cells(parts, "MFNet Light", "3")[:5] == cells(networks, "MFNet Light", "3")[:5]
-    assert cells(parts, "light: K = 8", "3")[0] == "0.620 (0.010)"
-    assert cells(document(root), "light: K = 8", "3")[0] == "0.620 (0.010)"
-    assert all("light: K = 8" not in points(panel) for panel in panels(root, "pareto"))
+    assert cells(parts, "light: K = 32", "3")[0] == "0.620 (0.010)"
+    assert cells(document(root), "light: K = 32", "3")[0] == "0.620 (0.010)"
+    assert all("light: K = 32" not in points(panel) for panel in panels(root, "pareto"))
 
 
 def test_a_score_counts_wherever_it_was_trained(root):
