@@ -148,8 +148,8 @@ def test_missing_and_expanded_gradients(run, shared):
     case = run.make((3, 17, 5, 33), "contiguous", torch.float32, shared)
     backward, factors = run.reconstruct_backward, (case.x, case.y, case.z)
     ones = torch.ones((), device=run.device).expand_as(case.grad_x_hat)
-    for upstream, mse in [(None, case.grad_mse), (ones, None), (ones, case.grad_mse)]:
-        needs = (mse is not None, True, True)
+    needs = (True, True, True)
+    for upstream, mse in itertools.product((None, ones), (None, case.grad_mse)):
         exact = reference.reconstruct_backward(
             None if upstream is None else upstream.double(),
             None if mse is None else mse.double(),
@@ -167,7 +167,7 @@ def test_gradient_of_shared_factors_per_image_or_summed(run, layout):
     backward, factors = run.reconstruct_backward, (case.x, case.y, case.z)
     images = features((3, 17, 33), layout, torch.float32, run.device)
     for mse in (case.grad_mse, None):
-        needs = (mse is not None, True, True)
+        needs = (True, True, True)
         summed = backward(images.sum(0), mse, *factors, *needs)
         for a, b in zip(backward(images, mse, *factors, *needs), summed, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

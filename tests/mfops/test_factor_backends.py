@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,6 +129,27 @@ def test_agrees_at_other_temperatures(run, method, temperature):
     for layout in layouts:
         shape = (2, 19, 5, 70)
         run.check(shape, layout, torch.float32, method, True, temperature=temperature)
+
+
+@every_run
+@every_method
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_channel_of_many(run, method, dtype):
+    """Pixels lie apart, and so would channels, were there two."""
+    run.skip_unless_able(2, method)
+    case = make((2, 1, 2, 40), "contiguous", dtype, method, False, run.device)
+    apart = case.x.repeat(1, 4, 1).mT.contiguous().mT[:, :1]
+    assert apart.stride()[1:] == (1, 4)
+    check(run, replace(case, x=apart), method, run.operands(dtype), steps=1)
+
+
+@every_run
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_gradient_arrives(run, dtype):
+    run.skip_unless_able(5, "nmf")
+    case = make((2, 19, 5, 70), "contiguous", dtype, "nmf", True, run.device)
+    y, z, z_scale, *_ = run.factorize_reconstruct(case.x, case.y0, "nmf", 1)
+    assert not run.nmf_backward(None, None, case.x, y, z, z_scale).any()
 
 
 @IN_PARALLEL

@@ -87,13 +87,9 @@ struct Block {
 
 // Asks for what comes after kVectors vectors of a row of features. That is done in passing, a row
 // at a time: each lies on pages of its own, and the processor knows the addresses of few pages.
-template <int kVectors>
+template <int kVectors, bool kToWrite = false>
 MFOPS_BF16 inline void prefetch_next(const uint16_t* row) {
-    for (int v = 0; v < kVectors; v += 2) __builtin_prefetch(row + 16 * (kVectors + v));
-}
-template <int kVectors>
-MFOPS_BF16 inline void prefetch_next_to_write(const uint16_t* row) {
-    for (int v = 0; v < kVectors; v += 2) __builtin_prefetch(row + 16 * (kVectors + v), 1);
+    for (int v = 0; v < kVectors; v += 2) __builtin_prefetch(row + 16 * (kVectors + v), kToWrite);
 }
 
 // Calls epilogue.take<vectors of a row>(block) for every block of a b while that is in L1. Blocks

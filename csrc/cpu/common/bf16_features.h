@@ -88,7 +88,7 @@ struct Reconstruct {
         if (!x_hat) return;
         for (int64_t r = 0; r < block.rows; ++r) {
             uint16_t* row = x_hat + (block.row + r) * x_hat_stride + block.col;
-            prefetch_next_to_write<kVectors>(row);
+            prefetch_next<kVectors, true>(row);
             for (int v = 0; v < kVectors; ++v) store(row + 16 * v, block.mask, block.at(r, v));
         }
     }
@@ -206,7 +206,7 @@ struct AddError {
         for (int64_t r = 0; r < block.rows; ++r) {
             const float* from = e + (block.row + r) * e_stride + block.col;
             uint16_t* to = out + (block.row + r) * out_stride + block.col;
-            prefetch_next_to_write<kVectors>(to);
+            prefetch_next<kVectors, true>(to);
             for (int v = 0; v < kVectors; ++v) {
                 __m512 value = block.at(r, v);
                 if (e) {

@@ -31,6 +31,7 @@ class Features {
     Matrix tile(int64_t n, float* memory) const {
         return transpose_ ? packed(memory, n, batch_.cols()) : packed(memory, batch_.rows(), n);
     }
+    bool channels_innermost() const { return transpose_; }
     // C x n, whichever way the tile lies.
     Matrix upright(const Matrix& tile) const { return transpose_ ? tile.transposed() : tile; }
 
@@ -73,12 +74,12 @@ class FloatProducts {
         multiply_add(z, z.transposed(), weights, first, term_.get());
     }
     void write_squares(float* squares) const {
-        if (features_.upright(x_).col_stride == 1) {
-            std::fill_n(squares, tile_.n, 0.0f);
-            for (int64_t c = 0; c < x_.rows; ++c) add_squares(squares, x_.row(c), tile_.n);
-        } else {
+        if (features_.channels_innermost()) {
             for (int64_t i = 0; i < tile_.n; ++i)
                 squares[i] = static_cast<float>(sum_of_squares(x_.row(i), x_.cols));
+        } else {
+            std::fill_n(squares, tile_.n, 0.0f);
+            for (int64_t c = 0; c < x_.rows; ++c) add_squares(squares, x_.row(c), tile_.n);
         }
     }
 

@@ -67,7 +67,8 @@ Tensor nmf_backward_by(const std::optional<Tensor>& grad_x_hat,
                        const Tensor& z, const Tensor& z_scale) {
     const Sizes sizes(x, y.size(2), Products::kBackwardTileElements);
     const bool transpose = channels_innermost(x);
-    const Tensor grad_x = new_features(x);
+    Tensor grad_x = new_features(x);
+    if (!grad_x_hat && !grad_mse) return torch::stable::zero_(grad_x);
     const typename Products::Output out(grad_x, transpose);
     const Matrices bases(sizes.batch, sizes.rank, sizes.channels);
     Tensor rows = bases.memory;

@@ -195,7 +195,8 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct_backward(const std::optional<Tens
     const bool need_a = transpose ? need_z : need_y, need_b = transpose ? need_y : need_z;
     // An operator's outputs may not share memory, empty or not.
     const auto none = [&] { return torch::stable::empty({0}, x.scalar_type()); };
-    const Tensor grad_x = need_x ? new_features(x) : none();
+    Tensor grad_x = need_x ? new_features(x) : none();
+    if (need_x && !grad_mse) torch::stable::zero_(grad_x);
     const Groups groups(problem.products, problem.rows, problem.cols, problem.rank);
     const Partials grad_a{torch::stable::empty(
         {need_a ? problem.products * groups.cols : 0, problem.rows, problem.rank},
