@@ -70,12 +70,13 @@ def test_every_rank_on_every_gpu(run, monkeypatch, shape, kib, dtype, operands):
 @pytest.mark.parametrize("shape", [(3, 65, 16, 331), (3, 72, 16, 336)], ids=str)
 def test_same_bits_in_any_order_of_threads(run, monkeypatch, shape, kib, dtype, operands):
     monkeypatch.setenv("MFOPS_EMULATOR_SHARED_BYTES", str(kib * KIB))
+    tf32 = operands == "tf32"
     for layout in LAYOUTS[:2]:
         for shared in [(True, True), (False, False)]:
             case = make(shape, layout, dtype, shared)
             check(run, case, operands)
             first, *others = (
-                (monkeypatch.setenv("MFOPS_EMULATOR_ORDER", order), results(run, case, False))[1]
+                (monkeypatch.setenv("MFOPS_EMULATOR_ORDER", order), results(run, case, tf32))[1]
                 for order in ("ascending", "descending", "7")
             )
             for other in others:
@@ -144,6 +145,14 @@ def test_expanded_factors_are_per_image(run):
     exact = reference.reconstruct_backward(*arguments)
     for grad, expected in zip(run.reconstruct_backward(*arguments, False), exact, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bases_whose_lines_lie_apart(run, dtype):
+    """As the kernels that find bases leave them, their lines aligned."""
+    case = make((3, 72, 5, 133), "contiguous", dtype, (False, False))
+    case.y = torch.nn.functional.pad(case.y, (0, 11), value=torch.nan)[..., :5]
+    check(run, case, dtype)
 
 
 def test_small_gradients_do_not_vanish_in_float16(run):

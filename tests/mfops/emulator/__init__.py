@@ -80,13 +80,9 @@ def load(*sources: Path) -> ctypes.CDLL:
 @functools.cache
 def operators(*, factors: bool) -> Any:
     """csrc/cuda's operators on CPU tensors, those that find factors or the others, as
-    torch.ops.mfops_emulated: two libraries, so that two processes need not compile all of both."""
-    sources = [HERE / "operators.cpp"]
-    flags = WITH_TORCH
-    if factors:  # they call the others, which this library doesn't register
-        sources.append(HERE / "factor_operators.cpp")
-        flags += ("-DMFOPS_NOT_REGISTERED",)
-    torch.ops.load_library(build(*sources, flags=flags))
+    torch.ops.mfops_emulated: two libraries, so that no process need compile both."""
+    source = HERE / ("factor_operators.cpp" if factors else "operators.cpp")
+    torch.ops.load_library(build(source, flags=WITH_TORCH))
     return torch.ops.mfops_emulated
 
 

@@ -1,8 +1,13 @@
 // csrc/cuda's operators that find factors, on CPU tensors, as torch.ops.mfops_emulated.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <array>
 
 // clang-format off: the emulator's primitives first
 #include "cuda/common/primitives.cuh"
+#include "cuda/common/mean.cu"
 #include "cuda/factorize/op.cpp"
 #include "cuda/factorize/launch.cu"
 #include "cuda/instantiations/factorize_float32.cu"
@@ -12,6 +17,18 @@
 // clang-format on
 
 namespace mfops::cuda {
+
+// The last step of a factorization, where it is a launch of its own: on the CPU's kernels, which
+// need not be compiled here.
+std::tuple<Tensor, Tensor> reconstruct(const Tensor& x, const Tensor& y, const Tensor& z,
+                                       bool tf32) {
+    using torch::stable::detail::from, torch::stable::detail::to;
+    std::array<StableIValue, 4> stack{from(x), from(y), from(z), from(tf32)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("mfops::reconstruct", "", stack.data(), TORCH_ABI_VERSION));
+    return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
 namespace {
 
 // Whether all rounds are planned as one launch.

@@ -12,7 +12,6 @@
 #include "cuda/instantiations/reconstruct_f16.cu"
 // clang-format on
 
-#ifndef MFOPS_NOT_REGISTERED
 STABLE_TORCH_LIBRARY_FRAGMENT(mfops_emulated, m) {
     m.def("reconstruct(Tensor x, Tensor y, Tensor z, bool tf32) -> (Tensor, Tensor)");
     m.def("mse(Tensor x, Tensor y, Tensor z, bool tf32) -> Tensor");
@@ -26,4 +25,3 @@ STABLE_TORCH_LIBRARY_IMPL(mfops_emulated, CPU, m) {
     m.impl("mse", TORCH_BOX(&mfops::cuda::mse));
     m.impl("reconstruct_backward", TORCH_BOX(&mfops::cuda::reconstruct_backward));
 }
-#endif

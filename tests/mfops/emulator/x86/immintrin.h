@@ -1,7 +1,7 @@
 // The AVX-512 and AMX that csrc/cpu uses, for processors without them: by vectors of the compiler
 // and loops.
 //
-// The build finds this file in place of the compiler's (emulator.bfloat16_package). Masked lanes
+// The build finds this file in place of the compiler's (package_with_bfloat16). Masked lanes
 // are neither read nor written, an aligned access is checked to be so, and products of bfloat16 are
 // summed as Intel's manual says of VDPBF16PS (the odd one is added first) and TDPBF16PS (odd and
 // even ones have sums of their own): each sum is rounded (here from double) to nearest, subnormal
