@@ -100,7 +100,7 @@ class RunRecord(Callback):
         channels, height, width = self._chosen[0][0].shape
         try:
             gflops = count_flops(network, (height, width), channels) / 1e9
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:
             # A foreign network may not run on the meta device; that must not end its training.
             rank_zero_warn(f"the FLOPs of {type(network).__name__} cannot be counted: {error}")
             gflops = None

@@ -7,6 +7,7 @@ A trained network is a checkpoint of a training run or a folder of weights, as
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ def read_checkpoint(
     try:
         checkpoint = torch.load(path, map_location, weights_only=weights_only)
     except Exception as error:  # a damaged file fails in a dozen ways
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"checkpoint '{path}' holds a {found[1]}, perhaps the state of a callback of your "
+                "own: expected tensors and plain values, as others run code when they are read"
+            ) from error
         raise ValueError(f"checkpoint '{path}' is not a whole checkpoint file") from error
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
         raise ValueError(f"checkpoint '{path}' was not written by a training run")

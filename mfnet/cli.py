@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -36,6 +37,12 @@ from mfnet.sync_batchnorm import SyncBatchNormPlugin
 from mfnet.task import SegmentationTask
 
 MAX_EPOCHS = 50  # the paper's; Lightning's own default is 1000
+
+# Python keeps one object for Union[int, float] and Union[float, int], so that of a flag 1, a batch,
+# would become 1.0, all of them.
+_TYPES = inspect.unwrap(L.Trainer.__init__).__annotations__
+_TYPES.update({name: int | float | None for name in _TYPES if name.startswith("limit_")})
+_TYPES["overfit_batches"] = int | float
 
 
 class FunctionLinkParser(LightningArgumentParser):
@@ -139,7 +146,11 @@ class MFNetCLI(LightningCLI):
                     parser.add_class_arguments(Inference, as_group=True)
                 if subcommand == "predict":
                     parser.set_defaults(
-                        {"data": {"class_path": from_checkpoint.PHOTOGRAPHS}, "tile": TILE}
+                        {
+                            "data": {"class_path": from_checkpoint.PHOTOGRAPHS},
+                            "tile": TILE,
+                            "trainer.devices": 1,  # Lightning's wants an image for each GPU
+                        }
                     )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -252,6 +263,9 @@ class MFNetCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         folder = Path(config.default_root_dir)
+        for key in ("check_val_every_n_epoch", "accumulate_grad_batches"):  # Lightning divides by
+            if config[key] is not None and config[key] < 1:
+                raise CommandLineError(f"--trainer.{key}: expected at least 1, got {config[key]}")
         plugins = [*_as_list(config.plugins), run_directory.WholeFileCheckpointIO()]
         if config.sync_batchnorm:
             plugins.append(SyncBatchNormPlugin())
@@ -369,11 +383,13 @@ def _find_checkpoint(path: str | None, folder: Path, subcommand: str) -> str | N
 def _network_names(network: Any) -> tuple[str, str]:
     """Model and backbone, to be shown in reports."""
     arguments = network.get("init_args") or {}
-    name = arguments.get("name", network["class_path"].rpartition(".")[2])
-    own = [f"{key} {arguments[key]}" for key in ("context", "factorizer") if arguments.get(key)]
+    # A class of somebody else's may call other things so.
+    words = {key: value for key, value in arguments.items() if isinstance(value, str)}
+    name = words.get("name", network["class_path"].rpartition(".")[2])
+    own = [f"{key} {words[key]}" for key in ("context", "factorizer") if key in words]
     if own:
         name = f"{name} ({', '.join(own)})"
-    return name, arguments.get("backbone", "")
+    return name, words.get("backbone", "")
 
 
 def _check_channels(network: Any, data: Any) -> None:

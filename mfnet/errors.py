@@ -19,9 +19,8 @@ EXAMPLE = "--data VOCFolder --data.root DIR"
 NO_DATA = f"no data: give --config NAME, --config RUN/config.yaml or {EXAMPLE}"
 LONGEST = 400  # characters of a message that nobody here foresaw
 
-# What Lightning checks with a RuntimeError of its own, though the user's configuration is at fault.
-_LIGHTNING = "Early stopping conditioned on metric"
-
+# What Lightning checks with errors of other kinds, though the user's configuration is at fault.
+_LIGHTNING = ("Early stopping conditioned on metric", "`val_check_interval` (")
 
 # jsonargparse's accounts, of versions 4.52 and 4.53.
 _MISSING = r"arguments are required: ([\w.]+)"
@@ -48,7 +47,8 @@ def user_error(error: BaseException | None) -> str | None:
     """
     while error is not None:
         if _is_user_error(error):
-            return _one_line(str(error))
+            own = _origin(error) in ("mfnet", "mfops")  # whose messages are as long as they need
+            return " ".join(str(error).split()) if own else _one_line(str(error))
         error = error.__cause__ if _origin(error) == "jsonargparse" else None
     return None
 
@@ -151,7 +151,7 @@ def _one_line(text: str) -> str:
 def _is_user_error(error: BaseException) -> bool:
     if isinstance(error, (CommandLineError, OSError, MisconfigurationException, DataError)):
         return True
-    if isinstance(error, RuntimeError) and str(error).startswith(_LIGHTNING):
+    if isinstance(error, (RuntimeError, ValueError)) and str(error).strip().startswith(_LIGHTNING):
         return True
     if isinstance(error, ImportError):  # an optional package of Lightning's is not installed
         return _origin(error).startswith("lightning")

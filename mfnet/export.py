@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as tv
 from mfnet.checkpoint import find_checkpoint
 from mfnet.files import refuse_to_replace, written_whole
 from mfnet.pretrained import SOURCE, TrainedNetwork, load
+from mfnet.run_directory import holds_run
 
 Run = Callable[[Tensor], Tensor]
 
@@ -148,6 +149,8 @@ def export(
     name = "weights" if to == "weights" else FORMATS[to].name
     path = folder / name if output is None else Path(output).expanduser()
     refuse_to_replace(find_checkpoint(source), path)
+    if to == "weights" and holds_run(path):
+        raise ValueError(f"{path}: expected a folder of the weights' own, but it holds a run")
     if to == "weights":
         with _folder_written_whole(path) as partial:
             network.save_pretrained(partial)
@@ -213,7 +216,9 @@ def _folder_written_whole(path: Path) -> Iterator[Path]:
         yield Path(folder)
         path.mkdir(exist_ok=True)
         for file in Path(folder).iterdir():
-            os.replace(file, path / file.name)
+            # A description that somebody wrote stays, as in huggingface_hub.
+            if file.name != "README.md" or not (path / file.name).exists():
+                os.replace(file, path / file.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,7 +22,12 @@ Freeze = Literal["statistics"] | bool
 LISTED = 10  # names of tensors of one kind that are told
 
 
-def initialize(network: nn.Module, source: str | Path, normalization: Normalization) -> str:
+def initialize(
+    network: nn.Module,
+    source: str | Path,
+    normalization: Normalization,
+    class_names: Sequence[str],
+) -> str:
     """Give a network every tensor of a trained one whose name and shape fit.
 
     A learned Z of another grid is resampled, bilinearly.
@@ -32,10 +37,11 @@ def initialize(network: nn.Module, source: str | Path, normalization: Normalizat
         source: what ``mfnet.load`` takes, or a file of tensors by name (``.safetensors``, or
             what ``torch.load(weights_only=True)`` reads).
         normalization: of the images that the network is going to see.
+        class_names: those that the network is going to tell apart.
 
     Returns:
         What was taken and what was left out, and whether the trained network's images were
-        normalized otherwise, in one line.
+        normalized otherwise or as many classes were others, in one line.
 
     Raises:
         FileNotFoundError: there is no such file, folder or name.
@@ -64,6 +70,9 @@ def initialize(network: nn.Module, source: str | Path, normalization: Normalizat
             f"its images had image_mean {before['mean']} and image_std {before['std']}, those of "
             f"this run have {now['mean']} and {now['std']}"
         )
+    classes = list(record.get("class_names", class_names))
+    if len(classes) == len(class_names) and classes != list(class_names):
+        parts.append(f"its classes were {', '.join(classes)}, now: {', '.join(class_names)}")
     return "; ".join([f"init_from '{source}': {len(taken)} of {len(own)} tensors taken", *parts])
 
 
@@ -121,7 +130,8 @@ def _grid(pixels: int, record: Mapping[str, Any]) -> tuple[int, int] | None:
     """The grid of so many pixels that built the network, or else a square."""
     arguments = (record.get("network") or {}).get("init_args", {})
     for value in arguments.values():
-        if isinstance(value, Sequence) and len(value) == 2 and math.prod(value) == pixels:
+        numbers = isinstance(value, (list, tuple)) and all(isinstance(n, int) for n in value)
+        if numbers and len(value) == 2 and math.prod(value) == pixels:
             return (int(value[0]), int(value[1]))
     side = math.isqrt(pixels)
     return (side, side) if side * side == pixels else None

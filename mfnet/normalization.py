@@ -25,7 +25,7 @@ class Normalization(NamedTuple):
         """Itself, with the given numbers in place of its own.
 
         Raises:
-            ValueError: there is not one for each channel.
+            ValueError: there is not one for each channel, or a deviation is not above 0.
         """
         channels = len(self.mean)
         for name, given in (("image_mean", mean), ("image_std", std)):
@@ -34,6 +34,8 @@ class Normalization(NamedTuple):
                     f"{name}: expected {channels} numbers, one for each channel of the images, got "
                     f"{list(given)}"
                 )
+        if std is not None and not all(number > 0 for number in std):
+            raise ValueError(f"image_std: expected numbers above 0, got {list(std)}")
         return Normalization(tuple(mean or self.mean), tuple(std or self.std))
 
 

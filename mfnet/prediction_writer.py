@@ -123,7 +123,7 @@ def output_files(paths: Sequence[str | Path], output: Path, suffix: str) -> dict
     sources = [Path(path) for path in paths]
     if not sources:
         raise ValueError("predict: expected at least one image, got none")
-    absolute = {source: source.absolute() for source in sources}
+    absolute = {source: Path(os.path.abspath(source)) for source in sources}
     root = Path(os.path.commonpath([path.parent for path in absolute.values()]))
     taken: dict[Path, Path] = {}
     for source, path in absolute.items():

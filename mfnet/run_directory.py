@@ -191,5 +191,9 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
+            lines = path.read_bytes()
+            if not lines.endswith(b"\n"):  # a full disk or a kill cut its last row short
+                with written_whole(path) as partial:
+                    partial.write_bytes(lines[: lines.rfind(b"\n") + 1])
             with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = next(csv.reader(file), [])

@@ -63,7 +63,9 @@ class CPUSyncBatchNorm(_BatchNorm):
         var = _AllReduceSum.apply(centered.square().sum(dims)) / count
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
-            momentum = self.momentum or 1 / int(self.num_batches_tracked)
+            momentum = self.momentum
+            if momentum is None:  # the mean of all batches
+                momentum = 1 / int(self.num_batches_tracked)
             with torch.no_grad():
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(var * count / (count - 1), momentum)

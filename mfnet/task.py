@@ -103,8 +103,8 @@ class SegmentationTask(L.LightningModule):
 
     Raises:
         ValueError: class weights do not fit the classes or the loss, a loss has parameters, a
-            warm-up is below 0 or given beside a scheduler, image_mean or image_std has another
-            number of channels.
+            rate, ``power`` or a warm-up is below 0, a warm-up is given beside a scheduler,
+            image_mean or image_std has another number of channels, image_std a number not above 0.
 
     Attributes:
         normalization: the mean and standard deviation in effect. The data modules look here.
@@ -148,6 +148,9 @@ class SegmentationTask(L.LightningModule):
         freeze_backbone: Freeze = False,
     ) -> None:
         super().__init__()
+        for name, value in (("backbone_lr", backbone_lr), ("head_lr", head_lr), ("power", power)):
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number from 0 on, got {value}")
         self.network = network
         self.class_names = list(class_names)
         self.backbone_lr = backbone_lr
@@ -182,7 +185,7 @@ class SegmentationTask(L.LightningModule):
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
         )
-        self.pixel_loss = MeanMetric()
+        self.pixel_loss = MeanMetric(nan_strategy=float("nan"))  # a NaN is to be seen
         self.confusion_counts: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -196,7 +199,8 @@ class SegmentationTask(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         # Here, as callbacks that average weights copy the network in their setup, the next hook.
         if self.init_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            rank_zero_info(initialize(self.network, self.init_from, self.normalization))
+            normalization, names = self.normalization, self.class_names
+            rank_zero_info(initialize(self.network, self.init_from, normalization, names))
             self.init_from = None  # a second fit goes on with what the first has trained
         return [LabelCheck()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +74,7 @@ def find_images(patterns: str | Sequence[str]) -> list[Path]:
     found: dict[Path, Path] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for path in _find(pattern):
-            found.setdefault(path.absolute(), path)
+            found.setdefault(Path(os.path.abspath(path)), path)  # without a/../
     return list(found.values())
 
 

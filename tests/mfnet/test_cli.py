@@ -15,6 +15,7 @@ from command_line import RESNET, Fails, flags
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mfnet.__main__ import main
+from mfnet.cli import MFNetCLI
 from mfnet.commands import SIGTERM_EXIT
 from mfnet.config import shipped_configs
 from mfnet.task import SegmentationTask
@@ -205,3 +206,11 @@ def test_sigterm_leaves_a_checkpoint_and_resumes(
     assert torch.load(last, weights_only=True)["global_step"] == 1
     main(["fit", *flags, "--ckpt_path=last"])
     assert torch.load(last, weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(("given", "kind"), [("1", int), ("0.5", float)])
+def test_one_batch_is_not_all_of_them(given: str, kind: type, images: Path, tmp_path: Path) -> None:
+    limits = ("limit_train_batches", "limit_val_batches", "overfit_batches")
+    flags = [f"--trainer.{name}={given}" for name in limits]
+    cli = MFNetCLI([*small(images, tmp_path / "run"), *flags], run=False)
+    assert [type(cli.config.trainer[name]) for name in limits] == [kind] * 3

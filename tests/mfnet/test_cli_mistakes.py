@@ -82,6 +82,17 @@ NO_DATA = "no data: give --config NAME"
         ("SMALL --model.network.name unet", "unknown model 'unet'"),
         ("SMALL --model.network.backbone resnet19", "unknown backbone 'resnet19'"),
         ("SMALL --nonsense 1", "unknown argument --nonsense"),
+        ("SMALL --model.backbone_lr -1", "backbone_lr: expected a number from 0 on, got -1"),
+        ("SMALL --model.power -1", "power: expected a number from 0 on, got -1"),
+        ("SMALL --model.image_std [0,1,1]", r"image_std: expected numbers above 0, got \[0.0, 1"),
+        (
+            "SMALL --trainer.accumulate_grad_batches 0",
+            "accumulate_grad_batches: expected at least 1",
+        ),
+        (
+            "SMALL --trainer.check_val_every_n_epoch 0",
+            "check_val_every_n_epoch: expected at least 1",
+        ),
         ("SMALL --ckpt_path nowhere.ckpt", "no file 'nowhere.ckpt', which fit would continue"),
         (f"SMALL {CALLBACK}Timer --trainer.callbacks.duratoin 3", "did you mean .*duration"),
         (f"SMALL {CONV} 3 --model.network.out_channels 4 --model.network.groups 2", "by groups"),

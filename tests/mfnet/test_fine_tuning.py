@@ -46,7 +46,7 @@ def test_what_fits_is_taken_and_what_does_not_is_told(trained: Path, tmp_path: P
     given = mfnet.load(trained).network.state_dict()
     network = ours(5, (6, 10))
     own = {key: value.clone() for key, value in network.state_dict().items()}
-    told = initialize(network, trained, Normalization((0.5,) * 3, (0.5,) * 3))
+    told = initialize(network, trained, Normalization((0.5,) * 3, (0.5,) * 3), "abcde")
     after = network.state_dict()
     classifier = {"decoder.classifier.weight", "decoder.classifier.bias"}
     (z,) = [key for key in own if key.endswith(".z")]
@@ -63,10 +63,32 @@ def test_what_fits_is_taken_and_what_does_not_is_told(trained: Path, tmp_path: P
         "decoder.classifier.weight (3, 256, 1, 1) instead of (5, 256, 1, 1), "
         "decoder.classifier.bias (3,) instead of (5,)"
     )
-    assert initialize(network, trained, IMAGENET) == (
+    assert initialize(network, trained, IMAGENET, "abcde") == (
         f"{told}; its images had image_mean [0.5, 0.5, 0.5] and image_std [0.5, 0.5, 0.5], those "
         "of this run have [0.485, 0.456, 0.406] and [0.229, 0.224, 0.225]"
     )
+
+
+def test_other_classes_of_the_same_number_are_told(trained: Path) -> None:
+    told = initialize(ours(3, (3, 5)), trained, Normalization((0.5,) * 3, (0.5,) * 3), "cba")
+    assert told.endswith("tensors taken; its classes were a, b, c, now: c, b, a")
+
+
+def test_a_context_named_by_two_letters(tmp_path: Path) -> None:
+    """A grid is looked for among what built the network, and "mf" is no grid."""
+    given = {"num_classes": 3, "backbone": "test_resnet", "context": "mf", "context_size": [3, 5]}
+    TrainedNetwork(
+        network={
+            "class_path": "mfnet.create_model",
+            "init_args": {"name": "deeplabv3plus", **given},
+        },
+        class_names=["a", "b", "c"],
+        normalisation=IMAGENET._asdict(),
+    ).save_pretrained(tmp_path)
+    network = mfnet.create_model("deeplabv3plus", **{**given, "context_size": (6, 10)})
+    told = initialize(network, tmp_path, IMAGENET, "abc")
+    count = len(network.state_dict())
+    assert told == f"init_from '{tmp_path}': {count} of {count} tensors taken"
 
 
 def test_callbacks_copy_the_network_that_was_read(tmp_path: Path) -> None:
@@ -101,15 +123,15 @@ def test_files_of_tensors_and_wrapped_networks(tmp_path: Path) -> None:
     )
     for file in ("a.pth", "a.safetensors"):
         network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-        told = initialize(torch.compile(network), tmp_path / file, IMAGENET)
+        told = initialize(torch.compile(network), tmp_path / file, IMAGENET, "abc")
         assert torch.equal(network[0].weight, layer.weight)
         assert "2 of 4 tensors taken; not in it: 1.weight, 1.bias; in it, but not" in told
         assert told.endswith("network: extra")
     (tmp_path / "bad.pth").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"bad.pth' is not a file of tensors by name"):
-        initialize(own, tmp_path / "bad.pth", IMAGENET)
+        initialize(own, tmp_path / "bad.pth", IMAGENET, "abc")
     with pytest.raises(FileNotFoundError, match="no file or folder"):
-        initialize(own, tmp_path / "nothing.pth", IMAGENET)
+        initialize(own, tmp_path / "nothing.pth", IMAGENET, "abc")
     with pytest.raises(ValueError, match="none of its tensors fits"):
         initialize(nn.Conv2d(1, 1, 1), tmp_path / "a.pth", IMAGENET)
 

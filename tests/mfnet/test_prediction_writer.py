@@ -1,5 +1,6 @@
 """What ``mfnet predict`` leaves behind."""
 
+from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
@@ -83,6 +84,13 @@ def test_overlays_that_would_collide_are_refused_before_predicting(tmp_path):
     with pytest.raises(ValueError, match=r"bmp and .*a\.png: both predictions would be .*a\.png"):
         predict(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_a_folder_above_stay_inside_the_output(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    files = output_files(["../a/x.jpg", "b/y.jpg"], Path("out"), ".png")
+    assert sorted(map(str, files.values())) == ["out/a/x.png", "out/sub/b/y.png"]
 
 
 def test_an_overlay_never_replaces_an_image(tmp_path):

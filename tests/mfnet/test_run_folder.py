@@ -217,6 +217,26 @@ def test_the_best_score_of_a_folder_that_was_moved(key: str, images: Path, home:
     assert Path("after/checkpoints/best.ckpt").read_bytes() == best
 
 
+def test_a_resumed_run_is_repeated_from_its_beginning(images: Path, home: Path) -> None:
+    main(["fit", *small(images, "first")])
+    main(["fit", *small(images, "first", "--ckpt_path=last", "--trainer.max_epochs=2")])
+    again = ["fit", "--config=first/config.yaml", "--trainer.default_root_dir=second"]
+    main([*again, "--trainer.max_epochs=1"])
+    assert checkpoint(Path("second"))["epoch"] == 0
+    assert Path("second", "metrics.csv").is_file()
+
+
+def test_a_row_that_was_cut_short_is_dropped(images: Path, home: Path) -> None:
+    main(["fit", *small(images, "run")])
+    log = Path("run", "metrics.csv")
+    rows = log.read_bytes()
+    log.write_bytes(rows[:-7])
+    main(["fit", *small(images, "run", "--ckpt_path=last", "--trainer.max_epochs=2")])
+    found = list(csv.DictReader(log.open()))
+    assert all(None not in row and None not in row.values() for row in found)
+    assert [row["epoch"] for row in found if row["val/mIoU"]] == ["0", "1"]
+
+
 def test_a_runs_configuration_means_the_folder_that_it_lies_in(
     images: Path, home: Path, fails: Fails
 ) -> None:

@@ -89,10 +89,24 @@ def test_export(network: TrainedNetwork) -> None:
     assert torch.equal(exported.network.weight, network.network.weight)
 
 
+def test_weights_leave_what_somebody_wrote_beside_them(
+    network: TrainedNetwork, fails: Fails
+) -> None:
+    Path("mine").mkdir()
+    Path("mine", "README.md").write_text("of my project")
+    main(["export", "tiny", "--to", "weights", "--output", "mine"])
+    assert Path("mine", "README.md").read_text() == "of my project"
+    Path("run").mkdir()
+    Path("run", "metrics.csv").write_text("epoch\n")
+    line = fails(["export", "tiny", "--to", "weights", "--output", "run"])
+    assert "run: expected a folder of the weights' own, but it holds a run" in line
+
+
 def test_training_starts_from_a_name(network: TrainedNetwork, images: Path, fails: Fails) -> None:
     fresh = nn.Conv2d(3, len(synthetic.CLASSES), 1)
     assert (
-        initialize(fresh, "tiny", network.normalisation) == "init_from 'tiny': 2 of 2 tensors taken"
+        initialize(fresh, "tiny", network.normalisation, synthetic.CLASSES)
+        == "init_from 'tiny': 2 of 2 tensors taken"
     )
     assert torch.equal(fresh.weight, network.network.weight)
     flags = ["fit", "--data=VOCFolder", f"--data.root={images}", *CPU]
@@ -122,7 +136,7 @@ def test_what_is_neither_path_nor_name(
     ):
         assert said in fails(command)
     with pytest.raises(FileNotFoundError, match=said):
-        initialize(nn.Conv2d(3, 3, 1), "tyni", IMAGENET)
+        initialize(nn.Conv2d(3, 3, 1), "tyni", IMAGENET, "abc")
 
 
 def test_help_names_what_is_shipped(
@@ -179,4 +193,6 @@ def test_tensors_of_two_names(tmp_path: Path) -> None:
     tied.save_pretrained(tmp_path)
     images = torch.randn(1, 3, 4, 4)
     assert torch.equal(mfnet.load(tmp_path)(images), tied(images))
-    assert initialize(Tied(), tmp_path, tied.normalisation).endswith("4 of 4 tensors taken")
+    assert initialize(Tied(), tmp_path, tied.normalisation, tied.class_names).endswith(
+        "4 of 4 tensors taken"
+    )

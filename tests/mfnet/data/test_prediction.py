@@ -67,3 +67,11 @@ def test_a_bad_image_is_skipped(folder, workers):
 def test_no_image_is_an_error(folder):
     with pytest.raises(ValueError, match="predict_images: expected"):
         VOCFolder(str(folder)).predict_dataloader()
+
+
+def test_one_image_by_two_paths(tmp_path, monkeypatch):
+    image = tmp_path / "voc" / "a.png"
+    image.parent.mkdir()
+    image.touch()
+    monkeypatch.chdir(tmp_path)
+    assert len(find_images(["voc/a.png", "voc/../voc/a.png", str(image)])) == 1
