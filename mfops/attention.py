@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 from mfops.autocast import autocasts
 from mfops.checks import check_device, check_features, check_kind, check_tensor
-from mfops.tracing import record_function
+from mfops.reference import channels_innermost
+from mfops.tracing import one_node
 
 
+@one_node
 def gather(x: Tensor, queries: Tensor) -> Tensor:
     """Bases of an image: K weighted means of its pixels.
 
@@ -36,14 +37,12 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
         TypeError: not a tensor, a dtype not listed or, outside autocast, dtypes that differ.
         ValueError: shapes or devices that do not fit, an empty x.
     """
-    if isinstance(x, Proxy):
-        return record_function(gather, x, queries)
     check_features(x)
     _check("queries", queries, ("K", x.shape[1]), "x", x)
     rows = x if x.dim() == 3 else x.flatten(2)
     # matmul would copy all features where the queries want a gradient.
     shared = queries.expand(rows.shape[0], -1, -1)
-    if _channels_innermost(rows):
+    if channels_innermost(rows):
         # Laid out for the softmax: over pixels that lie apart it takes most of the time on a GPU.
         scores = torch.bmm(rows.mT, shared.mT).mT.contiguous()
         weights = torch.softmax(scores, dim=2)
@@ -52,6 +51,7 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
     return torch.bmm(rows, weights.mT.to(rows.dtype))
 
 
+@one_node
 def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
     """What every pixel of a guide carries of the bases.
 
@@ -74,26 +74,19 @@ def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
             that differ.
         ValueError: shapes or devices that do not fit, an empty guide.
     """
-    if isinstance(guide, Proxy):
-        return record_function(distribute, y, keys, bias, guide)
     check_features(guide, "guide")
     _check("keys", keys, ("K", guide.shape[1]), "the guide", guide)
     _check("bias", bias, (keys.shape[0],), "the guide", guide)
     _check("y", y, (guide.shape[0], "M", keys.shape[0]), "the guide", guide)
     rows = guide if guide.dim() == 3 else guide.flatten(2)
     shared = keys.expand(rows.shape[0], -1, -1)  # as in gather
-    if _channels_innermost(rows):
+    if channels_innermost(rows):
         z = torch.softmax(torch.baddbmm(bias, rows.mT, shared.mT), dim=2)
         x_hat = torch.bmm(z.to(y.dtype), y.mT).mT
     else:
         z = torch.softmax(torch.baddbmm(bias[:, None], shared, rows), dim=1)
         x_hat = torch.bmm(y, z.to(y.dtype))
     return x_hat if guide.dim() == 3 else x_hat.unflatten(2, guide.shape[2:])
-
-
-def _channels_innermost(rows: Tensor) -> bool:
-    """Whether to multiply by transposes: results and gradients are to lie as the features do."""
-    return rows.stride(1) == 1
 
 
 def _check(

@@ -27,7 +27,7 @@ def autocasts(x: Tensor) -> bool:
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast an op runs in the autocast dtype, float64 excepted, as matmul does."""
-    if not autocasts(tensors[0]):
+    if not autocasts(tensors[0]) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(

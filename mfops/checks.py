@@ -108,6 +108,16 @@ def check_channels(x: Tensor, channels: int) -> None:
         raise ValueError(f"x: expected {channels} channels, got {_shape(x)}{hint}")
 
 
+def _check_rows_and_rank(name: str, y: Tensor, x: Tensor) -> None:
+    if y.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one basis (K >= 1), got {_shape(y)}")
+    if y.shape[-2] != x.shape[1]:
+        hint = _layout_hint(x, y.shape[-2])
+        raise ValueError(
+            f"{name}: expected C = {x.shape[1]} rows as x has channels, got {_shape(y)}{hint}"
+        )
+
+
 def check_factors(x: Tensor, y: Tensor, z: Tensor) -> None:
     """y (C, K) or (B, C, K) and z (K, N) or (B, K, N), of x's dtype and device."""
     for name, factor, form in (("y", y, "(C, K) or (B, C, K)"), ("z", z, "(K, N) or (B, K, N)")):
@@ -120,13 +130,7 @@ def check_factors(x: Tensor, y: Tensor, z: Tensor) -> None:
                 f"{name}: expected the batch size of x, {x.shape[0]}, got {_shape(factor)}"
             )
     pixels = x.shape[2] if x.dim() == 3 else x.shape[2] * x.shape[3]
-    if y.shape[-1] == 0:
-        raise ValueError(f"y: expected at least one basis (K >= 1), got {_shape(y)}")
-    if y.shape[-2] != x.shape[1]:
-        hint = _layout_hint(x, y.shape[-2])
-        raise ValueError(
-            f"y: expected C = {x.shape[1]} rows as x has channels, got {_shape(y)}{hint}"
-        )
+    _check_rows_and_rank("y", y, x)
     if z.shape[-2] != y.shape[-1]:
         raise ValueError(f"z: expected K = {y.shape[-1]} rows as y has columns, got {_shape(z)}")
     if z.shape[-1] != pixels:
@@ -171,10 +175,4 @@ def check_bases(x: Tensor, y0: Tensor) -> None:
     if y0.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"y0: expected the dtype of x, {x.dtype}, or float32, got {y0.dtype}")
     check_device("y0", y0, "x", x)
-    if y0.shape[-1] == 0:
-        raise ValueError(f"y0: expected at least one basis (K >= 1), got {_shape(y0)}")
-    if y0.shape[-2] != x.shape[1]:
-        hint = _layout_hint(x, y0.shape[-2])
-        raise ValueError(
-            f"y0: expected C = {x.shape[1]} rows as x has channels, got {_shape(y0)}{hint}"
-        )
+    _check_rows_and_rank("y0", y0, x)

@@ -64,19 +64,19 @@ class Factorizer(nn.Module):
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """X' = Y Z and its mse to x."""
-        x_hat, mse = self(x, "reconstruction")
+        x_hat, mse = self(x, want="reconstruction")
         return x_hat, mse
 
     def product(self, x: Tensor) -> Tensor:
         """X' alone."""
-        x_hat: Tensor = self(x, "product")
+        x_hat: Tensor = self(x, want="product")
         return x_hat
 
     def _check(self, x: Tensor) -> None:
         check_features(x)
         check_channels(x, self.channels)
         for parameter in self.parameters():
-            if x.dtype != parameter.dtype and not autocasts(x):
+            if x.dtype != parameter.dtype and not (autocasts(x) and x.dtype != torch.float64):
                 raise TypeError(
                     f"x: expected the dtype of the parameters, {parameter.dtype}, got {x.dtype}"
                 )
@@ -88,7 +88,7 @@ class Factorizer(nn.Module):
         return reconstruct(x, *self._factors(x))
 
     def _product(self, x: Tensor) -> Tensor:
-        return self._reconstruct(x)[0]
+        return product(x, *self._factors(x))  # X is not read again
 
 
 def resampled(z: Tensor, size: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
@@ -151,10 +151,6 @@ class LearnedFactorizer(Factorizer):
         if not is_exporting() and grid == self.size:
             return self.y, self.z
         return self.y, resampled(self.z, self.size, grid)
-
-    def _product(self, x: Tensor) -> Tensor:
-        # X need not be read: the product is all there is to do.
-        return product(x, *self._factors(x))
 
 
 class ImageFactorizer(Factorizer):
@@ -236,8 +232,8 @@ class ImageFactorizer(Factorizer):
     def _product(self, x: Tensor) -> Tensor:
         method = METHODS[self.method]
         if method.fused and method.one_step_gradient:  # the kernel for the last Z has X' at hand
-            return super()._product(x)
-        return product(x, *self._factors(x))  # X is not read again
+            return self._reconstruct(x)[0]
+        return super()._product(x)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """X as the method takes it, the bases to start from, the number of rounds."""

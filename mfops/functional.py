@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 from mfops import autograd, reference
 from mfops.autocast import cast_for_autocast, without_autocast
@@ -20,7 +19,7 @@ from mfops.checks import (
 from mfops.exporting import constant_for_the_compiler
 from mfops.methods import METHODS, with_temperature
 from mfops.methods.base import INVERSE_TEMPERATURE
-from mfops.tracing import record_function
+from mfops.tracing import one_node
 
 
 @constant_for_the_compiler  # a graph is compiled anew when the setting changes
@@ -70,6 +69,7 @@ def reconstruct(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return _reconstruct(x, y, z, expand=False)
 
 
+@one_node
 def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Low-rank reconstruction X' = Y Z of features X and its mean squared error.
 
@@ -98,12 +98,11 @@ def factorized_reconstruction(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, 
         ValueError: shapes or devices that do not fit, an empty x, K = 0.
         RuntimeError: the backend of `use_backend` cannot run this call.
     """
-    if isinstance(x, Proxy):
-        return record_function(factorized_reconstruction, x, y, z)
     check_features(x)
     return _reconstruct(x, y, z, expand=True)
 
 
+@one_node
 def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """The mse of `factorized_reconstruction` alone; X' is never written to memory.
 
@@ -114,13 +113,22 @@ def factorized_mse(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     Returns:
         A float32 scalar (float64 for float64 input), differentiable in x, y and z.
     """
-    if isinstance(x, Proxy):
-        return record_function(factorized_mse, x, y, z)
     check_features(x)
     rows, y, z = _prepare(x, y, z)
     return autograd.reconstruction_error(rows, y, z, select(rows, y.shape[-1]), _tf32(rows))
 
 
+def _checked(
+    x: Tensor, method: str, steps: int, inverse_temperature: float | None
+) -> tuple[str, int, float | None]:
+    """Method, steps and inverse temperature."""
+    check_features(x)
+    check_method(method)
+    temperature = check_temperature(method, inverse_temperature)
+    return method, check_steps(steps), temperature
+
+
+@one_node
 def factorize(
     x: Tensor,
     y0: Tensor,
@@ -165,14 +173,10 @@ def factorize(
             K = 0, an inverse temperature beyond 1e-6 to 1e6 or not the method's to take.
         RuntimeError: the backend of `use_backend` has no kernels for the method.
     """
-    if isinstance(x, Proxy):
-        return record_function(factorize, x, y0, method, steps, inverse_temperature)
-    check_features(x)
-    check_method(method)
-    temperature = check_temperature(method, inverse_temperature)
-    return factorize_checked(x, y0, method, check_steps(steps), temperature)
+    return factorize_checked(x, y0, *_checked(x, method, steps, inverse_temperature))
 
 
+@one_node
 def factorize_reconstruct(
     x: Tensor,
     y0: Tensor,
@@ -203,12 +207,7 @@ def factorize_reconstruct(
     Raises:
         TypeError, ValueError, RuntimeError: as `factorize` does.
     """
-    if isinstance(x, Proxy):
-        return record_function(factorize_reconstruct, x, y0, method, steps, inverse_temperature)
-    check_features(x)
-    check_method(method)
-    temperature = check_temperature(method, inverse_temperature)
-    return factorize_reconstruct_checked(x, y0, method, check_steps(steps), temperature)
+    return factorize_reconstruct_checked(x, y0, *_checked(x, method, steps, inverse_temperature))
 
 
 # For `mfops.factorizers`, which have checked features and method, and given the temperature.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mfops.checks import check_positive, check_size, check_weight
 from mfops.factorizers import create_factorizer
 from mfops.loss_injection import inject_loss
+from mfops.reference import channels_innermost
 from mfops.tracing import record_module
 
 # The lists of the blocks of collect_losses that are open, in whichever threads; losses go to the
@@ -28,9 +29,9 @@ def _added(x: Tensor, shared: Tensor) -> Tensor:
     of memory: autograd adds up the gradient of one image for all in the order of dimensions, and
     would turn it over.
     """
-    if x.stride(-1) == 1 or x.stride(1) != 1:
-        return x + shared
-    return (x.movedim(1, -1) + shared.movedim(1, -1)).movedim(-1, 1)
+    if channels_innermost(x):
+        return (x.movedim(1, -1) + shared.movedim(1, -1)).movedim(-1, 1)
+    return x + shared
 
 
 @contextmanager

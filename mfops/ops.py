@@ -171,28 +171,17 @@ _OPS = torch.ops.mfops
 
 @register_flop_formula([_OPS.reconstruct, _OPS.mse, _OPS.triton_reconstruct, _OPS.triton_mse])
 def _forward_flops(  # type: ignore[no-untyped-def]
-    x_shape, y_shape, z_shape, tf32=False, *, out_shape=None, **kwargs
+    x_shape, y_shape, z_shape, tf32=False, **kwargs
 ) -> int:
     return _product_flops(x_shape, y_shape, z_shape)
 
 
 @register_flop_formula([_OPS.reconstruct_backward, _OPS.triton_reconstruct_backward])
 def _backward_flops(  # type: ignore[no-untyped-def]
-    grad_x_hat_shape,
-    grad_mse_shape,
-    x_shape,
-    y_shape,
-    z_shape,
-    need_x,
-    need_y,
-    need_z,
-    tf32=False,
-    *,
-    out_shape=None,
-    **kwargs,
+    grad_x_hat_shape, grad_mse_shape, x_shape, y_shape, z_shape, need_x, *need_factors, **kwargs
 ) -> int:
     # X' is computed anew where the error is needed; then one product for each factor's gradient.
-    products = (grad_mse_shape is not None) + bool(need_y) + bool(need_z)
+    products = (grad_mse_shape is not None) + sum(need_factors[:2])
     return products * _product_flops(x_shape, y_shape, z_shape)
 
 
@@ -204,7 +193,7 @@ def _gram_flops(x_shape: list[int], rank: int) -> int:
 
 @register_flop_formula([_OPS.factorize, _OPS.triton_factorize])
 def _factorize_flops(  # type: ignore[no-untyped-def]
-    x_shape, y0_shape, method, steps, *args, out_shape=None, **kwargs
+    x_shape, y0_shape, method, steps, *args, **kwargs
 ) -> int:
     batch, channels, pixels = x_shape
     rank = y0_shape[-1]
@@ -217,7 +206,7 @@ def _factorize_flops(  # type: ignore[no-untyped-def]
 
 @register_flop_formula([_OPS.factorize_reconstruct, _OPS.triton_factorize_reconstruct])
 def _factorize_reconstruct_flops(  # type: ignore[no-untyped-def]
-    x_shape, y0_shape, method, steps, tf32=False, *, out_shape=None, **kwargs
+    x_shape, y0_shape, method, steps, tf32=False, **kwargs
 ) -> int:
     batch, channels, pixels = x_shape
     rank = y0_shape[-1]
@@ -230,16 +219,7 @@ def _factorize_reconstruct_flops(  # type: ignore[no-untyped-def]
 
 @register_flop_formula([_OPS.nmf_backward, _OPS.triton_nmf_backward])
 def _nmf_backward_flops(  # type: ignore[no-untyped-def]
-    grad_x_hat_shape,
-    grad_mse_shape,
-    x_shape,
-    y_shape,
-    z_shape,
-    z_scale_shape,
-    tf32=False,
-    *,
-    out_shape=None,
-    **kwargs,
+    grad_x_hat_shape, grad_mse_shape, x_shape, y_shape, z_shape, *args, **kwargs
 ) -> int:
     return (2 + (grad_mse_shape is not None)) * _product_flops(x_shape, y_shape, z_shape)
 

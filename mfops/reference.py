@@ -50,8 +50,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def channels_innermost(x: Tensor) -> bool:
-    """Whether x (B, C, N) lies in memory as channels_last images do."""
-    return x.stride(-1) != 1 and x.stride(-2) == 1
+    """Whether x (B, C, ..) lies in memory as channels_last images do."""
+    return x.stride(-1) != 1 and x.stride(1) == 1
 
 
 def empty_like_x(x: Tensor, shape: list[int]) -> Tensor:

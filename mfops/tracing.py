@@ -5,16 +5,27 @@ Of a leaf module torch.fx asks for no more, but it takes only torch's own module
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.fx import Proxy
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def record_function(function: Callable[..., Any], x: Proxy, *args: Any) -> Any:
-    """A node `function(x, *args)`."""
-    return x.tracer.create_proxy("call_function", function, (x, *args), {})
+
+def one_node(function: F) -> F:
+    """A function that torch.fx records as one node, whichever of its arguments is traced."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, Proxy):
+                return arg.tracer.create_proxy("call_function", call, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def record_module(module: nn.Module, x: Proxy, *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Method(ABC):
     momentum: float | None = None
     # Whether X has to be >= 0; a module then takes relu(X).
     nonnegative = False
+    # What bases start from before their columns are scaled to length 1.
+    distribution: Callable[..., Tensor] = staticmethod(torch.randn)
     # Of the softmax over cosines. None: the method has none.
     inverse_temperature: float | None = None
     # Kernels know the methods of this package by name: `register_method` sets both to False.
@@ -46,7 +49,7 @@ class Method(ABC):
         """Bases (.., C, K) to start from, columns of length 1, float32."""
         # randn takes none beside sizes that torch.compile leaves open, not even None.
         seeded: dict[str, Any] = {} if generator is None else {"generator": generator}
-        return F.normalize(torch.randn(*shape, device=device, **seeded), dim=-2)
+        return F.normalize(self.distribution(*shape, device=device, **seeded), dim=-2)
 
     def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
         """Z (B, K, N) before the first round: for methods whose updates look at the Z before."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mfops.methods.base import EPS, Method
 
@@ -27,14 +24,7 @@ class NMF(Method):
     nonnegative = True
     has_kernel = fused = one_step_gradient = True
 
-    def noise(
-        self,
-        *shape: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        seeded: dict[str, Any] = {} if generator is None else {"generator": generator}
-        return F.normalize(torch.rand(*shape, device=device, **seeded), dim=-2)
+    distribution = staticmethod(torch.rand)
 
     def first_coefficients(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.softmax(y.mT @ x, dim=-2)

@@ -119,6 +119,41 @@ def gram_product(
     return product
 
 
+@triton.jit
+def _coefficients(
+    x, y, gram, old, image, rows, k0, rank, col0, cols,
+    NMF: tl.constexpr, COSINE: tl.constexpr, FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, GRAM_PRECISION: tl.constexpr, WHOLE_K: tl.constexpr,
+    CHUNK: tl.constexpr, COLS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K x COLS elements of the round's Z, 0 beyond the edges."""
+    s = scores(
+        x, y, image, rows, col0, cols, k0, rank,
+        COSINE, PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
+    )  # fmt: skip
+    top, total = 0.0, 0.0
+    if FIRST or not NMF:
+        top, total = _softmax_terms(
+            s, x, y, image, rows, col0, cols, rank,
+            COSINE, PRECISION, WHOLE_K, CHUNK, COLS, BLOCK_K, STAGES,
+        )  # fmt: skip
+        values = _exp(s, top, k0, rank, BLOCK_K) / total[None, :]
+    else:
+        values = load_tile(old, image, k0, rank, col0, cols, BLOCK_K, COLS)
+    if NMF:
+        if WHOLE_K:
+            left = load_tile(gram, image, 0, rank, 0, rank, BLOCK_K, BLOCK_K)
+            denominator = dot_values(left, values, None, GRAM_PRECISION)
+        else:
+            denominator = gram_product(
+                gram, old, top, total, x, y, image, rows, k0, rank, col0, cols,
+                FIRST, PRECISION, GRAM_PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
+            )  # fmt: skip
+        values = values * s / (denominator + _EPS)
+    # Columns beyond the edge are no pixels.
+    return tl.where(inside(k0, rank, col0, cols, BLOCK_K, COLS), values, 0.0)
+
+
 # Counts are not specialized: neither 1 nor a multiple of 16 makes a kernel of its own.
 @triton.jit(do_not_specialize=["parts", "ranges"])
 def round_kernel(
@@ -150,32 +185,10 @@ def round_kernel(
     squares = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     weights = tl.zeros((BLOCK_K, 1), tl.float32)
     for at in range(col0, col1, COLS):
-        s = scores(
-            x, y, image, rows, at, col1, k0, rank,
-            COSINE, PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
+        values = _coefficients(
+            x, y, gram, old, image, rows, k0, rank, at, col1, NMF, COSINE, FIRST,
+            PRECISION, GRAM_PRECISION, WHOLE_K, CHUNK, COLS, BLOCK_K, STAGES,
         )  # fmt: skip
-        if FIRST or not NMF:
-            top, total = _softmax_terms(
-                s, x, y, image, rows, at, col1, rank,
-                COSINE, PRECISION, WHOLE_K, CHUNK, COLS, BLOCK_K, STAGES,
-            )  # fmt: skip
-            values = _exp(s, top, k0, rank, BLOCK_K) / total[None, :]
-        else:
-            values = load_tile(old, image, k0, rank, at, col1, BLOCK_K, COLS)
-        if NMF:
-            if WHOLE_K:
-                left = load_tile(gram, image, 0, rank, 0, rank, BLOCK_K, BLOCK_K)
-                denominator = dot_values(left, values, None, GRAM_PRECISION)
-            else:
-                if not FIRST:
-                    top, total = 0.0, 0.0
-                denominator = gram_product(
-                    gram, old, top, total, x, y, image, rows, k0, rank, at, col1,
-                    FIRST, PRECISION, GRAM_PRECISION, CHUNK, COLS, BLOCK_K, STAGES,
-                )  # fmt: skip
-            values = values * s / (denominator + _EPS)
-        # Columns beyond the edge are no pixels.
-        values = tl.where(inside(k0, rank, at, col1, BLOCK_K, COLS), values, 0.0)
         if WRITE:
             where = (z, z_batch, z_k, z_col)
             store_tile(values, where, image, k0, written, at, col1, BLOCK_K, COLS)
@@ -229,7 +242,7 @@ def launch_round(
     parts = ceil_div(rows, config.block_m)
     whole_k = rank <= config.block_k
     partials = torch.empty(batch * ranges, rows, rank, dtype=torch.float32, device=x.device)
-    sums = partials.new_empty(batch * ranges, rank, rank if nmf else 1)
+    sums = partials.new_empty(batch * ranges, rank, rank if nmf and whole_k else 1)
     before = z if old is None else old
     round_kernel[(batch * ranges * parts, ceil_div(rank, config.block_k))](
         x, *x.stride(), y, *strides(y), gram, *strides(gram), before, *strides(before),

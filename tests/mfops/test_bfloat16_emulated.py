@@ -1,5 +1,4 @@
-"""csrc/cpu's bfloat16 kernels on any processor: the same sources, AMX and AVX512-BF16
-emulated.
+"""csrc/cpu's bfloat16 kernels on any processor: its sources, with emulated AMX and AVX512-BF16.
 
 What this cannot see: time, and how the compiler combines the real instructions.
 """
@@ -15,15 +14,16 @@ import emulator
 import pytest
 
 HERE = Path(__file__).parent
-# The tables of all that is bfloat16, and special values. A test of factors takes every dtype. The
-# units differ in the product of a block alone, so one of them takes the op's table only.
+# The tables of all that is bfloat16, and special values. The units differ in the product of a block
+# alone, so one of them takes the op's table only.
 FILES = {
     "amx_bf16": ("cpu_bfloat16", "backends", "factor_backends", "factor_ops"),
     "avx512_bf16": ("cpu_bfloat16", "backends"),
 }
 TESTS = """
-native and agrees and (bfloat16 or any_shape or factor_backends and not (sliced or second))
-or native and (nan or infinite or per_image)
+native and agrees and not temperatures
+and (bfloat16 or any_shape or factor_backends and not (sliced or second))
+or native and bfloat16 and (nan or infinite or a_channel_of_many or no_gradient)
 or lie_otherwise or unrounded_features or any_number_of_threads and bfloat16
 """.replace("\n", " ")
 

@@ -327,12 +327,14 @@ class Functions(nn.Module):
         super().__init__()
         self.y = nn.Parameter(torch.randn(6, 3))
         self.z = nn.Parameter(torch.randn(3, 20))
+        self.x = nn.Parameter(torch.randn(2, 6, 20))
 
     def forward(self, x: Tensor) -> Tensor:
         x_hat, mse = mfops.factorized_reconstruction(x, self.y, self.z)
         y, z = mfops.factorize(x, self.y, method="em", steps=2)
         again, _, _ = mfops.factorize_reconstruct(x, self.y, "em", 2)
-        return x_hat.sum() + mse + mfops.factorized_mse(x, y, z) + again.sum()
+        of_others = mfops.factorized_mse(self.x, y, z)  # of a constant by factors of what is traced
+        return x_hat.sum() + mse + mfops.factorized_mse(x, y, z) + again.sum() + of_others
 
 
 def test_fx_traces_functions_as_one_node_each():

@@ -142,6 +142,12 @@ def test_autocast_runs_in_its_dtype(dtype):
 def test_autocast_leaves_float64_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x_hat, mse = mfops.factorized_reconstruction(*factors(dtype=torch.float64))
+        x, y, z = factors()
+        with pytest.raises(TypeError, match=r"y: expected .* torch.float64, got torch.float32"):
+            mfops.factorized_mse(x.double(), y, z)
+        context = mfops.FactorizedContext(6, 3, (4, 5), "double_attention")
+        with pytest.raises(TypeError, match=r"x: expected .* torch.float32, got torch.float64"):
+            context(torch.randn(2, 6, 4, 5, dtype=torch.float64))
     assert x_hat.dtype == mse.dtype == torch.float64
 
 

@@ -214,6 +214,7 @@ def test_hooks_of_the_factorizer_run(factorizer, training):
     context = mfops.FactorizedContext(6, 3, (4, 5), factorizer).train(training)
     called = []
     context.factorizer.register_forward_hook(lambda *_: called.append(1))
+    context.factorizer.register_forward_pre_hook(lambda _, args: args[0] * 1.0)
     context(torch.randn(2, 6, 4, 5))
     assert called == [1]
 

@@ -72,7 +72,7 @@ def test_a_context_reads_and_writes_tokens_where_they_lie(
     assert x.grad.stride()[1:] == (CHANNELS, 1)
     assert not watch.copies
     assert not watch.turned
-    assert bool(watch.features) == (training or factorizer not in ("learned",))
+    assert bool(watch.features) == (training or factorizer not in ("learned", "double_attention"))
     for given in watch.features:
         assert given.stride()[1:] == (1, CHANNELS)
         if factorizer != "nmf":  # it takes relu(X)
