@@ -2,9 +2,9 @@
 
     python -m pytest benchmarks/bench_attention.py [-k "gather and forward"]
 
-Shapes are MFNet Light's: bases are gathered from the pixels of stride 8 and dealt out to those of
-stride 4. An attention wants channels innermost, so it is also measured on channels_last features,
-which it takes as they are.
+Shapes are MFNet Light's with 32 bases: they are gathered from the pixels of stride 8 and dealt out
+to those of stride 4. An attention wants channels innermost, so it is also measured on channels_last
+features, which it takes as they are.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def call_of(call: Callable[..., Tensor], inputs: list[tuple[Tensor, ...]], which
 def measure(case: AttentionCase, bench: Bench) -> Measured:
     torch.manual_seed(0)
     first = make_inputs(case, bench.machine.device)
-    sets = 2 if bench.small else bench.machine.sets(sum(t.nbytes for t in first))
+    sets = bench.machine.sets(sum(t.nbytes for t in first))
     inputs = [first, *(make_inputs(case, bench.machine.device) for _ in range(1, sets))]
     functions = BASELINES[case.operation]
     expected = functions[MFOPS](*first)

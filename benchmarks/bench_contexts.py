@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -18,22 +19,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Call, why_not
+from benchmarks.bench_models import compare
+from benchmarks.harness import Call
+from benchmarks.kernels import BOTH, FORWARD
 from benchmarks.machine import network_dtype
-from benchmarks.measure import (
-    Bench,
-    Case,
-    Contender,
-    Measured,
-    contend,
-    playback,
-    time_calls,
-)
+from benchmarks.measure import Bench, Case, Measured, playback
 from benchmarks.schema import CONTEXTS as BENCHMARK
 from mfnet.contexts import CONTEXTS
-from mfnet.flops import call_flops
 
-FORWARD, BOTH = PASSES = ("forward", "forward + backward")
+PASSES = (FORWARD, BOTH)
 SIDES = (33, 65)
 CHANNELS = (2048, 256)
 BATCHES = {"cuda": (1, 16), "cpu": (1,)}
@@ -97,36 +91,21 @@ def call_of(network: nn.Module, which: str, bench: Bench) -> Callable[..., Call]
 
 
 def measure(case: ContextCase, bench: Bench) -> Measured:
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    device = bench.machine.device
-    shape = (case.batch, case.in_channels, case.side, case.side)
-    x = torch.randn(shape, device=device)
-    inputs = [x]
-    for _ in range(1, 2 if bench.small else bench.machine.sets(x.nbytes)):
-        inputs.append(torch.randn_like(x))
-
-    contenders: dict[str, Contender] = {}
-    rows: list[dict[str, Any]] = []
-    for name, build in CONTEXTS.items():
+    def build(name: str) -> nn.Module:
         # Learned coefficients of the features' own grid: no pass has to resample them.
         grid = {"context_size": (case.side, case.side)}
-        options = grid if "context_size" in signature(build).parameters else {}
-        module = build(case.in_channels, case.out_channels, **options).to(device)
-        make = call_of(module, case.which, bench)
-        try:
-            contenders[name] = contend(module, inputs, make, bench, compile_too=not bench.small)
-        except Exception as error:  # one that breaks must not take the others with it
-            rows.append({**case.columns(), "baseline": name, "skipped": why_not(error)})
+        options = grid if "context_size" in signature(CONTEXTS[name]).parameters else {}
+        return CONTEXTS[name](case.in_channels, case.out_channels, **options)
 
-    calls = {name: contender.call for name, contender in contenders.items()}
-    found = time_calls(BENCHMARK, case.columns(), calls, bench)
-    for row in found.rows:
-        contender = contenders[row["baseline"]]
-        row |= {"setting": contender.setting, **contender.counted(bench)}
-        plain = call_of(contender.network, FORWARD, bench)(contender.network, inputs)
-        row["flops"] = call_flops(lambda plain=plain: plain.run(plain.prepare(0)))
-    return Measured([*rows, *found.rows], found.seconds)
+    def features(_: nn.Module) -> list[Tensor]:
+        shape = (case.batch, case.in_channels, case.side, case.side)
+        x = torch.randn(shape, device=bench.machine.device)
+        return [x, *(torch.randn_like(x) for _ in range(1, bench.machine.sets(x.nbytes)))]
+
+    builders = {name: partial(build, name) for name in CONTEXTS}
+    return compare(
+        BENCHMARK, case.columns(), builders, features, case.which, bench, call_of=call_of
+    )
 
 
 def baselines(case: ContextCase, device: str) -> Iterable[str]:

@@ -128,11 +128,11 @@ def compare(
     which: str,
     bench: Bench,
     compile_too: bool = True,
+    call_of: Callable[..., Callable[..., Call]] = call_of,
 ) -> Measured:
-    """The rows of a case whose baselines are networks, each on the images that it takes."""
+    """The rows of a case whose baselines are networks, each on the inputs that it takes."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    compile_too = compile_too and not bench.small and (bench.machine.cuda or which == INFERENCE)
     contenders: dict[str, Contender] = {}
     inputs: dict[str, list[Tensor]] = {}
     rows: list[dict[str, Any]] = []
@@ -141,7 +141,9 @@ def compare(
             network = builder().to(bench.machine.device)
             inputs[name] = images(network)
             make = call_of(network, which, bench)
-            contenders[name] = contend(network, inputs[name], make, bench, compile_too)
+            contenders[name] = contend(
+                network, inputs[name], make, bench, compile_too and not bench.small
+            )
         except Exception as error:  # one that breaks must not take the others with it
             rows.append({**columns, "baseline": name, "skipped": why_not(error)})
 
@@ -150,10 +152,11 @@ def compare(
     for row in found.rows:
         contender, batch = contenders[row["baseline"]], inputs[row["baseline"]][0]
         row |= {"setting": contender.setting, **contender.counted(bench)}
-        row["input"] = f"{batch.shape[-2]}x{batch.shape[-1]}"
-        row["images_per_s"] = len(batch) / row["median_s"]
-        plain = call_of(contender.network, INFERENCE, bench)(contender.network, [batch[:1]])
-        row["flops"] = call_flops(lambda plain=plain: plain.run(plain.prepare(0)))
+        if "input" in benchmark.columns:
+            row["input"] = f"{batch.shape[-2]}x{batch.shape[-1]}"
+            row["images_per_s"] = len(batch) / row["median_s"]
+        with torch.no_grad(), bench.machine.autocast():
+            row["flops"] = call_flops(partial(contender.network.eval(), batch[:1]))
     return Measured([*rows, *found.rows], found.seconds)
 
 
@@ -163,15 +166,15 @@ def images_of(case: NetworkCase, bench: Bench) -> Callable[[nn.Module], list[Ten
     def images(network: nn.Module) -> list[Tensor]:
         side = input_side(network, case.side)
         x = torch.randn((case.batch, 3, side, side), device=bench.machine.device)
-        rotated = 2 if bench.small else bench.machine.sets(x.nbytes)
-        return [x, *(torch.randn_like(x) for _ in range(1, rotated))]
+        return [x, *(torch.randn_like(x) for _ in range(1, bench.machine.sets(x.nbytes)))]
 
     return images
 
 
 def measure(case: NetworkCase, bench: Bench) -> Measured:
     build, images = builders(case.backbone), images_of(case, bench)
-    return compare(MODELS, case.columns(), build, images, case.which, bench)
+    compile_too = bench.machine.cuda or case.which == INFERENCE
+    return compare(MODELS, case.columns(), build, images, case.which, bench, compile_too)
 
 
 @pytest.mark.benchmark(**playback)

@@ -167,7 +167,7 @@ def prepare(
     device = bench.machine.device
     sets = [make_inputs(problem, device)]
     size = storage_bytes(sets[0].leaves)
-    while len(sets) < (2 if bench.small else bench.machine.sets(size)):
+    while len(sets) < bench.machine.sets(size):
         sets.append(make_inputs(problem, device))
     expected = sets[0].expected()
     right, skipped = {}, {}

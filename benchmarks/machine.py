@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import math
 import os
@@ -45,7 +46,6 @@ class Machine:
         else:
             keep_freed_memory()
         self.past_cache = 3 * self._cache_bytes()
-        self._reader = torch.zeros(self.past_cache // 4, device=device)
 
     def clock(self) -> Clock:
         """A new one for each case: it counts that case's calls."""
@@ -68,6 +68,10 @@ class Machine:
     def sets(self, set_bytes: int) -> int:
         """How many sets of inputs to rotate, so that none is still in the cache at its turn."""
         return max(2, math.ceil(self.past_cache / set_bytes))
+
+    @functools.cached_property
+    def _reader(self) -> torch.Tensor:
+        return torch.zeros(self.past_cache // 4, device=self.device)
 
     def empty_cache(self) -> None:
         """Reads more than the cache holds. Reads: what a write leaves there is written back later,

@@ -1,6 +1,6 @@
 """MFNet Light with 32 bases and one part exchanged or left out: what each of them buys.
 
-mfnet fit ... --model.network benchmarks.variants.variant --model.network.name em
+mfnet fit ... --model.network benchmarks.variants.variant --model.network.name 'bases of em'
 """
 
 from __future__ import annotations

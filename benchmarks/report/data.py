@@ -125,10 +125,10 @@ def load(folder: Path) -> list[Results]:
         every = {b.name: typed(machine, b) for b in BENCHMARKS}
         if any(len(found) for found in every.values()):
             machines[machine.name] = every
-    found = []
+    found, scored = [], trained(machines) if machines else DataFrame()
     for machine_name, every in machines.items():
         standing = {b.name: newest(every[b.name], b) for b in BENCHMARKS}
-        standing[ACCURACY.name] = trained(machines, every)
+        standing[ACCURACY.name] = scored
         found.append(Results(machine_name, every, standing))
     return found
 
@@ -187,14 +187,10 @@ def newest(found: DataFrame, benchmark: Benchmark) -> DataFrame:
     )
 
 
-def trained(machines: dict[str, dict[str, DataFrame]], own: dict[str, DataFrame]) -> DataFrame:
-    """The newest training run of each seed, of those recipes that a machine has runs or costs of.
-
-    On whichever machine: scores, unlike times, do not depend on it.
-    """
+def trained(machines: dict[str, dict[str, DataFrame]]) -> DataFrame:
+    """The newest training run of each seed, on whichever machine: scores, unlike times, do not
+    depend on it."""
     every = pd.concat([of[ACCURACY.name] for of in machines.values()], ignore_index=True)
-    recipes = pd.concat([own[b.name][RECIPE] for b in (ACCURACY, ACCURACY_COST)])
-    every = every.merge(recipes.drop_duplicates(), on=RECIPE)
     by_age = every.assign(measured=every["skipped"] == "").sort_values(["measured", "run"])
     last = by_age.drop_duplicates([*RECIPE, "baseline", "seed"], keep="last")
     return last.drop(columns="measured").sort_index()

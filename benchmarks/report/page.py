@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,10 +185,9 @@ def table(found: DataFrame, labels: list[str], numbers: list[str]) -> str:
 
 
 def markdown(cells: DataFrame, labels: int) -> str:
-    align = ["left"] * labels + ["right"] * (cells.shape[1] - labels)
-    wide = cells.to_markdown(index=False, disable_numparse=True, colalign=align)
-    # Without its padding: one wide cell would widen every line.
-    return re.sub(" {2,}", " ", re.sub("-{3,}", "---", wide))
+    lines = [f"| {' | '.join(line)} |" for line in (cells.columns, *cells.to_numpy())]
+    lines.insert(1, "|" + ":---|" * labels + "---:|" * (cells.shape[1] - labels))
+    return "\n".join(lines)
 
 
 def titled(found: DataFrame, by: str) -> dict[str, DataFrame]:
@@ -234,7 +232,8 @@ def rows_of(benchmark: Benchmark) -> Callable[[Results], DataFrame]:
 def runs(results: Results) -> DataFrame:
     """Each run of each benchmark, with the system it ran on and its number."""
     every = pd.concat([results.of(b).assign(benchmark=b.name) for b in schema.BENCHMARKS])
-    found = every.drop_duplicates(["benchmark", *PROVENANCE]).assign(skipped="")
+    here = every["run"].isin(pd.concat(list(results.every.values()))["run"])
+    found = every[here].drop_duplicates(["benchmark", *PROVENANCE]).assign(skipped="")
     found["system"] = found["device"] + "; CPU threads: " + found["threads"]
     found["system"] += "; " + found["versions"] + "; " + found["built"]
     found["on"] = (pd.factorize(found["system"])[0] + 1).astype(str)

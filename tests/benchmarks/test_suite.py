@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +13,7 @@ import pytest
 
 import mfnet
 from benchmarks import bench_accuracy, bench_op, conftest, rows, schema, trainer
+from benchmarks.machine import Machine
 from benchmarks.rows import ROOT
 from benchmarks.trainer import Recipe
 from mfnet.contexts import CONTEXTS
@@ -45,8 +44,8 @@ def training(images, results) -> list[object]:
     return [*options, "--contexts", "none", "--seeds", "0,3", "--fit", FIT]
 
 
-def start(*arguments: object, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
+def suite(*arguments: object, **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *map(str, arguments)],
         cwd=ROOT,
         # A worker of pytest-xdist's would take itself for one, and benchmarks would be off.
@@ -54,14 +53,9 @@ def start(*arguments: object, **environment: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
+        timeout=600,
     )
-
-
-def suite(*arguments: object, **environment: str) -> tuple[int, str]:
-    process = start(*arguments, **environment)
-    text, _ = process.communicate(timeout=600)
-    return process.returncode, text
+    return done.returncode, done.stdout
 
 
 def read(results: Path, benchmark: schema.Benchmark) -> list[rows.Row]:
@@ -72,18 +66,12 @@ def read(results: Path, benchmark: schema.Benchmark) -> list[rows.Row]:
 
 
 @pytest.fixture(scope="module")
-def before_the_stop(training, results) -> list[rows.Row]:
-    """The rows that a run left that was killed after its first training."""
-    process = start("benchmarks/bench_accuracy.py", "-k", "test_accuracy", *training)
-    try:
-        give_up = time.monotonic() + 300
-        while not list(results.glob("*/accuracy.csv")):
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < give_up
-            time.sleep(0.05)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+def before_the_stop(results) -> list[rows.Row]:
+    """The row that a run left that was stopped after its first training."""
+    folder = results / Machine("cpu", 1).folder()
+    run = rows.add_run(folder, {"run": "2026-01-01T00:00:00Z"})
+    of = Recipe("made_up", "made_up", "camvid", FIT).columns()
+    rows.append(schema.ACCURACY, folder, [{**of, "baseline": "none", "seed": 0, "run": run}])
     return read(results, schema.ACCURACY)
 
 
