@@ -1,9 +1,9 @@
-"""What does it cost to find the factors on each image, beside the published lines?
+"""What does it cost to find the factors on each image, beside the published code?
 
     python -m pytest benchmarks/bench_factorizers.py [-k "nmf and forward"]
 
 From X to X' = Y Z by em and by nmf, with as many rounds as published. nmf is measured with its
-one-step gradient to X, too; em has none. The published lines compute no reconstruction error,
+one-step gradient to X, too; em has none. The published code computes no reconstruction error,
 mfops's times include it. Baselines are checked against the reference before they are timed.
 """
 
@@ -140,8 +140,8 @@ def nmf_textbook(x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bmm(y, z.transpose(1, 2)), y
 
 
-# The same at their best: X' laid out as x is, no copies of the bases, what can be done to the few
-# bases is not done to the many coefficients, and intermediate results are written over.
+# The same optimized by hand: X' laid out as x is, no copies of the bases, what can be done to few
+# bases is not done to many coefficients, and intermediate results are written over.
 
 
 def product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def ops(problem: Problem, device: str, small: bool) -> dict[str, Op]:
 
 @dataclass
 class FactorizerInputs:
-    """dX is that of X' alone: the published lines have no error."""
+    """dX is that of X' alone: the published code has no error."""
 
     outputs: ClassVar = ("X'", "Y", "mse")
 

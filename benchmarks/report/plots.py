@@ -139,12 +139,14 @@ def pareto(results: Results) -> list[Panel]:
         "latency, ms per image": ("median_s", 1e3),
         "millions of parameters": ("parameters", 1e-6),
     }
-    panels = []
+    panels: list[Panel] = []
+    if scores["median_s"].isna().all():  # costs were measured on another machine
+        return panels
     for x, (column, scale) in costs.items():
         for _, every in scores.groupby(RECIPE, sort=False):
-            if every[[column for column, _ in costs.values()]].isna().all().any():
-                continue
             own = every.dropna(subset=column)
+            if len(own) < 2:  # nothing to compare
+                continue
             labels = {"title": own["title"].iloc[0], "x": x, "y": "mIoU"}
             panel = _points(own, own[column] * scale, own["mIoU"], **labels, axes="log")
             panel["line"] = _front([p for p in panel["points"] if not p["hollow"]])
@@ -217,7 +219,7 @@ def contexts(results: Results) -> list[Panel]:
 
 
 def factorizers(results: Results) -> list[Panel]:
-    """Over the published lines, for the shape, dtype and layout that come first."""
+    """Over the published code, for the shape, dtype and layout that come first."""
     case = ["shape", "dtype", "layout"]
     found = measured(results.plain(schema.FACTORIZERS))
     found = found.merge(found[case].head(1), on=case)
@@ -428,7 +430,7 @@ PLOTS: dict[str, tuple[str, Callable[[Results], list[Panel]], Callable[[list[Pan
         scatter,
     ),
     "contexts": ("What a context costs: {case}", contexts, bars),
-    "factorizers": ("Factors of an image, over the published lines: {case}", factorizers, bars),
+    "factorizers": ("Factors of an image, over the published code: {case}", factorizers, bars),
     "roofline": (
         "The op under its roofline: contiguous, shared and per-image factors",
         roofline,
