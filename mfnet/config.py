@@ -127,6 +127,7 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         config = self.config.clone()
-        config.ckpt_path = None  # what this run went on from; another is to begin by itself
+        if "ckpt_path" in config:
+            config.ckpt_path = None  # what this run went on from; another is to begin by itself
         with written_whole(Path(trainer.default_root_dir) / CONFIG) as partial:
             partial.write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")
