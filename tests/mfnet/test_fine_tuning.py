@@ -133,7 +133,7 @@ def test_files_of_tensors_and_wrapped_networks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         initialize(own, tmp_path / "nothing.pth", IMAGENET, "abc")
     with pytest.raises(ValueError, match="none of its tensors fits"):
-        initialize(nn.Conv2d(1, 1, 1), tmp_path / "a.pth", IMAGENET)
+        initialize(nn.Conv2d(1, 1, 1), tmp_path / "a.pth", IMAGENET, "abc")
 
 
 def small(root: Path, run: Path) -> list[str]:
