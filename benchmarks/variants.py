@@ -100,14 +100,14 @@ class Blind(FactorizedDecoder):
 class Reconstruction(FactorizedDecoder):
     """With the paper's loss, 0.1 mse(X, Y Z): Z is averaged over the pixels of stride 8."""
 
-    def context(self, x: Tensor, guide: Tensor) -> Tensor:
-        context = super().context(x, guide)
+    def logits(self, x: Tensor, guide: Tensor) -> Tensor:
+        logits = super().logits(x, guide)
         if not self.training:
-            return context
+            return logits
         scores = torch.einsum("kd,bdhw->bkhw", self.keys, guide) + self.key_bias[:, None, None]
         z = F.adaptive_avg_pool2d(scores.softmax(1), x.shape[-2:]).flatten(2)
         y = self.bases(x)
-        return inject_loss(context, 0.1 * factorized_mse(x, y, z.to(y.dtype)))
+        return inject_loss(logits, 0.1 * factorized_mse(x, y, z.to(y.dtype)))
 
 
 class Corners(FactorizedDecoder):

@@ -52,10 +52,12 @@ def gather(x: Tensor, queries: Tensor) -> Tensor:
 
 
 @one_node
-def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
+def distribute(
+    y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """What every pixel of a guide carries of the bases.
 
-        X' = Y Z,    Z = softmax over K of (V G + b)
+        X' = R + Y Z,    Z = softmax over K of (V G + b)
 
     (feature distribution; A2-Nets, as above.) The guide need not have the pixels that the bases
     were gathered from: coefficients of a finer map upsample what the bases say.
@@ -64,7 +66,8 @@ def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
         y: bases (B, M, K), or what a linear map made of them.
         keys: V (K, D).
         bias: b (K,).
-        guide: features G (B, D, N) or (B, D, H, W); all of one dtype and device.
+        guide: features G (B, D, N) or (B, D, H, W).
+        residual: R, of the shape of X', or none. All are of one dtype and device.
 
     Returns:
         X' (B, M, N) or (B, M, H, W), of y's dtype, or the autocast dtype.
@@ -78,15 +81,24 @@ def distribute(y: Tensor, keys: Tensor, bias: Tensor, guide: Tensor) -> Tensor:
     _check("keys", keys, ("K", guide.shape[1]), "the guide", guide)
     _check("bias", bias, (keys.shape[0],), "the guide", guide)
     _check("y", y, (guide.shape[0], "M", keys.shape[0]), "the guide", guide)
+    if residual is not None:
+        shape = (*y.shape[:2], *guide.shape[2:])
+        _check("residual", residual, shape, "the guide", guide)
+        residual = residual.flatten(2)
     rows = guide if guide.dim() == 3 else guide.flatten(2)
     shared = keys.expand(rows.shape[0], -1, -1)  # as in gather
     if channels_innermost(rows):
         z = torch.softmax(torch.baddbmm(bias, rows.mT, shared.mT), dim=2)
-        x_hat = torch.bmm(z.to(y.dtype), y.mT).mT
+        x_hat = _product(z.to(y.dtype), y.mT, None if residual is None else residual.mT).mT
     else:
         z = torch.softmax(torch.baddbmm(bias[:, None], shared, rows), dim=1)
-        x_hat = torch.bmm(y, z.to(y.dtype))
+        x_hat = _product(y, z.to(y.dtype), residual)
     return x_hat if guide.dim() == 3 else x_hat.unflatten(2, guide.shape[2:])
+
+
+def _product(a: Tensor, b: Tensor, residual: Tensor | None) -> Tensor:
+    """A B, or R + A B."""
+    return torch.bmm(a, b) if residual is None else torch.baddbmm(residual, a, b)
 
 
 def _check(

@@ -57,7 +57,7 @@ def test_context_is_of_rank_k_and_at_the_finer_resolution() -> None:
     summed = torch.randn(1, 16, 6, 5, dtype=torch.float64)
     low = torch.randn(1, 5, 12, 10, dtype=torch.float64)
     guide = decoder.guide(summed, low)
-    context = decoder.context(decoder.coarse(summed), guide)
+    context = decoder.logits(decoder.coarse(summed), guide) - decoder.linear(guide)
     assert context.shape == (1, 7, 12, 10)
     assert torch.linalg.matrix_rank(context.flatten(2)[0]) == 3
     torch.testing.assert_close(decoder(summed, low), decoder.linear(guide) + context)

@@ -43,6 +43,9 @@ def test_both_are_attention(shape: tuple[int, int, int, int]) -> None:
         guide.mT, keys.expand(batch, -1, -1), y.mT, attn_mask=mask, scale=1.0
     ).mT
     torch.testing.assert_close(mfops.distribute(y, keys, bias, guide), expected)
+    residual = torch.randn_like(expected)
+    found = mfops.distribute(y, keys, bias, guide, residual)
+    torch.testing.assert_close(found, residual + expected)
 
 
 def test_maps_and_memory_layouts() -> None:
@@ -55,24 +58,36 @@ def test_maps_and_memory_layouts() -> None:
         torch.testing.assert_close(found, bases)
         found = mfops.distribute(y, keys, bias, fine.contiguous(memory_format=layout))
         torch.testing.assert_close(found, dealt)
+        for residual in (dealt, dealt.contiguous(memory_format=layout)):
+            found = mfops.distribute(y, keys, bias, fine.contiguous(memory_format=layout), residual)
+            torch.testing.assert_close(found, 2 * dealt)
+            assert found.is_contiguous(memory_format=layout)
 
 
 def test_gradients() -> None:
     x, queries, y, keys, bias, guide = (t.requires_grad_() for t in problem((2, 3, 5, 4)))
     assert torch.autograd.gradcheck(mfops.gather, (x, queries))
     assert torch.autograd.gradcheck(mfops.distribute, (y, keys, bias, guide))
-    assert torch.autograd.gradgradcheck(mfops.distribute, (y, keys, bias, guide))
+    residual = torch.randn(2, 4, 10, dtype=torch.float64, requires_grad=True)
+    for given in ((y, keys, bias, guide), (y, keys, bias, guide, residual)):
+        assert torch.autograd.gradcheck(mfops.distribute, given)
+        assert torch.autograd.gradgradcheck(mfops.distribute, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_precision(dtype: torch.dtype) -> None:
     """Scores, weights and results are each rounded once: scores up to 20 to 20 u."""
     x, queries, y, keys, bias, guide = problem((2, 17, 65, 9), dtype)
+    residual = torch.randn(2, 4, 130).to(dtype)
     exact = [t.double() for t in (x, queries, y, keys, bias, guide)]
     unit = torch.finfo(dtype).eps
     for found, expected in (
         (mfops.gather(x, queries), mfops.gather(*exact[:2])),
         (mfops.distribute(y, keys, bias, guide), mfops.distribute(*exact[2:])),
+        (
+            mfops.distribute(y, keys, bias, guide, residual),
+            mfops.distribute(*exact[2:], residual.double()),
+        ),
     ):
         assert found.dtype == dtype
         error = (found.double() - expected).norm() / expected.norm()
@@ -82,8 +97,11 @@ def test_precision(dtype: torch.dtype) -> None:
 def test_autocast_and_compile() -> None:
     x, queries, y, keys, bias, guide = problem((2, 16, 60, 8), torch.float32)
 
-    def both() -> tuple[Tensor, Tensor]:
-        return mfops.gather(x, queries), mfops.distribute(y, keys, bias, guide)
+    residual = torch.randn(2, 4, 120)
+
+    def both() -> tuple[Tensor, ...]:
+        dealt = mfops.distribute(y, keys, bias, guide)
+        return mfops.gather(x, queries), dealt, mfops.distribute(y, keys, bias, guide, residual)
 
     with torch.autocast("cpu", torch.bfloat16):
         for found in both():
@@ -114,6 +132,7 @@ def test_fx_traces_each_as_one_node() -> None:
         ({"y": torch.zeros(2, 4, 2)}, r"y: expected shape \(2, M, 3\), got \(2, 4, 2\)"),
         ({"keys": torch.zeros(3, 6)}, r"keys: expected shape \(K, 5\), got \(3, 6\)"),
         ({"bias": torch.zeros(3, 1)}, r"bias: expected shape \(3,\), got \(3, 1\)"),
+        ({"residual": torch.zeros(2, 4, 1)}, r"residual: expected shape \(2, 4, 14\), got \(2, 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -> None:
@@ -122,13 +141,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -
 
     def both() -> None:
         mfops.gather(given["x"], given["queries"])
-        mfops.distribute(*(given[name] for name in names[2:]))
+        mfops.distribute(*(given[name] for name in names[2:]), given.get("residual"))
 
     with pytest.raises(ValueError, match=message):
         both()
 
 
-@pytest.mark.parametrize("name", ["x", "queries", "y", "keys", "bias", "guide"])
+@pytest.mark.parametrize("name", ["x", "queries", "y", "keys", "bias", "guide", "residual"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -140,8 +159,9 @@ def test_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -
 )
 def test_what_is_no_tensor_or_of_another_kind_is_refused(name, change, message) -> None:
     """A guide or x of another kind is told by what has to be like it."""
-    names = ("x", "queries", "y", "keys", "bias", "guide")
-    given = dict(zip(names, problem((2, 5, 7, 3), torch.float32), strict=True))
+    names = ("x", "queries", "y", "keys", "bias", "guide", "residual")
+    tensors = (*problem((2, 5, 7, 3), torch.float32), torch.zeros(2, 4, 14))
+    given = dict(zip(names, tensors, strict=True))
     given[name] = change(given[name])
     own = {"x": "(x|queries)", "guide": "(guide|y|keys|bias)"}.get(name, name)
     function, arguments = (
