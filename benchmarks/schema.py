@@ -105,6 +105,10 @@ BACKENDS = Benchmark(
     bases=(MFOPS,),
 )
 
+# A trained network on a CPU, as PyTorch runs it and as `mfnet export` writes it, one image.
+PYTORCH, TORCH_COMPILE = "PyTorch", "torch.compile"
+DEPLOYMENT = Benchmark("deployment", case=("network", "size"), bases=(PYTORCH,))
+
 # A training step of the trainer. Times are of a whole step; the parts are from a run of their own,
 # in which each waits for the device.
 TRAINING = Benchmark(
@@ -151,6 +155,7 @@ BENCHMARKS = (
     CONTEXTS,
     MODELS,
     BACKENDS,
+    DEPLOYMENT,
     TRAINING,
     ACCURACY,
     ACCURACY_COST,

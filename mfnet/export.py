@@ -64,9 +64,13 @@ def _write_onnx(model: Exported, path: Path, metadata: str) -> None:
 
 
 def _run_onnx(path: Path) -> Run:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, SessionOptions
 
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Else they would spin on for a while, which slows down whatever is called next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
@@ -87,7 +91,8 @@ def _write_aoti(model: Exported, path: Path, metadata: str) -> None:
     torch._inductor.aoti_compile_and_package(
         _program(model),
         package_path=str(path),
-        inductor_configs={"aot_inductor.metadata": {METADATA: metadata}},
+        # Frozen: batch norms become part of the convolutions, whose weights are packed.
+        inductor_configs={"aot_inductor.metadata": {METADATA: metadata}, "freezing": True},
     )
 
 

@@ -387,6 +387,10 @@ SECTIONS = {
         "network | pass | baseline | setting || ms [quartiles] | time / mfops | peak MiB",
         by=NETWORK,
     ),
+    "Deployment": Table(
+        rows_of(schema.DEPLOYMENT),
+        "network | size | baseline || ms [quartiles] | time / PyTorch",
+    ),
     "Training": Table(
         rows_of(schema.TRAINING),
         "model || images/s | ms [quartiles] | time / DeepLabV3+ | loader ms | forward ms"

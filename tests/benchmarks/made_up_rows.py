@@ -18,6 +18,7 @@ from benchmarks.schema import (
     COMPILE,
     CONTEXTS,
     COPY,
+    DEPLOYMENT,
     EAGER,
     FACTORIZERS,
     HOST,
@@ -25,6 +26,7 @@ from benchmarks.schema import (
     MODELS,
     NATIVE,
     OP,
+    PYTORCH,
     REFERENCE,
     SDPA,
     TRAINING,
@@ -215,6 +217,11 @@ def backends() -> list[Row]:
     return timed(BACKENDS, columns, {MFOPS: 0.2, REFERENCE: 0.3}, setting="contiguous")
 
 
+def deployment() -> list[Row]:
+    columns = {"network": "camvid_light", "size": "360x480"}
+    return timed(DEPLOYMENT, columns, {PYTORCH: 0.05, "onnx": 0.02})
+
+
 def training() -> list[Row]:
     columns = {"data": "camvid", "backbone": "resnet18", "size": "360x480", "batch": 8}
     columns |= {"precision": "32-true", "workers": 1}
@@ -231,7 +238,12 @@ def write(results: Path) -> None:
     """Rows of every benchmark, from a CPU, and of the op from a GPU."""
     found = {CEILINGS: ceilings, OP: op, FACTORIZERS: factorizers, HOST: host}
     found |= {ATTENTION: attention, CONTEXTS: contexts, MODELS: models, BACKENDS: backends}
-    found |= {TRAINING: training, ACCURACY: accuracy, ACCURACY_COST: accuracy_cost}
+    found |= {
+        DEPLOYMENT: deployment,
+        TRAINING: training,
+        ACCURACY: accuracy,
+        ACCURACY_COST: accuracy_cost,
+    }
     for benchmark, make in found.items():
         append(benchmark, results / CPU, make())
     append(OP, results / GPU, op(dtype="bfloat16", device="A GPU, 80 GiB"))

@@ -245,6 +245,7 @@ def texts(made) -> dict[str, str]:
             ["emanet", "inference", "mfops (reference)"],
             "contiguous | 300 [270, 330] | 1.50",
         ),
+        ("Deployment", ["camvid_light", "360x480", "onnx"], "20.0 [18.0, 22.0] | 0.40"),
         (
             "Training",
             ["DeepLabV3+"],
