@@ -63,7 +63,7 @@ class Linear(FactorizedDecoder):
 
 
 class Pointwise(FactorizedDecoder):
-    """Pixels of stride 4 do not see their neighbours."""
+    """Pixels of stride 4 do not see their neighbors."""
 
     def __init__(self, width: int, low_channels: int, num_classes: int, rank: int) -> None:
         super().__init__(width, low_channels, num_classes, rank)

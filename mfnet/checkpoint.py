@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 CHECKPOINTS = "checkpoints"  # their folder in a run's
 RECORD = "mfnet"  # the entry of a checkpoint that tells network, classes and normalization
-TOLD = {"network", "class_names", "normalisation"}  # at least, in a record of weights
+TOLD = {"network", "class_names", "normalization"}  # at least, in a record of weights
 CONFIG = "config.json"  # huggingface_hub's names of the files in a folder of weights
 WEIGHTS = "model.safetensors"
 SHIPPED = Path(str(resources.files("mfnet"))) / "trained"
@@ -71,6 +71,19 @@ def read_checkpoint(
     """
     if (Path(path) / CONFIG).is_file():
         return _read_weights(Path(path))
+    checkpoint = _read_file(path, map_location, weights_only)
+    _respelt(checkpoint.get(RECORD, {}))
+    return checkpoint
+
+
+def _respelt(record: dict[str, Any]) -> dict[str, Any]:
+    """The record, changed in place: files written before November 28, 2026, have another key."""
+    if "normalisation" in record:
+        record["normalization"] = record.pop("normalisation")
+    return record
+
+
+def _read_file(path: str | Path, map_location: Any, weights_only: bool) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint '{path}': no such file")
     try:
@@ -92,7 +105,7 @@ def _read_weights(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / CONFIG).read_text("utf-8"))
     except ValueError as error:  # UnicodeDecodeError too
         raise ValueError(f"'{folder / CONFIG}': expected JSON: {error}") from None
-    if not isinstance(record, dict) or not record.keys() >= TOLD:
+    if not isinstance(record, dict) or not _respelt(record).keys() >= TOLD:
         raise ValueError(f"'{folder / CONFIG}' was not written by mfnet export or save_pretrained")
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:

@@ -42,7 +42,7 @@ class Normalized(nn.Module):
         self.channels = network.channels
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(tv.normalize(images, *self.network.normalisation))
+        return self.network(tv.normalize(images, *self.network.normalization))
 
 
 Exported = TrainedNetwork | Normalized
@@ -143,7 +143,7 @@ def export(
     if to not in (*FORMATS, "weights"):
         raise ValueError(f"to: expected {', '.join(FORMATS)} or weights, got {to!r}")
     if to == "weights" and normalize:
-        raise ValueError("normalise: weights hold the network alone; predict() normalizes")
+        raise ValueError("normalize: weights hold the network alone; predict() normalizes")
     packages = () if to == "weights" else FORMATS[to].packages
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
@@ -165,7 +165,7 @@ def export(
         "class_names": network.class_names,
         "palette": network.palette,
         "resize": network.resize,
-        "normalisation": None if normalize else network.normalisation._asdict(),
+        "normalization": None if normalize else network.normalization._asdict(),
     }
     with written_whole(path) as partial:
         try:
@@ -237,10 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = "default: in RUN's folder; of a shipped network, in the current one"
     parser.add_argument("--output", metavar="PATH", help=where)
     parser.add_argument(
-        "--normalise", action="store_true", help="take RGB in 0 to 1 and normalize it inside"
+        "--normalize", action="store_true", help="take RGB in 0 to 1 and normalize it inside"
     )
     options = parser.parse_args(arguments)
-    path, error = export(options.run, options.to, options.output, options.normalise)
+    path, error = export(options.run, options.to, options.output, options.normalize)
     print(f"written: {path}; largest difference from the network: {error:.1e} of its largest logit")
     if options.to in ("pt2", "aoti"):
         print("mfops's operators are in it: import mfops before you load it")

@@ -64,7 +64,7 @@ def initialize(
     }
     parts = [f"{what}: {_listed(keys)}" for what, keys in left.items() if keys]
     now = {name: list(numbers) for name, numbers in normalization._asdict().items()}
-    before = record.get("normalisation", now)
+    before = record.get("normalization", now)
     if before != now:
         parts.append(
             f"its images had image_mean {before['mean']} and image_std {before['std']}, those of "

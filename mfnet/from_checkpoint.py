@@ -42,7 +42,7 @@ def take_own_options(network: Namespace, record: dict[str, Any], given: Namespac
 
 
 def _channels(record: dict[str, Any]) -> int:
-    return len(record["normalisation"]["mean"]) if "normalisation" in record else CHANNELS
+    return len(record["normalization"]["mean"]) if "normalization" in record else CHANNELS
 
 
 def with_channels(data: Namespace, record: dict[str, Any]) -> Namespace:

@@ -132,7 +132,7 @@ class FactorizedDecoder(nn.Module):
     def logits(self, x: Tensor, guide: Tensor) -> Tensor:
         """L."""
         columns = self.columns(self.bases(x).mT).mT
-        # The sum is distribute's: written out, torch.compile forms it anew for every neighbour
+        # The sum is distribute's: written out, torch.compile forms it anew for every neighbor
         # that the upsampling reads, a tenth of the network's time.
         return distribute(columns, self.keys, self.key_bias, guide, self.linear(guide))
 

@@ -65,7 +65,7 @@ class TrainedNetwork(
             and ``dict_kwargs``, as the command line's ``--model.network`` takes them.
         class_names: the classes, in the order of the logits.
         palette: RGB of each class; default: PASCAL's colors.
-        normalisation: ``mean`` and ``std`` that images are normalized with, C numbers each.
+        normalization: ``mean`` and ``std`` that images are normalized with, C numbers each.
         resize: (height, width) that images were resized to in training; ``predict`` does so.
 
     Attributes:
@@ -80,7 +80,7 @@ class TrainedNetwork(
         self,
         network: Mapping[str, Any],
         class_names: Sequence[str],
-        normalisation: Mapping[str, Sequence[float]],
+        normalization: Mapping[str, Sequence[float]],
         palette: Sequence[Sequence[int]] | None = None,
         resize: Sequence[int] | None = None,
     ) -> None:
@@ -89,9 +89,9 @@ class TrainedNetwork(
         self.class_names = list(class_names)
         given = voc.pascal_palette(len(class_names)) if palette is None else palette
         self.palette = [(red, green, blue) for red, green, blue in given]
-        self.normalisation = Normalization(*(tuple(normalisation[k]) for k in ("mean", "std")))
+        self.normalization = Normalization(*(tuple(normalization[k]) for k in ("mean", "std")))
         self.resize = None if resize is None else (resize[0], resize[1])
-        self.channels = len(self.normalisation.mean)
+        self.channels = len(self.normalization.mean)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalized images, float (B, C, H, W), to logits (B, classes, h, w)."""
@@ -131,7 +131,7 @@ class TrainedNetwork(
         try:
             size = pixels.shape[-2:]
             like = like_images_of(self)
-            return inference.predict(self, shown, self.normalisation, like, size, **keep)
+            return inference.predict(self, shown, self.normalization, like, size, **keep)
         finally:
             self.train(training)
 
@@ -194,7 +194,7 @@ def arguments_of(record: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     if "num_classes" in given:  # the command line takes the data's, whatever stands here
         given["num_classes"] = len(record["class_names"])
     told = {
-        name: record.get(name) for name in ("class_names", "palette", "normalisation", "resize")
+        name: record.get(name) for name in ("class_names", "palette", "normalization", "resize")
     }
     return {**told, "network": {**network, "init_args": given}}
 

@@ -118,7 +118,7 @@ class SegmentationTask(L.LightningModule):
         keep_probabilities: whether predictions hold probabilities beside the classes.
 
     A checkpoint's entry ``"mfnet"`` holds what a prediction needs beside the weights:
-    ``class_names``, ``palette`` and ``resize`` of the trainer's data module, ``normalisation``, and
+    ``class_names``, ``palette`` and ``resize`` of the trainer's data module, ``normalization``, and
     ``network``, which is ``network_config``; ``optimizer``, the classes of optimizer and scheduler,
     where they are not the task's own.
     """
@@ -351,7 +351,7 @@ class SegmentationTask(L.LightningModule):
             record = read_checkpoint(checkpoint_path).get(RECORD, {})
             told = arguments_of(record, checkpoint_path)
             kwargs.setdefault("class_names", told["class_names"])
-            kwargs.setdefault("channels", len(told["normalisation"]["mean"]))
+            kwargs.setdefault("channels", len(told["normalization"]["mean"]))
             if "network" not in kwargs:
                 task = cls.load_from_checkpoint(
                     checkpoint_path, *args, network=build(told["network"]), **kwargs
@@ -365,7 +365,7 @@ class SegmentationTask(L.LightningModule):
         where = "the checkpoint" if path is None else f"checkpoint '{path}'"
         record = checkpoint.get(RECORD, {})
         # Before checkpoints told, ImageNet's was used for every network.
-        stored = Normalization(**record.get("normalisation", IMAGENET._asdict()))
+        stored = Normalization(**record.get("normalization", IMAGENET._asdict()))
         if len(stored.mean) != self.channels:
             raise ValueError(
                 f"{where} does not fit: its images have "
@@ -398,7 +398,7 @@ class SegmentationTask(L.LightningModule):
             "class_names": self.class_names,
             "palette": palette and [list(map(int, color)) for color in palette],
             "resize": resize and list(resize),
-            "normalisation": {
+            "normalization": {
                 name: list(value) for name, value in self.normalization._asdict().items()
             },
             "network": self.network_config,

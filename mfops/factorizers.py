@@ -158,7 +158,7 @@ class ImageFactorizer(Factorizer):
 
     In evaluation the rounds always start from `bases` (C, K), so the same input gives the same
     output. In training "em" does too, and every pass moves the buffer towards the mean, over the
-    batch and (each counting alike) the ranks of an initialised process group, of the bases it
+    batch and (each counting alike) the ranks of an initialized process group, of the bases it
     found; where that is not finite the buffer stays as it is. The other methods start a training
     pass from fresh noise, as published. The buffer is noise of a fixed seed when it is made. A
     state dict has it under the method's name, `em_bases`, so that no other method loads it; one

@@ -228,7 +228,7 @@ def test_a_run_of_four_channels(data: Path, tmp_path: Path) -> None:
     main(["fit", *flags(data, run, RESNET, "--data.channels=4")])
     record = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)[RECORD]
     assert record["network"]["init_args"]["in_channels"] == 4
-    assert record["normalisation"]["mean"] == pytest.approx([0.449] * 4)
+    assert record["normalization"]["mean"] == pytest.approx([0.449] * 4)
     photograph = data / "JPEGImages" / "val_00000.png"
     with np.load(run / "samples.npz") as samples, Image.open(photograph) as original:
         np.testing.assert_allclose(samples["image_0"], np.array(original)[..., :3], atol=1)
@@ -275,6 +275,6 @@ def test_a_module_of_other_channels_is_refused(data: Path) -> None:
 def test_a_checkpoint_of_other_channels_is_refused() -> None:
     task = SegmentationTask(torch.nn.Conv2d(3, 2, 1), ["a", "b"])
     task.trainer = type("Runner", (), {"ckpt_path": "best.ckpt"})()
-    record = {"normalisation": {"mean": [0.5], "std": [0.5]}}
+    record = {"normalization": {"mean": [0.5], "std": [0.5]}}
     with pytest.raises(ValueError, match=r"its images have 1 channels; those of the data have 3"):
         task.on_load_checkpoint({RECORD: record})

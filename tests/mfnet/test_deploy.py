@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
     network = TrainedNetwork(
         network=TINY,
         class_names=["sky", "road", "car"],
-        normalisation={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        normalization={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
         resize=[30, 40],
     )
     network.save_pretrained(tmp_path / "runs" / "camvid")
@@ -69,7 +69,7 @@ def test_the_page(run, monkeypatch, capsys):
     assert told["resize"] == [30, 40]
     images = torch.rand(2, 3, 37, 41)
     network = mfnet.load(run)
-    mean, std = (torch.tensor(values)[:, None, None] for values in network.normalisation)
+    mean, std = (torch.tensor(values)[:, None, None] for values in network.normalization)
     torch.save((images, network((images - mean) / std).detach()), "case.pt")
     subprocess.run([sys.executable, "-c", ELSEWHERE], check=True)
 
@@ -146,7 +146,7 @@ def test_weights_into_a_folder_that_is_there(run, capsys):
     [
         ({"to": "pt2", "output": "runs/camvid"}, "runs/camvid: expected another file than what it"),
         ({"to": "tflite"}, "to: expected onnx, pt2, aoti or weights, got 'tflite'"),
-        ({"to": "weights", "normalize": True}, "normalise: weights hold the network alone"),
+        ({"to": "weights", "normalize": True}, "normalize: weights hold the network alone"),
         ({"to": "onnx"}, "onnx needs onnxscript, onnxruntime: pip install onnxscript onnxruntime"),
     ],
 )

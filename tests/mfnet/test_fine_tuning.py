@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = TrainedNetwork(
         network={"class_path": "mfnet.create_model", "init_args": {"name": "mfnet", **arguments}},
         class_names=["a", "b", "c"],
-        normalisation={"mean": [0.5] * 3, "std": [0.5] * 3},
+        normalization={"mean": [0.5] * 3, "std": [0.5] * 3},
     )
     folder = tmp_path_factory.mktemp("trained")
     network.save_pretrained(folder)
@@ -83,7 +83,7 @@ def test_a_context_named_by_two_letters(tmp_path: Path) -> None:
             "init_args": {"name": "deeplabv3plus", **given},
         },
         class_names=["a", "b", "c"],
-        normalisation=IMAGENET._asdict(),
+        normalization=IMAGENET._asdict(),
     ).save_pretrained(tmp_path)
     network = mfnet.create_model("deeplabv3plus", **{**given, "context_size": (6, 10)})
     told = initialize(network, tmp_path, IMAGENET, "abc")

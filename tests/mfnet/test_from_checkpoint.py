@@ -129,7 +129,7 @@ def test_load_gives_what_was_trained(run: Path, tmp_path: Path) -> None:
     assert "resnet18.pth" not in (tmp_path / "weights" / "config.json").read_text()
     again = mfnet.load(tmp_path / "weights")
     assert torch.equal(again(images), network(images))
-    told = ("class_names", "palette", "normalisation", "resize")
+    told = ("class_names", "palette", "normalization", "resize")
     assert all(getattr(again, name) == getattr(network, name) for name in told)
 
 

@@ -74,7 +74,7 @@ def test_it_travels_in_the_checkpoint(data: Synthetic, tmp_path: Path) -> None:
     runner.fit(task, datamodule=data)
     runner.save_checkpoint(tmp_path / "run.ckpt")
     record = torch.load(tmp_path / "run.ckpt", weights_only=True)[RECORD]
-    assert record["normalisation"] == {"mean": [0.5] * 3, "std": [0.25] * 3}
+    assert record["normalization"] == {"mean": [0.5] * 3, "std": [0.25] * 3}
     assert record["class_names"] == data.class_names
     assert record["palette"] == [list(color) for color in data.palette]
 
@@ -93,7 +93,7 @@ def test_it_travels_in_the_checkpoint(data: Synthetic, tmp_path: Path) -> None:
     ("record", "given", "expected"),
     [
         ({}, None, IMAGENET),  # written before checkpoints told
-        ({"normalisation": {"mean": [0.1] * 3, "std": [1.0] * 3}}, None, ((0.1,) * 3, (1.0,) * 3)),
+        ({"normalization": {"mean": [0.1] * 3, "std": [1.0] * 3}}, None, ((0.1,) * 3, (1.0,) * 3)),
         ({}, (0.2,) * 3, ((0.2,) * 3, IMAGENET.std)),
     ],
 )

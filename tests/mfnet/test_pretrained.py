@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import mfnet
 from mfnet.__main__ import main
+from mfnet.checkpoint import read_checkpoint
 from mfnet.cli import MFNetCLI
 from mfnet.data import DataError
 from mfnet.pretrained import TrainedNetwork, build
@@ -22,7 +23,7 @@ from mfnet.task import SegmentationTask
 TINY = {"class_path": "mfops.FactorizedContext", "init_args": {"channels": 3, "rank": 2}}
 TOLD = {
     "class_names": ["sky", "road", "car"],
-    "normalisation": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+    "normalization": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
     "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]],
 }
 
@@ -51,7 +52,7 @@ def test_every_kind_of_image(network, photo, monkeypatch):
     assert torch.equal(network.predict(pixels), labels)
     monkeypatch.setenv("HOME", str(photo.parent))
     assert torch.equal(network.predict("~/photo.png"), labels)
-    mean, std = (torch.tensor(TOLD["normalisation"][k])[:, None, None] for k in ("mean", "std"))
+    mean, std = (torch.tensor(TOLD["normalization"][k])[:, None, None] for k in ("mean", "std"))
     logits = network(((pixels / 255 - mean) / std)[None])
     assert torch.equal(logits.argmax(1)[0], labels)
     probabilities = network.predict_probabilities(photo)
@@ -194,6 +195,20 @@ def test_a_function_that_changes_our_network_is_recorded_itself(images):
     assert cli.model.network_config["class_path"] == path
     rebuilt = build({**cli.model.network_config, "init_args": {"num_classes": 3}})
     assert isinstance(rebuilt.decoder.fine[1], torch.nn.SiLU)
+
+
+def test_files_with_the_former_spelling(network, tmp_path):
+    """Of a checkpoint, too, else images would be normalized as ImageNet's."""
+    folder = tmp_path / "weights"
+    network.save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("normalization", "normalisation"))
+    checkpoint = read_checkpoint(folder)
+    record = checkpoint["mfnet"]
+    record["normalisation"] = record.pop("normalization")
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    for path in (folder, tmp_path / "old.ckpt"):
+        assert mfnet.load(path).normalization == network.normalization
 
 
 def test_what_cannot_be_loaded(tmp_path):

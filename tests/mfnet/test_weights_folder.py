@@ -28,7 +28,7 @@ def save(folder: Path, seed: int = 0) -> TrainedNetwork:
     network = TrainedNetwork(
         network={"class_path": "torch.nn.Conv2d", "init_args": arguments},
         class_names=list(synthetic.CLASSES),
-        normalisation={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        normalization={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
         resize=[20, 24],
     )
     network.save_pretrained(folder)
@@ -105,7 +105,7 @@ def test_weights_leave_what_somebody_wrote_beside_them(
 def test_training_starts_from_a_name(network: TrainedNetwork, images: Path, fails: Fails) -> None:
     fresh = nn.Conv2d(3, len(synthetic.CLASSES), 1)
     assert (
-        initialize(fresh, "tiny", network.normalisation, synthetic.CLASSES)
+        initialize(fresh, "tiny", network.normalization, synthetic.CLASSES)
         == "init_from 'tiny': 2 of 2 tensors taken"
     )
     assert torch.equal(fresh.weight, network.network.weight)
@@ -188,11 +188,11 @@ def test_tensors_of_two_names(tmp_path: Path) -> None:
     tied = TrainedNetwork(
         network={"class_path": f"{__name__}.Tied"},
         class_names=["a", "b", "c"],
-        normalisation={"mean": [0.5] * 3, "std": [0.5] * 3},
+        normalization={"mean": [0.5] * 3, "std": [0.5] * 3},
     )
     tied.save_pretrained(tmp_path)
     images = torch.randn(1, 3, 4, 4)
     assert torch.equal(mfnet.load(tmp_path)(images), tied(images))
-    assert initialize(Tied(), tmp_path, tied.normalisation, tied.class_names).endswith(
+    assert initialize(Tied(), tmp_path, tied.normalization, tied.class_names).endswith(
         "4 of 4 tensors taken"
     )
