@@ -25,7 +25,7 @@ from filelock import FileLock
 import mfops
 from benchmarks.machine import Machine, backends, extension, output
 from benchmarks.schema import Benchmark
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,7 +116,7 @@ def add_run(folder: Path, provenance: Mapping[str, str]) -> str:
 
 def _write(path: Path, columns: Iterable[str], rows: list[Row]) -> None:
     kept = (column for column in (rows[0] if rows else ()) if column not in columns)
-    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns, *kept], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

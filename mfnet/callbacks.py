@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mfnet.data import as_rgb, denormalize
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 from mfnet.flops import count_flops
 from mfnet.models import evaluation_parameters, unwrap
 from mfnet.normalization import IMAGENET
@@ -115,7 +115,7 @@ class RunRecord(Callback):
             "class_names": list(trainer.datamodule.class_names),
             "palette": [list(map(int, color)) for color in trainer.datamodule.palette],
         }
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     def _write_samples(self, path: Path, trainer: Any, pl_module: Any) -> None:
@@ -126,7 +126,7 @@ class RunRecord(Callback):
             arrays[f"image_{index}"] = shown.permute(1, 2, 0).numpy()
             arrays[f"truth_{index}"] = mask.numpy().astype(np.uint8)
             arrays[f"prediction_{index}"] = self._predictions[index].numpy().astype(np.uint8)
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             np.savez_compressed(partial, **arrays)
 
 

@@ -266,7 +266,7 @@ class MFNetCLI(LightningCLI):
         for key in ("check_val_every_n_epoch", "accumulate_grad_batches"):  # Lightning divides by
             if config[key] is not None and config[key] < 1:
                 raise CommandLineError(f"--trainer.{key}: expected at least 1, got {config[key]}")
-        plugins = [*_as_list(config.plugins), run_directory.WholeFileCheckpointIO()]
+        plugins = [*_as_list(config.plugins), run_directory.AtomicCheckpointIO()]
         if config.sync_batchnorm:
             plugins.append(SyncBatchNormPlugin())
         callbacks = _as_list(config.callbacks)

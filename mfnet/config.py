@@ -18,7 +18,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.cli import SaveConfigCallback
 
 from mfnet.errors import CommandLineError
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 from mfnet.run_directory import CONFIG, holds_run
 
 PREDICT_IMAGES = "--data.predict_images"
@@ -129,5 +129,5 @@ class RunConfig(SaveConfigCallback):
         config = self.config.clone()
         if "ckpt_path" in config:
             config.ckpt_path = None  # what this run went on from; another is to begin by itself
-        with written_whole(Path(trainer.default_root_dir) / CONFIG) as partial:
+        with atomic_write(Path(trainer.default_root_dir) / CONFIG) as partial:
             partial.write_text(self.parser.dump(config, skip_none=False), encoding="utf-8")

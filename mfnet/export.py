@@ -21,7 +21,7 @@ from torch.export import Dim
 from torchvision.transforms.v2 import functional as tv
 
 from mfnet.checkpoint import find_checkpoint
-from mfnet.files import refuse_to_replace, written_whole
+from mfnet.files import atomic_write, refuse_to_replace
 from mfnet.pretrained import SOURCE, TrainedNetwork, load
 from mfnet.run_directory import holds_run
 
@@ -157,7 +157,7 @@ def export(
     if to == "weights" and holds_run(path):
         raise ValueError(f"{path}: expected a folder of the weights' own, but it holds a run")
     if to == "weights":
-        with _folder_written_whole(path) as partial:
+        with _atomic_folder(path) as partial:
             network.save_pretrained(partial)
             return path, _compare(network, TrainedNetwork.from_pretrained(partial))
     model = Normalized(network) if normalize else network
@@ -167,7 +167,7 @@ def export(
         "resize": network.resize,
         "normalization": None if normalize else network.normalization._asdict(),
     }
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         try:
             FORMATS[to].write(model.eval(), partial, json.dumps(metadata))
         except OSError:
@@ -214,7 +214,7 @@ def _compare(model: Exported, run: Run) -> float:
 
 
 @contextmanager
-def _folder_written_whole(path: Path) -> Iterator[Path]:
+def _atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path``, whose files are moved there once the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

@@ -15,7 +15,7 @@ def refuse_to_replace(source: str | Path, output: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and rename it to ``path`` once the block succeeds.
 
     The folder is created. When the block (or the disk) fails, the temporary file is removed and

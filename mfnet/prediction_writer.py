@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mfnet.data import DataError, as_rgb
 from mfnet.data.prediction import Skipped
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 from mfnet.inference import Prediction
 from mfnet.visualize import overlay, save_image, save_mask
 
@@ -93,7 +93,7 @@ class PredictionWriter(BasePredictionWriter):
                     "probabilities": prediction.probabilities.numpy(),
                     "class_names": np.array(data.class_names),
                 }
-                with written_whole(path) as partial:
+                with atomic_write(path) as partial:
                     np.savez_compressed(partial, **arrays)
         self._written += 1
 

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from mfnet.callbacks import SAMPLES, SUMMARY
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 from mfnet.run_directory import METRICS
 from mfnet.scores import CONFUSION, class_table, markdown_table, read_confusion
 from mfnet.visualize import Array, draw_confusion, draw_curves, draw_grid, save_figure
@@ -311,7 +311,7 @@ def report(folders: Sequence[str | Path], output: str | Path = "report") -> str:
     save_figure(grid, output / "predictions.png")
     for name, picture in pictures.items():
         save_figure(draw_confusion(np.asarray(runs[name].confusion), classes), output / picture)
-    with written_whole(output / "report.md") as partial:
+    with atomic_write(output / "report.md") as partial:
         partial.write_text(
             "# Comparison\n\n"
             f"{table}\n"

@@ -1,4 +1,4 @@
-"""A run that goes on with other flags: its place in the epoch, share of the training, and rates.
+"""A run that goes on with other flags: its place in the epoch, fraction of the training, and rates.
 
 Lightning counts steps and batches, which tell neither once their size is another.
 """
@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from mfnet.data.loader import ResumableLoader
 
 Settings = list[list[dict[str, Any]]]
-Kinds = tuple[str, ...]  # the classes of optimizer and scheduler
+Kinds = list[str]  # the classes of optimizer and scheduler
 KINDS = "optimizer"  # in a checkpoint's record
-OWN_KINDS: Kinds = ("SGD", "LambdaLR")  # of a run that names no others
+POLYNOMIAL = "LambdaLR"  # the schedule of a run that names none
 
 
 @dataclass
@@ -32,25 +32,25 @@ class Resumption:
     planned: list[dict[str, Any]] = field(default_factory=list)
 
 
-def share_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
-    """The share of the training's steps that are done, in 0 to 1; 0 where nothing ends it.
+def fraction_done(trainer: L.Trainer, resumed_at: Fraction) -> float:
+    """The fraction of the training's steps that are done, in 0 to 1; 0 where nothing ends it.
 
-    Never below the share at ``resumed_at`` (in epochs): where batches of another size count a
+    Never below the fraction at ``resumed_at`` (in epochs): where batches of another size count a
     little fewer steps at the same image, the rate waits instead of rising.
     """
-    shares = [Fraction(0)]
+    fractions = [Fraction(0)]
     if trainer.max_steps > 0:
-        shares.append(Fraction(trainer.global_step, trainer.max_steps))
+        fractions.append(Fraction(trainer.global_step, trainer.max_steps))
     epochs = trainer.max_epochs or -1
     if epochs > 0:
-        shares.append(max(epochs_done(trainer), resumed_at) / epochs)
-    return float(min(max(shares), Fraction(1)))
+        fractions.append(max(epochs_done(trainer), resumed_at) / epochs)
+    return float(min(max(fractions), Fraction(1)))
 
 
-def share_warmed_up(trainer: L.Trainer, resumed_at: Fraction, epochs: float) -> float:
-    """The share of the first ``epochs`` that is done, in 0 to 1; 1 where there are none.
+def fraction_warmed_up(trainer: L.Trainer, resumed_at: Fraction, epochs: float) -> float:
+    """The fraction of the first ``epochs`` that is done, in 0 to 1; 1 where there are none.
 
-    Never below that at ``resumed_at`` (in epochs), as in ``share_done``.
+    Never below that at ``resumed_at`` (in epochs), as in ``fraction_done``.
     """
     if epochs == 0:
         return 1.0
@@ -128,22 +128,7 @@ def schedules(trainer: L.Trainer) -> list[dict[str, Any]]:
 
 def describe(kinds: Kinds) -> str:
     """The classes, for a message."""
-    return " and ".join("polynomial decay" if kind == OWN_KINDS[1] else kind for kind in kinds)
-
-
-def stored_kinds(checkpoint: dict[str, Any], record: dict[str, Any]) -> Kinds | None:
-    """Optimizer and schedule of the run that wrote a checkpoint; ``None`` where that is not known.
-
-    ``record`` is its entry of mfnet's, which tells them unless they are the task's own. Where a
-    callback (SWA's) has replaced the scheduler, or a subclass configures them, nothing does.
-    """
-    if KINDS in record:
-        return tuple(record[KINDS])
-    groups = [g for state in checkpoint.get("optimizer_states", []) for g in state["param_groups"]]
-    schedulers = checkpoint.get("lr_schedulers", [])
-    by_sgd = groups and all("dampening" in group for group in groups)
-    by_factor = schedulers and all("lr_lambdas" in state for state in schedulers)
-    return OWN_KINDS if by_sgd and by_factor else None
+    return " and ".join("polynomial decay" if kind == POLYNOMIAL else kind for kind in kinds)
 
 
 def restore(trainer: L.Trainer, run: Resumption) -> None:

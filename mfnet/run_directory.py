@@ -27,7 +27,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mfnet.checkpoint import CHECKPOINTS, read_checkpoint
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
@@ -81,15 +81,6 @@ def loggers(folder: Path, chosen: Sequence[Logger] | None = None) -> list[Logger
 class BestCheckpoint(ModelCheckpoint):
     """The run's own checkpoint of the best epoch; a class of its own, so that the user may have a
     ``ModelCheckpoint`` of the same metric: Lightning tells the two by their class."""
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Up to version 0.1.0 its state was that of a ``ModelCheckpoint``."""
-        states = checkpoint.get("callbacks", {})
-        former = self.state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
-        if former in states:
-            states.setdefault(self.state_key, states[former])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best score where ``best.ckpt`` is, though its folder has been moved."""
@@ -148,7 +139,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._terminated = True
 
 
-class WholeFileCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are either whole or not there, and load without running code.
 
     Lightning writes to the system's temporary folder and moves the file; across file systems
@@ -162,7 +153,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()  # torch.save into a full file raises a RuntimeError without a reason
         torch.save(checkpoint, buffer)
         try:
-            with written_whole(Path(path)) as partial, partial.open("wb") as file:
+            with atomic_write(Path(path)) as partial, partial.open("wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
@@ -193,7 +184,7 @@ class _AppendingWriter(ExperimentWriter):
         if path.is_file():
             lines = path.read_bytes()
             if not lines.endswith(b"\n"):  # a full disk or a kill cut its last row short
-                with written_whole(path) as partial:
+                with atomic_write(path) as partial:
                     partial.write_bytes(lines[: lines.rfind(b"\n") + 1])
             with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = next(csv.reader(file), [])

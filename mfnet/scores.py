@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 
 CONFUSION = "confusion.csv"
 PER_CLASS = ("IoU", "Dice", "precision", "recall")
@@ -120,5 +120,5 @@ def _cell(value: Tensor, digits: int) -> str:
 
 
 def _write(path: Path, rows: Sequence[Sequence[object]]) -> None:
-    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

@@ -180,7 +180,7 @@ class SegmentationTask(L.LightningModule):
         self.keep_probabilities = False
         self._seed = torch.initial_seed()
         self._resumption = resume.Resumption()
-        self._kinds = resume.OWN_KINDS
+        self._kinds: resume.Kinds | None = None  # of a subclass's own they are not known
         # Labels were checked where they were read; validate_args would wait for the GPU.
         self.confusion = MulticlassConfusionMatrix(
             len(self.class_names), ignore_index=IGNORE_INDEX, validate_args=False
@@ -334,7 +334,7 @@ class SegmentationTask(L.LightningModule):
         every = self.trainer.check_val_every_n_epoch or 1
         config = optimizers.build_scheduler(optimizer, self.lr_scheduler, self._rate_factor, every)
         parts = (optimizer, config["lr_scheduler"]["scheduler"])
-        self._kinds = tuple(type(part).__name__ for part in parts)
+        self._kinds = [type(part).__name__ for part in parts]
         stored = self._resumption.stored_kinds
         if stored is not None and stored != self._kinds:
             raise ValueError(
@@ -386,7 +386,7 @@ class SegmentationTask(L.LightningModule):
             )
         self.normalization = stored.replaced(*self._given)
         self._resumption.resumed_at = Fraction(*checkpoint.get(EPOCHS_DONE, (0, 1)))
-        self._resumption.stored_kinds = resume.stored_kinds(checkpoint, record)
+        self._resumption.stored_kinds = record.get(resume.KINDS)
         resume.mark_finished_epoch(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -403,8 +403,8 @@ class SegmentationTask(L.LightningModule):
             },
             "network": self.network_config,
         }
-        if self._kinds != resume.OWN_KINDS:
-            checkpoint[RECORD][resume.KINDS] = list(self._kinds)
+        if self._kinds is not None:
+            checkpoint[RECORD][resume.KINDS] = self._kinds
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -428,8 +428,8 @@ class SegmentationTask(L.LightningModule):
 
     def _rate_factor(self) -> float:
         start = self._resumption.resumed_at
-        warmed_up = resume.share_warmed_up(self.trainer, start, self.lr_warmup)
-        return warmed_up * (1 - resume.share_done(self.trainer, start)) ** self.power
+        warmed_up = resume.fraction_warmed_up(self.trainer, start, self.lr_warmup)
+        return warmed_up * (1 - resume.fraction_done(self.trainer, start)) ** self.power
 
     def _weighted(self, class_weights: list[float] | Literal["auto"] | None) -> nn.Module:
         if class_weights is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mfnet.files import refuse_to_replace, written_whole
+from mfnet.files import atomic_write, refuse_to_replace
 from mfnet.inference import TILE
 from mfnet.pretrained import SOURCE, TrainedNetwork, load
 from mfnet.visualize import overlay
@@ -44,7 +44,7 @@ def paint_film(
     refuse_to_replace(source, Path(output))
     pictures = 0
     try:
-        with written_whole(Path(output)) as partial, av.open(str(source)) as film:
+        with atomic_write(Path(output)) as partial, av.open(str(source)) as film:
             if not film.streams.video:
                 raise ValueError("expected a film, got a file without pictures")
             read = film.streams.video[0]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mfnet.constants import IGNORE_INDEX
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 
 Color = tuple[int, int, int]
 Array = NDArray[Any]
@@ -71,7 +71,7 @@ def overlay(image: Array, mask: Array, palette: Sequence[Color], opacity: float 
 
 def save_image(image: Array, path: Path) -> None:
     """Write a uint8 RGB image (H, W, 3); no half-written file is left behind."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(np.ascontiguousarray(image)).save(partial)
 
 
@@ -79,13 +79,13 @@ def save_mask(mask: Array, palette: Sequence[Color], path: Path) -> None:
     """Write class indices uint8 (H, W) as a palette PNG; no half-written file is left behind."""
     picture = Image.fromarray(np.ascontiguousarray(mask))
     picture.putpalette(np.asarray(palette, np.uint8).tobytes())
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure; no half-written file is left behind."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=100, facecolor="white")
 
 

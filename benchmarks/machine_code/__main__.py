@@ -9,7 +9,7 @@ from benchmarks.machine_code.kernels import ARCH
 from benchmarks.machine_code.table import DOCUMENT, table
 from benchmarks.report.marked import rewrite
 from benchmarks.rows import ROOT
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 
 
 def builds() -> list[Path]:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print(f"benchmarks.machine_code: {DOCUMENT} is not what the build gives", file=sys.stderr)
         return 1
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(after, encoding="utf-8")
     print(DOCUMENT)
     return 0

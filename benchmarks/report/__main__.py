@@ -17,7 +17,7 @@ from benchmarks.report.data import Results, load
 from benchmarks.report.page import PICTURES, REGIONS, region
 from benchmarks.report.plots import PLOTS, Picture, digest_in, picture
 from benchmarks.rows import ROOT
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 
 
 def wanted(root: Path, machines: list[Results]) -> dict[Path, str | Picture]:
@@ -60,7 +60,7 @@ def write(path: Path, content: str | Picture | None) -> None:
     if content is None:
         path.unlink()
         return
-    with written_whole(path) as partial_file:
+    with atomic_write(path) as partial_file:
         if isinstance(content, Picture):
             content.save(partial_file)
         else:

@@ -19,7 +19,7 @@ from mfnet import SegmentationNetwork
 from mfnet.contexts.mf import MFContext
 from mfnet.data import Synthetic
 from mfnet.decoder import DeepLabDecoder
-from mfnet.run_directory import WholeFileCheckpointIO, checkpoint_callbacks, loggers
+from mfnet.run_directory import AtomicCheckpointIO, checkpoint_callbacks, loggers
 from mfnet.task import SegmentationTask
 
 EPOCHS = 4
@@ -72,7 +72,7 @@ def fit(folder: Path, workers: int = 0, interruption: Callback | None = None) ->
         max_epochs=EPOCHS,
         callbacks=[*checkpoint_callbacks(folder), *([interruption] if interruption else [])],
         logger=loggers(folder),
-        plugins=[WholeFileCheckpointIO()],
+        plugins=[AtomicCheckpointIO()],
         log_every_n_steps=1,
     )
     last = folder / "checkpoints" / "last.ckpt"

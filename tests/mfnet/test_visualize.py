@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mfnet.files import written_whole
+from mfnet.files import atomic_write
 from mfnet.visualize import (
     IGNORE_COLOR,
     colorize,
@@ -110,7 +110,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     target.write_text("old")
 
     def fill_the_disk():
-        with written_whole(target) as partial:
+        with atomic_write(target) as partial:
             partial.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
