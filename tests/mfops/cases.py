@@ -13,6 +13,8 @@ may be cut off instead of rounded, which doubles u.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,9 +103,17 @@ U_TF32 = 2.0**-11  # ten bits after the point
 Operands = torch.dtype | Literal["tf32"] | None
 
 
+def digest(*tensors: Tensor) -> bytes:
+    """Of values, shapes and dtypes: the same in every layout and on every device."""
+    found = hashlib.sha256(str([(t.shape, t.dtype) for t in tensors]).encode())
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return found.digest()
+
+
 @dataclass
-class Bounds:
-    """Largest admissible absolute errors, element by element."""
+class Results:
+    """Of a case, or the largest admissible absolute errors of them, element by element."""
 
     x_hat: Tensor
     mse: Tensor
@@ -116,7 +126,21 @@ def _to_factor(t: Tensor, factor: Tensor) -> Tensor:
     return t.sum(0) if t.dim() > factor.dim() else t
 
 
-def bounds(case: Case, operands: Operands = None) -> Bounds:
+@functools.lru_cache(maxsize=8)  # the sharings of a shape and dtype, whose layouts come in turn
+def _judged(values: bytes) -> dict[Any, tuple[Results, Results]]:
+    return {}
+
+
+def judged(case: Case, operands: Operands = None) -> tuple[Results, Results]:
+    """The results in float64, and how far a backend's may be from them."""
+    known = _judged(digest(case.x, case.y, case.z, case.grad_x_hat, case.grad_mse))
+    key = operands, case.x.device
+    if key not in known:
+        known[key] = _judge(case, operands)
+    return known[key]
+
+
+def _judge(case: Case, operands: Operands) -> tuple[Results, Results]:
     dtype = case.x.dtype
     u = U if operands in (None, torch.float32) else 2 * U  # of the sums in products
     factor_rounding = d_rounding = U_TF32 if operands == "tf32" else 0.0
@@ -150,40 +174,37 @@ def bounds(case: Case, operands: Operands = None) -> Bounds:
     grad_y = _to_factor(d @ c.z.abs().mT, c.y)
     grad_z = _to_factor(c.y.abs().mT @ d, c.z)
     out = _u(dtype)
-    exact = reference.reconstruct_backward(
+    grads = reference.reconstruct_backward(
         c.grad_x_hat, c.grad_mse, c.x, c.y, c.z, True, True, True
     )
-    return Bounds(
+    limit = Results(
         x_hat=product_error + out * x_hat.abs() + torch.finfo(dtype).tiny,
         mse=mse_error,
-        grad_x=grad_x_error + out * exact[0].abs() + torch.finfo(dtype).tiny,
+        grad_x=grad_x_error + out * grads[0].abs() + torch.finfo(dtype).tiny,
         grad_y=factor_bound(grad_y, _to_factor(d_error @ c.z.abs().mT, c.y), pixels)
-        + out * exact[1].abs(),
+        + out * grads[1].abs(),
         grad_z=factor_bound(grad_z, _to_factor(c.y.abs().mT @ d_error, c.z), channels)
-        + out * exact[2].abs(),
+        + out * grads[2].abs(),
     )
+    return Results(x_hat, mse, *grads), limit
 
 
 def check(run: Any, case: Case, operands: Operands = None) -> None:
-    """Asserts that run.reconstruct, run.mse and run.reconstruct_backward are within `bounds`."""
-    c, limit, tf32 = case.double(), bounds(case, operands), operands == "tf32"
+    """Asserts that run.reconstruct, run.mse and run.reconstruct_backward are as `judged` says."""
+    (exact, limit), tf32 = judged(case, operands), operands == "tf32"
     factors = case.x, case.y, case.z
     x_hat, mse = run.reconstruct(*factors, tf32)
-    exact, exact_mse = reference.reconstruct(c.x, c.y, c.z)
     assert x_hat.dtype == case.x.dtype
     assert mse.dtype == torch.float32
-    assert_within(x_hat, exact, limit.x_hat, "X'")
-    assert_within(mse, exact_mse, limit.mse, "mse")
-    assert_within(run.mse(*factors, tf32), exact_mse, limit.mse, "mse alone")
+    assert_within(x_hat, exact.x_hat, limit.x_hat, "X'")
+    assert_within(mse, exact.mse, limit.mse, "mse")
+    assert_within(run.mse(*factors, tf32), exact.mse, limit.mse, "mse alone")
 
     upstream = case.grad_x_hat, case.grad_mse
     grads = run.reconstruct_backward(*upstream, *factors, True, True, True, tf32)
-    exact_grads = reference.reconstruct_backward(
-        c.grad_x_hat, c.grad_mse, c.x, c.y, c.z, True, True, True
-    )
-    for name, grad, exact_grad in zip("xyz", grads, exact_grads, strict=True):
+    for name, grad in zip(("grad_x", "grad_y", "grad_z"), grads, strict=True):
         assert grad.dtype == case.x.dtype
-        assert_within(grad, exact_grad, getattr(limit, f"grad_{name}"), f"gradient of {name}")
+        assert_within(grad, getattr(exact, name), getattr(limit, name), name)
 
 
 def assert_within(actual: Tensor, exact: Tensor, bound: Tensor, what: str) -> None:

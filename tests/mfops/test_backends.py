@@ -20,9 +20,9 @@ from cases import (
     SHARING,
     Case,
     assert_within,
-    bounds,
     check,
     features,
+    judged,
     make,
 )
 from hypothesis import given, settings
@@ -96,7 +96,8 @@ def table() -> Iterator[Any]:
             large = shape in FEWER_TILES or shape[2] > 256
             few = run.backend == "triton" and (large or not INTERPRETED)
             shape = FEWER_TILES.get(shape, shape) if INTERPRETED else shape
-            for (j, layout), (k, dtype) in itertools.product(enumerate(LAYOUTS), enumerate(dtypes)):
+            # Layouts come in turn: float64 results are known for a few cases back.
+            for (k, dtype), (j, layout) in itertools.product(enumerate(dtypes), enumerate(LAYOUTS)):
                 if INTERPRETED and not few and (i + j + k) % 4:
                     continue
                 if few and (layout, dtype) != (LAYOUTS[i % 4], dtypes[(i + i // 4) % 4]):
@@ -136,14 +137,13 @@ def test_agrees_on_any_shape(run, shape, layout, dtype, shared):
 @pytest.mark.parametrize("shared", SHARING)
 def test_gradients_only_when_asked_for(run, layout, shared):
     case = run.make((3, 17, 5, 33), layout, torch.float32, shared)
-    limits = bounds(case, run.operands(torch.float32))
+    every, limits = judged(case, run.operands(torch.float32))
     arguments = case.grad_x_hat, case.grad_mse, case.x, case.y, case.z
-    every = reference.reconstruct_backward(*(t.double() for t in arguments), True, True, True)
     for needs in itertools.product([True, False], repeat=3):
         some = run.reconstruct_backward(*arguments, *needs)
-        for name, need, grad, exact in zip("xyz", needs, some, every, strict=True):
+        for name, need, grad in zip(("grad_x", "grad_y", "grad_z"), needs, some, strict=True):
             if need:
-                assert_within(grad, exact, getattr(limits, f"grad_{name}"), f"gradient of {name}")
+                assert_within(grad, getattr(every, name), getattr(limits, name), name)
             else:
                 assert grad.numel() == 0
 

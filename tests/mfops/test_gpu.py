@@ -104,7 +104,7 @@ def test_more_than_2_to_the_31_elements(backend, layout):
             total += error.double().square().sum()
             expected_y[rows] = -(error @ z_image.mT)
             expected_z[image] -= y_rows.mT @ error
-    assert relative_error(mse, total / x.numel()) < 4096 * U  # as in cases.bounds
+    assert relative_error(mse, total / x.numel()) < 4096 * U  # as in cases._judge
     # D and the result are rounded to bfloat16, 2^-8 each at most.
     assert relative_error(grad_y, expected_y) < 2**-7
     assert relative_error(grad_z, expected_z) < 2**-7
