@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from mfnet.checkpoint import CHECKPOINTS
 from mfnet.cli import MFNetCLI
 from mfnet.report import report
-from mfnet.run_directory import METRICS
+from mfnet.run_directory import CONFIG, METRICS, holds_run
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -18,9 +20,16 @@ def main(arguments: Sequence[str] = ()) -> None:
 
     Args:
         arguments: flags of ``mfnet fit``, which override the configuration.
+
+    Raises:
+        FileExistsError: the folder holds a run that is no demo.
     """
     cli = MFNetCLI(["--config", "demo", *arguments], run=False)
     folder = Path(cli.trainer.default_root_dir)
+    if holds_run(folder) and not _holds_demo(folder, cli.config.data.class_path):
+        raise FileExistsError(
+            f"'{folder}' holds a run that is no demo: choose another --trainer.default_root_dir"
+        )
     (folder / METRICS).unlink(missing_ok=True)  # the log of a new run goes on with what is there
     best = folder / CHECKPOINTS / "best.ckpt"
 
@@ -33,6 +42,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     for name, value in after.items():
         print(f"{name.removeprefix('val/'):<20}{before[name]:>10.3f}{value:>10.3f}")
     print(f"\nwritten: {folder}/predictions.png, {folder}/curves.png, {best}")
+
+
+def _holds_demo(folder: Path, data: str) -> bool:
+    """Whether the run there is on generated images, too."""
+    config = folder / CONFIG
+    told = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
+    return bool(told.get("data", {}).get("class_path") == data)
 
 
 def _validate(cli: MFNetCLI, checkpoint: Path | None = None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,18 @@ import torch
 from command_line import RESNET
 
 from mfnet.__main__ import main
+
+
+def test_a_run_that_is_no_demo_is_not_replaced(
+    tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "run" / "metrics.csv"
+    log.parent.mkdir()
+    log.write_text("epoch,val/mIoU\n")
+    error = fails(["demo", f"--trainer.default_root_dir={log.parent}"])
+    assert f"'{log.parent}' holds a run that is no demo" in error
+    assert log.is_file()
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
