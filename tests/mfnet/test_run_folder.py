@@ -9,13 +9,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.callbacks
 import pytest
 import torch
 from command_line import CONV, Fails, flags
 from jsonargparse import Namespace
 
 from mfnet.__main__ import main
-from mfnet.cli import MAX_EPOCHS, _set_run_defaults
+from mfnet.cli import MAX_EPOCHS, MFNetCLI, _set_run_defaults
 from mfnet.config import expand_all, expand_home, shipped_configs
 
 CALLBACK = "--trainer.callbacks+=lightning.pytorch.callbacks."
@@ -285,6 +286,23 @@ def test_callbacks_that_work(callbacks: list[str], images: Path, home: Path) -> 
     main(["validate", "--config=run/config.yaml", "--ckpt_path=best"])
     main(["fit", "--config=run/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=3"])
     assert checkpoint(Path("run"))["epoch"] in (2, 3)  # the average takes one epoch more
+
+
+@pytest.mark.skipif(
+    not hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"),
+    reason="Lightning before 2.6 has no EMAWeightAveraging",
+)
+def test_averaged_weights_are_scored_kept_and_gone_on_with(images: Path, home: Path) -> None:
+    average = [f"{CALLBACK}EMAWeightAveraging", f"{FIELD}decay=0.5"]
+    main(["fit", *small(images, "run", *average)])
+    main(["fit", *small(images, "run", *average, "--trainer.max_epochs=2", "--ckpt_path=last")])
+    last = checkpoint(Path("run"))
+    trained, averaged = last["current_model_state"], last["state_dict"]
+    assert any(not torch.equal(trained[name], averaged[name]) for name in averaged)
+    rows = csv.DictReader(Path("run", "metrics.csv").read_text().splitlines())
+    loss = float([row["val/loss"] for row in rows if row["val/loss"]][-1])
+    cli = MFNetCLI(["validate", "--config=run/config.yaml", "--ckpt_path=last"])
+    assert float(cli.trainer.callback_metrics["val/loss"]) == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
