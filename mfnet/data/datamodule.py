@@ -25,7 +25,7 @@ from mfnet.data.dataset import (
 )
 from mfnet.data.files import image_size
 from mfnet.data.labels import LabelEntries, LabelMap
-from mfnet.data.loader import ResumableLoader
+from mfnet.data.loader import ResumableLoader, init_worker
 from mfnet.data.prediction import PredictionDataset, collate_one, find_images
 from mfnet.data.transforms import Recipe
 from mfnet.data.voc import Palette, Sample, Split
@@ -207,6 +207,7 @@ class SegmentationDataModule(L.LightningDataModule):
             collate_fn=collate_fn,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=functools.partial(init_worker, rank=self._world()[1]),
             # Its own: loading must not advance the random numbers that dropout draws from.
             generator=torch.Generator().manual_seed(_seed()),
         )

@@ -1,12 +1,24 @@
-"""A data loader that a resumed training continues in the middle of an epoch."""
+"""A data loader that a resumed training continues in the middle of an epoch, and its processes."""
 
 from __future__ import annotations
 
 import math
+import signal
 from typing import Any
 
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
+
+
+def init_worker(worker_id: int, rank: int) -> None:
+    """Begin a process that loads: random numbers of its own, and no end by SIGTERM.
+
+    Whoever stops a job signals all of its processes. Those that load stay until theirs has finished
+    the step at hand; it ends them then.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pl_worker_init_function(worker_id, rank)
 
 
 class ResumableLoader(DataLoader):

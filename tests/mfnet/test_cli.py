@@ -6,6 +6,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,6 +165,27 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert "could not be written" in line
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     main(["fit", *flags, "--ckpt_path=last", "--trainer.max_epochs=2"])
+
+
+def test_sigterm_for_all_processes_of_a_job_leaves_a_checkpoint(
+    images: Path, tmp_path: Path
+) -> None:
+    """As systemd and SLURM send it: to those that load images, too."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "mfnet", "fit", *small(images, run)]
+    command += ["--trainer.max_epochs=10000", "--data.num_workers=2"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (run / "metrics.csv").is_file() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGTERM)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == SIGTERM_EXIT, stderr
+    assert stderr.splitlines()[-1] == "mfnet: stopped by SIGTERM; --ckpt_path last continues"
 
 
 def test_bugs_keep_their_traceback(
