@@ -107,7 +107,9 @@ def digest(*tensors: Tensor) -> bytes:
     """Of values, shapes and dtypes: the same in every layout and on every device."""
     found = hashlib.sha256(str([(t.shape, t.dtype) for t in tensors]).encode())
     for tensor in tensors:
-        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+        # Of a single element `contiguous` keeps any stride, which no other dtype can view.
+        dense = tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
+        found.update(dense.view(torch.uint8).numpy())
     return found.digest()
 
 
