@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/bench_deployment.py
 
-A network of the package on one photograph of its size, as PyTorch runs it and as `mfnet export`
-writes it, all on images that lie contiguous in memory. What is exported runs on a CPU.
+A network of the package on one image of its size, random pixels that lie contiguous in memory, as
+PyTorch runs it and as `mfnet export` writes it. What is exported runs on a CPU.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class SegmentationTask(L.LightningModule):
     A checkpoint's entry ``"mfnet"`` holds what a prediction needs beside the weights:
     ``class_names``, ``palette`` and ``resize`` of the trainer's data module, ``normalization``, and
     ``network``, which is ``network_config``; ``optimizer``, the classes of optimizer and scheduler,
-    where they are not the task's own.
+    unless a subclass configures them.
     """
 
     def __init__(
